@@ -1,0 +1,1 @@
+"""Workstation side: a checkpoint becomes a bundle. Needs the `export` extra (torch)."""

@@ -1,0 +1,1 @@
+"""Torch modules that transformers does not have."""

@@ -1,0 +1,1 @@
+"""The small reference model: procedural parts and training."""

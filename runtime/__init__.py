@@ -1,0 +1,1 @@
+"""Device side: a frame becomes an Inspection. No torch, no network."""

@@ -1,0 +1,223 @@
+"""The bundle: the only thing that passes from export to runtime. Its manifest is defined here and nowhere else.
+
+    bundle/
+      manifest.sha256       SHA-256 of manifest.json: the bundle's hash
+      manifest.json         the Manifest below; lists every other file with its SHA-256
+      clip_encoder.onnx     ltc_projector.onnx  sam_encoder.onnx  mask_decoder.onnx  (+ .onnx.data when large)
+      llm.gguf              the language model with its LoRA merged
+      similarity.safetensors  DSSL's normal features
+      parity.json           source against export, as measured when the bundle was made
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vmad_edge.runtime.errors import BundleError
+from vmad_edge.runtime.files import sha256
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest.sha256"
+
+Triple = tuple[float, float, float]
+Positive = Annotated[int, Field(gt=0)]
+Answer = Literal["full", "short"]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClipInput(Record):
+    """CLIP's preprocessing, taken from the checkpoint's preprocessor_config.json."""
+
+    size: Positive
+    """S_c: side of `clip_pixels` in pixels."""
+    resize: Literal["exact", "shortest_edge"]
+    """`exact`: both sides to S_c. `shortest_edge`: the shorter side to S_c, then a centre crop: borders are lost."""
+    pad_to_square: bool
+    """Pad the shorter side with the mean colour first (LLaVA's image_aspect_ratio "pad")."""
+    resample: Literal["bilinear", "bicubic", "lanczos"]
+    rescale_factor: float
+    mean: Triple
+    std: Triple
+
+
+class SamInput(Record):
+    """SAM's preprocessing: longest side to `size` (Pillow, bilinear), normalise, pad right and bottom with zeros."""
+
+    size: Positive
+    mean: Triple = (123.675, 116.28, 103.53)
+    std: Triple = (58.395, 57.12, 57.375)
+
+
+class Vision(Record):
+    grid: Positive
+    """Patches per side; N = grid²."""
+    width: Positive
+    """D."""
+    patches_level: int
+    """Index into hidden_states (0 = embeddings, negative from the end) of `patches`; LLaVA reads −2."""
+    levels: Annotated[tuple[int, ...], Field(min_length=1)]
+    """Indices of `patches_multi`, in the order that the LTC projector takes them."""
+
+
+class Conversation(Record):
+    template: str
+    """The whole prompt with one `<image>` and one `{question}`."""
+    question: str
+    """The default question, with `{object}` where the part's name goes."""
+    object: str = "part"
+    short_answer: str = "Yes"
+    """Teacher-forced in answer mode `short`, up to the state that `<seg>` needs."""
+
+    @model_validator(mode="after")
+    def _places(self) -> Conversation:
+        if self.template.count("<image>") != 1 or self.template.count("{question}") != 1:
+            raise ValueError("template needs exactly one <image> and one {question}")
+        return self
+
+
+class Language(Record):
+    width: Positive
+    """H."""
+    visual_tokens: Positive
+    """K."""
+    context_length: Positive
+    vocabulary: Positive
+    quantization: Literal["f32", "f16", "q8_0", "q4_k_m"]
+    seg_token: str
+    seg_token_id: int
+    seg_state: Literal["emitting", "token"]
+    """Which hidden state is h_seg: of the step whose logits emit `<seg>` (LISA), or of `<seg>` itself."""
+    yes_token_ids: Annotated[tuple[int, ...], Field(min_length=1)]
+    no_token_ids: Annotated[tuple[int, ...], Field(min_length=1)]
+    max_new_tokens: Positive
+    answer: Answer = "full"
+
+
+class Thresholds(Record):
+    """score < good_below: GOOD. score ≥ defect_above: DEFECT. Between: UNCERTAIN."""
+
+    good_below: float
+    defect_above: float
+
+    @model_validator(mode="after")
+    def _order(self) -> Thresholds:
+        if not self.good_below <= self.defect_above:
+            raise ValueError(f"good_below {self.good_below} exceeds defect_above {self.defect_above}")
+        return self
+
+
+class Similarity(Record):
+    score_rule: Literal["max", "mean_top_1_percent"] = "mean_top_1_percent"
+    """Image score from patch scores: the largest (MuSc, WinCLIP) or the mean of the top 1% (AnomalyDINO)."""
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    """Of the softmax between normal and abnormal features, where the bundle has abnormal ones."""
+    smoothing_sigma: Annotated[float, Field(ge=0)] = 4.0
+    """Gaussian on the anomaly map, in pixels of `clip_pixels` (AnomalyCLIP: 4)."""
+    thresholds: Thresholds | None = None
+    """For the bundle's normal features, from the training's held-out normals; without them: UNCERTAIN."""
+
+
+class Weights(Record):
+    origin: str
+    licence: str
+
+
+class Manifest(Record):
+    schema_version: Literal[1] = SCHEMA_VERSION
+    system: Literal["vmad"] = "vmad"
+    made_with: dict[str, str]
+    """Versions of what wrote the bundle."""
+    weights: Weights
+    clip: ClipInput
+    sam: SamInput
+    vision: Vision
+    conversation: Conversation
+    language: Language
+    similarity: Similarity
+    files: dict[str, str]
+    """Every other file of the bundle (relative, plain names) and its SHA-256."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle folder. `Bundle.open` is the only way to one."""
+
+    path: Path
+    hash: str
+    manifest: Manifest
+
+    @staticmethod
+    def open(path: Path | str) -> Bundle:
+        """Check the manifest's hash, parse it, check every file's hash, return the bundle.
+
+        Raises:
+            BundleError: not a bundle; a changed, missing or extra file; a manifest of another schema.
+        """
+        folder = Path(path)
+        try:
+            text = (folder / MANIFEST).read_bytes()
+            expected = (folder / MANIFEST_HASH).read_text("ascii", errors="replace").strip()
+        except OSError as error:
+            raise BundleError(
+                f"{folder} is not a bundle: expected {MANIFEST} and {MANIFEST_HASH} ({error.strerror}: "
+                f"{error.filename}). `vmad export` makes bundles."
+            ) from None
+        found = hashlib.sha256(text).hexdigest()
+        if found != expected:
+            raise BundleError(
+                f"{folder / MANIFEST} was changed: {MANIFEST_HASH} says {expected[:16]}…, the file has "
+                f"{found[:16]}…. Copy the bundle again from where it was exported."
+            )
+        manifest = _parse(folder / MANIFEST, text)
+        present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+        listed = {*manifest.files, MANIFEST, MANIFEST_HASH}
+        for what, names in (("lacks", listed - present), ("has files its manifest does not list:", present - listed)):
+            if names:
+                raise BundleError(f"bundle {folder} {what} {', '.join(sorted(names))}. Copy it again, whole.")
+        for name, digest in manifest.files.items():
+            if (got := sha256(folder / name)) != digest:
+                raise BundleError(
+                    f"{folder / name} was changed: the manifest says {digest[:16]}…, the file has {got[:16]}…. "
+                    "Copy the bundle again from where it was exported."
+                )
+        return Bundle(folder, found, manifest)
+
+    def file(self, name: str) -> Path:
+        """Path of a file that the manifest lists.
+
+        Raises:
+            BundleError: the manifest does not list it.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"bundle {self.path} has no {name}; it lists {', '.join(sorted(self.manifest.files))}")
+        return self.path / name
+
+
+def seal(folder: Path, manifest: Manifest) -> str:
+    """Write manifest.json and manifest.sha256 into `folder`; returns the bundle's hash."""
+    text = (manifest.model_dump_json(indent=2) + "\n").encode()
+    digest = hashlib.sha256(text).hexdigest()
+    (folder / MANIFEST).write_bytes(text)
+    (folder / MANIFEST_HASH).write_text(digest + "\n")
+    return digest
+
+
+def _parse(path: Path, text: bytes) -> Manifest:
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        advice = (
+            "This bundle needs a newer vmad-edge." if where == "schema_version" else "Export it again."
+        )
+        raise BundleError(f"{path}: {where}: {first['msg']}, found {first.get('input')!r:.80}. {advice}") from None

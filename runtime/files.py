@@ -1,0 +1,46 @@
+"""Files that are whole or absent, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in 1 MiB blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place, synced to disk, when the block ends well.
+
+    Whatever was at `target` before is replaced; on any error it stays as it was and the temporary folder goes.
+    """
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        new = scratch / "new"
+        new.mkdir()
+        yield new
+        for path in [*new.rglob("*"), new]:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        if target.exists():
+            target.rename(scratch / "old")
+        new.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

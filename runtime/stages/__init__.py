@@ -1,0 +1,1 @@
+"""Stages: each knows one model, none knows another."""

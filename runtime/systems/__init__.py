@@ -1,0 +1,1 @@
+"""Published methods as compositions of stages, one file each."""
