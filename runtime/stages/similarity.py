@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.numpy import load_file
 
-from vmad_edge.kernels import ReferenceBank, max_cosine
-from vmad_edge.runtime.bundle import Similarity
+from vmad_edge.kernels import ReferenceBank, max_cosine, segmented_max_cosine
+from vmad_edge.runtime.bundle import Similarity, Thresholds
+from vmad_edge.runtime.inspection import NearestNormal
 from vmad_edge.runtime.stages.preprocess import View
 
 Floats = NDArray[np.float32]
@@ -19,7 +22,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class PatchScores:
-    """`score` [N]: 0 normal … 1 (or, against a bank, up to 2) abnormal. `index` [N]: the nearest row compared with."""
+    """`score` [N]: 0 normal … 1 (against references: up to 2) abnormal. `index` [N]: the nearest normal row."""
 
     score: Floats
     index: NDArray[np.int64]
@@ -35,6 +38,7 @@ class NormalFeatures:
 
     def __init__(self, path: Path, spec: Similarity) -> None:
         features = load_file(path)
+        self.thresholds = spec.thresholds
         self._temperature = spec.temperature
         self._normal = ReferenceBank.from_array(features["visual_normal"])
         abnormal = features.get("visual_abnormal")
@@ -49,10 +53,80 @@ class NormalFeatures:
         return PatchScores(1 / (1 + np.exp((normal - abnormal) / self._temperature)), index)
 
 
-def compare_with_bank(patches: Floats, bank: ReferenceBank) -> PatchScores:
-    """1 − the largest cosine to the bank (AnomalyDINO, PatchCore's 1-NN). `patches` [N,D]."""
-    score, index = max_cosine(patches, bank)
-    return PatchScores(1 - score, index)
+@dataclass(frozen=True)
+class EnrolledFrame:
+    """Where the bank's rows `start`…`stop` came from."""
+
+    id: str
+    start: int
+    stop: int
+    view: View
+    size: tuple[int, int]
+    """(height, width)."""
+    jpeg: bytes
+    """`clip_pixels` as a picture, to show a person."""
+
+
+class References:
+    """Patch features of enrolled normal frames, and what is needed to show a person the nearest one.
+
+    Args:
+        features: [M,D] float32, the inspected patches of every frame, one frame after the other.
+        patch: [M] each row's patch number (row-major in the grid) in its frame.
+    """
+
+    def __init__(
+        self,
+        features: Floats,
+        patch: NDArray[np.int32],
+        frames: tuple[EnrolledFrame, ...],
+        thresholds: Thresholds | None,
+    ) -> None:
+        self.features, self.patch, self.frames, self.thresholds = features, patch, frames, thresholds
+        self._bank = ReferenceBank.from_array(features)
+
+    def compare(self, patches: Floats) -> PatchScores:
+        """`patches` [N,D] → 1 − the largest cosine to the bank (PatchCore's and AnomalyDINO's nearest neighbour)."""
+        score, index = max_cosine(patches, self._bank)
+        return PatchScores(1 - score, index)
+
+    def nearest(self, row: int, similarity: float, grid: int) -> NearestNormal:
+        """The place of bank row `row`, with a picture of three patches around it."""
+        frame = next(f for f in self.frames if f.start <= row < f.stop)
+        y, x = divmod(int(self.patch[row]), grid)
+        view, (height, width) = frame.view, frame.size
+        step_x, step_y = (view.right - view.left) / grid, (view.bottom - view.top) / grid
+        box = (
+            max(0, round(view.left + x * step_x)),
+            max(0, round(view.top + y * step_y)),
+            min(width, round(view.left + (x + 1) * step_x)),
+            min(height, round(view.top + (y + 1) * step_y)),
+        )
+        picture = np.asarray(Image.open(io.BytesIO(frame.jpeg)).convert("RGB"))
+        cell = picture.shape[0] / grid
+        top, left = (max(0, round((place - 1) * cell)) for place in (y, x))
+        bottom, right = (round((place + 2) * cell) for place in (y, x))
+        return NearestNormal(frame.id, box, similarity, picture[top:bottom, left:right])
+
+
+def leave_one_out_thresholds(references: References, spec: Similarity, most: int = 50) -> Thresholds | None:
+    """Thresholds from the enrolled frames' own scores, each against the bank without itself.
+
+    GOOD lies below the highest such score; DEFECT begins three standard deviations of them above it. [ASSUME]
+    At most `most` frames, evenly spread, are scored. None with fewer than three frames.
+    """
+    frames = references.frames
+    if len(frames) < 3:
+        return None
+    offsets = np.array([0, *(frame.stop for frame in frames)], np.int64)
+    scores = []
+    for number in np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)):
+        own = references.features[frames[number].start : frames[number].stop]
+        per_frame = segmented_max_cosine(own, references.features, offsets)
+        per_frame[:, number] = -np.inf
+        scores.append(image_score(1 - per_frame.max(axis=1), spec))
+    highest = max(scores)
+    return Thresholds(good_below=highest, defect_above=highest + 3 * float(np.std(scores)))
 
 
 def inspected_patches(view: View, grid: int, frame_size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -1,0 +1,118 @@
+"""The device's own folder beside a bundle: what it enrolled. Keyed by the bundle's hash.
+
+    station/<first 16 of the bundle's hash>/banks/<object>/
+      bank.safetensors   features, patch numbers, pictures; what they are in the file's metadata
+      bank.sha256        checked before bank.safetensors is parsed
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+from pydantic import ValidationError
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from vmad_edge.runtime.bundle import Bundle, Record, Thresholds
+from vmad_edge.runtime.errors import BundleError
+from vmad_edge.runtime.files import sha256, whole_folder
+from vmad_edge.runtime.stages.preprocess import View
+from vmad_edge.runtime.stages.similarity import EnrolledFrame, References
+
+
+class _FrameRecord(Record):
+    id: str
+    start: int
+    stop: int
+    view: tuple[float, float, float, float]
+    size: tuple[int, int]
+    jpeg: tuple[int, int]
+    """Start and stop in the array of all pictures' bytes."""
+
+
+class _BankRecord(Record):
+    bundle: str
+    object: str
+    frames: tuple[_FrameRecord, ...]
+    thresholds: Thresholds | None
+
+
+class Station:
+    """Everything that a device adds to one bundle."""
+
+    def __init__(self, folder: Path | None, bundle: Bundle) -> None:
+        root = folder or platformdirs.user_data_path("vmad-edge")
+        self.path = root / bundle.hash[:16]
+        self._bundle = bundle
+
+    def save_references(self, object: str, references: References) -> Path:
+        """Write the bank of `object`, whole or not at all, in place of an earlier one."""
+        frames, jpegs, end = [], [], 0
+        for frame in references.frames:
+            view = (frame.view.left, frame.view.top, frame.view.right, frame.view.bottom)
+            frames.append(
+                _FrameRecord(
+                    id=frame.id,
+                    start=frame.start,
+                    stop=frame.stop,
+                    view=view,
+                    size=frame.size,
+                    jpeg=(end, end + len(frame.jpeg)),
+                )
+            )
+            jpegs.append(frame.jpeg)
+            end += len(frame.jpeg)
+        record = _BankRecord(
+            bundle=self._bundle.hash, object=object, frames=tuple(frames), thresholds=references.thresholds
+        )
+        arrays = {
+            "features": references.features,
+            "patch": references.patch,
+            "jpeg": np.frombuffer(b"".join(jpegs), np.uint8),
+        }
+        target = self._bank(object)
+        with whole_folder(target) as folder:
+            save_file(arrays, folder / "bank.safetensors", {"bank": record.model_dump_json()})
+            (folder / "bank.sha256").write_text(sha256(folder / "bank.safetensors") + "\n")
+        return target
+
+    def load_references(self, object: str) -> References | None:
+        """The bank of `object`, or None if none was enrolled.
+
+        Raises:
+            BundleError: the bank was changed, is incomplete, or belongs to another bundle.
+        """
+        folder = self._bank(object)
+        if not folder.exists():
+            return None
+        path = folder / "bank.safetensors"
+        advice = f"Enroll {object!r} again."
+        try:
+            if sha256(path) != (folder / "bank.sha256").read_text().strip():
+                raise BundleError(f"{path} was changed since it was enrolled. {advice}")
+            with safe_open(path, "numpy") as file:
+                record = _BankRecord.model_validate_json(file.metadata()["bank"])
+                arrays = {name: file.get_tensor(name) for name in ("features", "patch", "jpeg")}
+        except (OSError, KeyError, ValidationError) as error:
+            raise BundleError(f"{path} is not a complete reference bank ({error}). {advice}") from None
+        if record.bundle != self._bundle.hash:
+            raise BundleError(
+                f"{path} was enrolled with bundle {record.bundle[:16]}, this is {self._bundle.hash[:16]}. {advice}"
+            )
+        jpeg = arrays["jpeg"].tobytes()
+        frames = tuple(
+            EnrolledFrame(f.id, f.start, f.stop, View(*f.view), f.size, jpeg[f.jpeg[0] : f.jpeg[1]])
+            for f in record.frames
+        )
+        return References(arrays["features"], arrays["patch"], frames, record.thresholds)
+
+    def enrolled(self) -> list[str]:
+        """Folder names of the banks that are there."""
+        return sorted(path.name for path in (self.path / "banks").glob("[!.]*"))
+
+    def _bank(self, object: str) -> Path:
+        """Two objects never share a folder: what a file name cannot hold is written as its code point."""
+        return self.path / "banks" / re.sub(r"[^a-z0-9-]", lambda match: f"_{ord(match[0]):x}_", object)

@@ -1,0 +1,176 @@
+"""VMAD (arXiv 2409.20146) as two compositions of stages: the screen for every frame, the review for suspects.
+
+screen: frame → clip_encoder → patches → similarity → anomaly map, score
+review: patches → ltc_projector → visual_tokens → LLM → P(yes), answer, h_seg → mask_decoder(sam_encoder(frame))
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vmad_edge.runtime.bundle import Answer, Bundle, Thresholds
+from vmad_edge.runtime.engines.onnxruntime import Device, OnnxRuntimeEngine
+from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.inspection import Features
+from vmad_edge.runtime.stages.language import LanguageModel
+from vmad_edge.runtime.stages.preprocess import View, clip_pixels, sam_pixels
+from vmad_edge.runtime.stages.segmentation import mask_logits
+from vmad_edge.runtime.stages.similarity import (
+    EnrolledFrame,
+    PatchScores,
+    References,
+    anomaly_map,
+    image_score,
+    inspected_patches,
+    leave_one_out_thresholds,
+)
+from vmad_edge.runtime.timing import Stopwatch
+
+
+class SimilaritySource(Protocol):
+    """What a frame's patches are compared with: the bundle's normal features, or enrolled references."""
+
+    thresholds: Thresholds | None
+
+    def compare(self, patches: NDArray[np.float32]) -> PatchScores: ...
+
+
+@dataclass(frozen=True)
+class Screening:
+    features: Features
+    score: float
+    map: NDArray[np.float32]
+    worst: tuple[int, float]
+    """Of the most abnormal patch: the nearest row of the similarity source, and the patch's score."""
+
+
+class Screen:
+    """The fast lane. Thread-safe."""
+
+    def __init__(self, bundle: Bundle, device: Device) -> None:
+        self._manifest = bundle.manifest
+        self._clip_encoder = OnnxRuntimeEngine(bundle.file("clip_encoder.onnx"), device)
+        self.provider = self._clip_encoder.provider
+
+    def run(self, frame: Frame, source: SimilaritySource, watch: Stopwatch) -> Screening:
+        """One frame against `source`."""
+        similarity = self._manifest.similarity
+        size = frame.pixels.shape[0], frame.pixels.shape[1]
+        features, view = self._encode(frame, watch)
+        with watch("similarity"):
+            found = source.compare(features.patches)
+        with watch("map"):
+            inspected = inspected_patches(view, self._manifest.vision.grid, size)
+            score = image_score(found.score[inspected], similarity)
+            heat = anomaly_map(found.score, view, similarity, self._manifest.clip.size, size)
+            worst = int(np.argmax(np.where(inspected, found.score, -np.inf)))
+        return Screening(features, score, heat, (int(found.index[worst]), float(found.score[worst])))
+
+    def enroll(self, frames: list[Frame]) -> References:
+        """Patch features of normal frames, with leave-one-frame-out thresholds."""
+        grid = self._manifest.vision.grid
+        features, patches, enrolled, start = [], [], [], 0
+        for frame in frames:
+            size = frame.pixels.shape[0], frame.pixels.shape[1]
+            encoded, view = self._encode(frame, Stopwatch())
+            rows = np.flatnonzero(inspected_patches(view, grid, size))
+            features.append(encoded.patches[rows])
+            patches.append(rows.astype(np.int32))
+            enrolled.append(EnrolledFrame(frame.id, start, start + len(rows), view, size, self._jpeg(frame, view)))
+            start += len(rows)
+        stacked = np.concatenate(features), np.concatenate(patches), tuple(enrolled)
+        thresholds = leave_one_out_thresholds(References(*stacked, None), self._manifest.similarity)
+        return References(*stacked, thresholds)
+
+    def _encode(self, frame: Frame, watch: Stopwatch) -> tuple[Features, View]:
+        with watch("preprocess"):
+            pixels, view = clip_pixels(frame, self._manifest.clip)
+        with watch("clip_encoder"):
+            out = self._clip_encoder.run({"clip_pixels": pixels})
+        return Features(out["patches"][0], out["patches_multi"][0]), view
+
+    def _jpeg(self, frame: Frame, view: View) -> bytes:
+        """What CLIP saw of the frame, as a small picture for people."""
+        side = self._manifest.clip.size
+        box = (round(view.left), round(view.top), round(view.right), round(view.bottom))
+        target = io.BytesIO()
+        Image.fromarray(frame.pixels).crop(box).resize((side, side)).save(target, "JPEG", quality=90)
+        return target.getvalue()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a review found. `mask` [h,w] is None if P(yes) < 0.5 or the review was stopped before `<seg>`."""
+
+    p_yes: float
+    text: str
+    mask: NDArray[np.bool_] | None
+    seg_forced: bool
+    stopped: str | None
+
+
+class Review:
+    """The slow lane. One review at a time."""
+
+    def __init__(self, bundle: Bundle, device: Device) -> None:
+        self._manifest = bundle.manifest
+        self._ltc_projector = OnnxRuntimeEngine(bundle.file("ltc_projector.onnx"), device)
+        self._sam_encoder = OnnxRuntimeEngine(bundle.file("sam_encoder.onnx"), device)
+        self._mask_decoder = OnnxRuntimeEngine(bundle.file("mask_decoder.onnx"), device)
+        self._language = LanguageModel(
+            bundle.file("llm.gguf"), self._manifest.language, self._manifest.conversation
+        )
+        self._beside = ThreadPoolExecutor(1, "sam_encoder")
+
+    def run(
+        self,
+        frame: Frame,
+        features: Features,
+        question: str,
+        mode: Answer,
+        on_text: Callable[[str], None],
+        stop: Callable[[], str | None],
+        watch: Stopwatch,
+    ) -> Finding:
+        """Answer `question` about the frame; SAM's encoder runs beside the language model.
+
+        Args:
+            on_text: called with each piece of the answer as it is decoded.
+            stop: asked between decode steps; a reason ends the review.
+        """
+        embedded = self._beside.submit(self._embed, frame)
+        with watch("ltc_projector"):
+            projected = self._ltc_projector.run(
+                {"patches": features.patches[None], "patches_multi": features.patches_multi[None]}
+            )
+        answer = self._language.answer(
+            projected["visual_tokens"][0], question, mode=mode, on_text=on_text, stop=stop
+        )
+        watch.add(answer.timings_ms)
+        mask = None
+        image_embeddings, covered = embedded.result()
+        if answer.h_seg is not None:
+            with watch("mask_decoder"):
+                decoded = self._mask_decoder.run(
+                    {"image_embeddings": image_embeddings, "h_seg": answer.h_seg}
+                )
+                size = frame.pixels.shape[0], frame.pixels.shape[1]
+                logits = mask_logits(decoded["low_res_masks"][0, 0], covered, self._manifest.sam.size, size)
+                mask = logits > 0
+        return Finding(answer.p_yes, answer.text, mask, answer.seg_forced, answer.stopped)
+
+    def _embed(self, frame: Frame) -> tuple[NDArray[np.float32], tuple[int, int]]:
+        pixels, covered = sam_pixels(frame, self._manifest.sam)
+        return self._sam_encoder.run({"sam_pixels": pixels})["image_embeddings"], covered
+
+    def close(self) -> None:
+        self._beside.shutdown()
+        self._language.close()
