@@ -1,12 +1,12 @@
 """The bundle: the only thing that passes from export to runtime. Its manifest is defined here and nowhere else.
 
-    bundle/
-      manifest.sha256       SHA-256 of manifest.json: the bundle's hash
-      manifest.json         the Manifest below; lists every other file with its SHA-256
-      clip_encoder.onnx     ltc_projector.onnx  sam_encoder.onnx  mask_decoder.onnx  (+ .onnx.data when large)
-      llm.gguf              the language model with its LoRA merged
-      similarity.safetensors  DSSL's normal features
-      parity.json           source against export, as measured when the bundle was made
+bundle/
+  manifest.sha256       SHA-256 of manifest.json: the bundle's hash
+  manifest.json         the Manifest below; lists every other file with its SHA-256
+  clip_encoder.onnx     ltc_projector.onnx  sam_encoder.onnx  mask_decoder.onnx  (+ .onnx.data when large)
+  llm.gguf              the language model with its LoRA merged
+  similarity.safetensors  DSSL's normal features
+  parity.json           source against export, as measured when the bundle was made
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vmad_edge.runtime.errors import BundleError
 from vmad_edge.runtime.files import sha256
 
-SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 
@@ -132,7 +131,7 @@ class Weights(Record):
 
 
 class Manifest(Record):
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     system: Literal["vmad"] = "vmad"
     made_with: dict[str, str]
     """Versions of what wrote the bundle."""
@@ -180,7 +179,10 @@ class Bundle:
         manifest = _parse(folder / MANIFEST, text)
         present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
         listed = {*manifest.files, MANIFEST, MANIFEST_HASH}
-        for what, names in (("lacks", listed - present), ("has files its manifest does not list:", present - listed)):
+        for what, names in (
+            ("lacks", listed - present),
+            ("has files its manifest does not list:", present - listed),
+        ):
             if names:
                 raise BundleError(f"bundle {folder} {what} {', '.join(sorted(names))}. Copy it again, whole.")
         for name, digest in manifest.files.items():
@@ -217,7 +219,5 @@ def _parse(path: Path, text: bytes) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        advice = (
-            "This bundle needs a newer vmad-edge." if where == "schema_version" else "Export it again."
-        )
+        advice = "This bundle needs a newer vmad-edge." if where == "schema_version" else "Export it again."
         raise BundleError(f"{path}: {where}: {first['msg']}, found {first.get('input')!r:.80}. {advice}") from None

@@ -33,7 +33,7 @@ class Frame:
 
     @staticmethod
     def read(source: FrameSource, id: str | None = None) -> Frame:
-        """A frame from an array ([h,w], [h,w,1], [h,w,3] RGB or [h,w,4] RGBA, uint8), a path, or an encoded file's bytes.
+        """From an array ([h,w], [h,w,1], [h,w,3] RGB or [h,w,4] RGBA, uint8), a path, or an encoded file's bytes.
 
         EXIF orientation is applied; grey, palette, CMYK and alpha images become RGB (alpha is dropped).
 
@@ -90,8 +90,8 @@ def _decode(source: io.BytesIO | Path, name: str) -> NDArray[np.uint8]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size is stricter
             with Image.open(source) as image:
                 _check_size(*image.size, name)
-                if getattr(image, "n_frames", 1) != 1:
-                    raise FrameError(f"{name}: expected one image, found {image.n_frames} (an animation or a stack)")
+                if (count := getattr(image, "n_frames", 1)) != 1:
+                    raise FrameError(f"{name}: expected one image, found {count} (an animation or a stack)")
                 if image.mode.startswith(("I", "F")):
                     raise FrameError(f"{name}: expected 8 bits a channel, found mode {image.mode}; convert it first")
                 return np.array(ImageOps.exif_transpose(image).convert("RGB"))

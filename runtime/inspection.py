@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Literal
 
@@ -86,6 +86,17 @@ class Inspection:
     features: Features | None = field(default=None, repr=False)
     """Kept until a review has used them."""
 
+    def without_arrays(self) -> Inspection:
+        """The same result without pixels, map, mask and pictures: what a long run keeps of each frame."""
+        return replace(
+            self,
+            frame=replace(self.frame, pixels=np.zeros((0, 0, 3), np.uint8)),
+            map=None,
+            mask=None,
+            nearest_normal=None,
+            features=None,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The fields that `vmad inspect --json` prints."""
         return {
@@ -95,8 +106,7 @@ class Inspection:
             "score": self.score,
             "p_yes": self.p_yes,
             "regions": [
-                {"box": list(r.box), "area": r.area, "peak": r.peak, "centroid": list(r.centroid)}
-                for r in self.regions
+                {"box": list(r.box), "area": r.area, "peak": r.peak, "centroid": list(r.centroid)} for r in self.regions
             ],
             "explanation": self.explanation,
             "reason": self.reason,

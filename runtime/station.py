@@ -1,17 +1,19 @@
 """The device's own folder beside a bundle: what it enrolled. Keyed by the bundle's hash.
 
-    station/<first 16 of the bundle's hash>/banks/<object>/
-      bank.safetensors   features, patch numbers, pictures; what they are in the file's metadata
-      bank.sha256        checked before bank.safetensors is parsed
+station/<first 16 of the bundle's hash>/banks/<object>/
+  bank.safetensors   features, patch numbers, pictures; what they are in the file's metadata
+  bank.sha256        checked before bank.safetensors is parsed
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -68,7 +70,7 @@ class Station:
         record = _BankRecord(
             bundle=self._bundle.hash, object=object, frames=tuple(frames), thresholds=references.thresholds
         )
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "features": references.features,
             "patch": references.patch,
             "jpeg": np.frombuffer(b"".join(jpegs), np.uint8),

@@ -39,7 +39,7 @@ class OnnxRuntimeEngine:
             self._session = ort.InferenceSession(str(path), options, providers=[_PROVIDERS[device]])
         except Exception as error:  # ONNX Runtime raises a class of its own for each of its status codes
             raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from None
-        self.provider = self._session.get_providers()[0]
+        self.provider: str = self._session.get_providers()[0]
         if self.provider != _PROVIDERS[device]:
             raise VmadError(
                 f"device {device!r} was asked for, but ONNX Runtime would run {path.name} with {self.provider}. "

@@ -54,7 +54,10 @@ def clip_pixels(frame: Frame, spec: ClipInput) -> tuple[NDArray[np.float32], Vie
     image = image.crop((left, top, left + spec.size, top + spec.size))
     scale_x, scale_y = width / new_width, height / new_height
     view = View(
-        left * scale_x - x0, top * scale_y - y0, (left + spec.size) * scale_x - x0, (top + spec.size) * scale_y - y0
+        left * scale_x - x0,
+        top * scale_y - y0,
+        (left + spec.size) * scale_x - x0,
+        (top + spec.size) * scale_y - y0,
     )
     # Rescaled in float64 and normalised in float32, as transformers does: equal to the last bit.
     scaled = (np.asarray(image).astype(np.float64) * spec.rescale_factor).astype(np.float32)

@@ -7,7 +7,7 @@ review: patches → ltc_projector → visual_tokens → LLM → P(yes), answer, 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -74,8 +74,8 @@ class Screen:
             worst = int(np.argmax(np.where(inspected, found.score, -np.inf)))
         return Screening(features, score, heat, (int(found.index[worst]), float(found.score[worst])))
 
-    def enroll(self, frames: list[Frame]) -> References:
-        """Patch features of normal frames, with leave-one-frame-out thresholds."""
+    def enroll(self, frames: Iterable[Frame]) -> References:
+        """Patch features of normal frames, with leave-one-frame-out thresholds. Holds one frame at a time."""
         grid = self._manifest.vision.grid
         features, patches, enrolled, start = [], [], [], 0
         for frame in frames:
@@ -125,9 +125,7 @@ class Review:
         self._ltc_projector = OnnxRuntimeEngine(bundle.file("ltc_projector.onnx"), device)
         self._sam_encoder = OnnxRuntimeEngine(bundle.file("sam_encoder.onnx"), device)
         self._mask_decoder = OnnxRuntimeEngine(bundle.file("mask_decoder.onnx"), device)
-        self._language = LanguageModel(
-            bundle.file("llm.gguf"), self._manifest.language, self._manifest.conversation
-        )
+        self._language = LanguageModel(bundle.file("llm.gguf"), self._manifest.language, self._manifest.conversation)
         self._beside = ThreadPoolExecutor(1, "sam_encoder")
 
     def run(
@@ -146,30 +144,27 @@ class Review:
             on_text: called with each piece of the answer as it is decoded.
             stop: asked between decode steps; a reason ends the review.
         """
-        embedded = self._beside.submit(self._embed, frame)
+        embedded = self._beside.submit(self._embed, frame, watch)
         with watch("ltc_projector"):
             projected = self._ltc_projector.run(
                 {"patches": features.patches[None], "patches_multi": features.patches_multi[None]}
             )
-        answer = self._language.answer(
-            projected["visual_tokens"][0], question, mode=mode, on_text=on_text, stop=stop
-        )
+        answer = self._language.answer(projected["visual_tokens"][0], question, mode=mode, on_text=on_text, stop=stop)
         watch.add(answer.timings_ms)
         mask = None
-        image_embeddings, covered = embedded.result()
         if answer.h_seg is not None:
+            image_embeddings, covered = embedded.result()
             with watch("mask_decoder"):
-                decoded = self._mask_decoder.run(
-                    {"image_embeddings": image_embeddings, "h_seg": answer.h_seg}
-                )
+                decoded = self._mask_decoder.run({"image_embeddings": image_embeddings, "h_seg": answer.h_seg})
                 size = frame.pixels.shape[0], frame.pixels.shape[1]
                 logits = mask_logits(decoded["low_res_masks"][0, 0], covered, self._manifest.sam.size, size)
                 mask = logits > 0
         return Finding(answer.p_yes, answer.text, mask, answer.seg_forced, answer.stopped)
 
-    def _embed(self, frame: Frame) -> tuple[NDArray[np.float32], tuple[int, int]]:
-        pixels, covered = sam_pixels(frame, self._manifest.sam)
-        return self._sam_encoder.run({"sam_pixels": pixels})["image_embeddings"], covered
+    def _embed(self, frame: Frame, watch: Stopwatch) -> tuple[NDArray[np.float32], tuple[int, int]]:
+        with watch("sam_encoder"):
+            pixels, covered = sam_pixels(frame, self._manifest.sam)
+            return self._sam_encoder.run({"sam_pixels": pixels})["image_embeddings"], covered
 
     def close(self) -> None:
         self._beside.shutdown()

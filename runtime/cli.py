@@ -1,0 +1,214 @@
+"""The `vmad` command. Its subcommands are entry points in the group `vmad.commands`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vmad_edge.runtime.bundle import Answer
+from vmad_edge.runtime.engines.onnxruntime import Device
+from vmad_edge.runtime.errors import VmadError
+from vmad_edge.runtime.frame import list_images
+from vmad_edge.runtime.inspection import Inspection, Verdict
+from vmad_edge.runtime.inspector import Inspector
+
+Subcommands = Any  # argparse's type for this is private
+_STYLE = {
+    Verdict.GOOD: "green",
+    Verdict.DEFECT: "bold red",
+    Verdict.UNCERTAIN: "yellow",
+    Verdict.NOT_INSPECTED: "magenta",
+}
+_err = Console(stderr=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; a VmadError becomes one line on standard error and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog="vmad", description="Find and explain defects on parts never seen before, on the edge."
+    )
+    parser.add_argument("--version", action="version", version=f"vmad-edge {version('vmad-edge')}")
+    subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in sorted(entry_points(group="vmad.commands"), key=lambda found: found.name):
+        add = cast(Callable[[Subcommands], None], command.load())
+        add(subcommands)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except VmadError as error:
+        print(f"vmad: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def add_inspect(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "inspect",
+        help="inspect images: verdict, heat map, mask, explanation",
+        description="Inspect images. Every frame is screened; suspects are reviewed by the language model.",
+        epilog="Exit status: 0 all GOOD; 1 a DEFECT; 2 usage or bundle error; "
+        "3 UNCERTAIN or NOT_INSPECTED but no DEFECT.",
+    )
+    _add_bundle(parser)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="image files, or folders of them (recursive)")
+    parser.add_argument("--references", metavar="DIR", help="compare with the normal parts in DIR, for this run alone")
+    parser.add_argument("--object", metavar="NAME", help="the part's name, as in “screw”")
+    parser.add_argument("--question", metavar="TEXT", help="ask this instead; {object} is replaced by the name")
+    parser.add_argument("--answer", choices=["full", "short"], help="a whole sentence, or yes/no and the mask")
+    parser.add_argument("--no-review", action="store_true", help="the screen alone: no sentence, no mask")
+    parser.add_argument("--deadline-ms", type=float, metavar="N", help="per frame; late screens are NOT_INSPECTED")
+    parser.add_argument("--json", action="store_true", help="print one JSON array instead of a table")
+    parser.add_argument("--report", metavar="DIR", type=Path, help="write a picture for each frame into DIR")
+    parser.set_defaults(run=_inspect)
+
+
+def add_enroll(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "enroll",
+        help="make normal parts the references of later inspections",
+        description="Store the patch features of normal parts in the station and set thresholds from their own "
+        "leave-one-out scores. Earlier references of the same object are replaced.",
+    )
+    _add_bundle(parser)
+    parser.add_argument("folder", metavar="DIR", help="images of normal parts (recursive)")
+    parser.add_argument("--object", metavar="NAME", help="the part's name; banks are kept per object")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_enroll)
+
+
+def add_info(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "info", help="what a bundle is, what is enrolled for it, and what this machine runs it with"
+    )
+    _add_bundle(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_info)
+
+
+def _add_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by `vmad export`")
+    parser.add_argument("--station", metavar="DIR", help="the device's own folder (default: your user data folder)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
+
+
+def _open(args: argparse.Namespace) -> Inspector:
+    return Inspector.open(args.bundle, args.station, cast(Device, args.device))
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    paths = list_images(args.paths)
+    done: list[Inspection] = []
+    with _open(args) as inspector:
+        if args.references is not None:
+            references = track(list_images([args.references]), "enrolling", console=_err, transient=True)
+            inspector.enroll(references, object=args.object, keep=False)
+        for path in track(paths, "inspecting", console=_err, transient=True, disable=len(paths) == 1):
+            inspection = inspector.inspect(
+                path,
+                object=args.object,
+                question=args.question,
+                answer=cast("Answer | None", args.answer),
+                review=not args.no_review,
+                deadline_ms=args.deadline_ms,
+            )
+            if args.report is not None:
+                _write_picture(inspection, args.report, inspector)
+            done.append(inspection.without_arrays())
+    if args.json:
+        print(json.dumps([inspection.to_json() for inspection in done], indent=2, allow_nan=False))
+    else:
+        Console().print(_table(done))
+    verdicts = {inspection.verdict for inspection in done}
+    if Verdict.DEFECT in verdicts:
+        return 1
+    return 0 if verdicts == {Verdict.GOOD} else 3
+
+
+def _write_picture(inspection: Inspection, folder: Path, inspector: Inspector) -> None:
+    from vmad_edge.runtime.report import picture
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = Path(inspection.frame.path or inspection.frame.id)
+    target = folder / ("_".join(part for part in name.with_suffix("").parts if part not in ("/", "..")) + ".png")
+    picture(inspection, inspector.heat_top(inspection.object)).save(target)
+
+
+def _table(done: list[Inspection]) -> Table:
+    table = Table("frame", "verdict", "score", "P(yes)", "ms", "explanation or reason", pad_edge=False)
+    for inspection in done:
+        table.add_row(
+            Path(inspection.frame.path or inspection.frame.id).name,
+            f"[{_STYLE[inspection.verdict]}]{inspection.verdict.value}[/]",
+            "" if inspection.score is None else f"{inspection.score:.3f}",
+            "" if inspection.p_yes is None else f"{inspection.p_yes:.2f}",
+            f"{inspection.timings_ms.get('screen', 0):.0f} + {inspection.timings_ms.get('review', 0):.0f}",
+            " ".join(filter(None, (inspection.explanation, inspection.reason))),
+        )
+    table.columns[4].header = "ms screen + review"
+    return table
+
+
+def _enroll(args: argparse.Namespace) -> int:
+    paths = list_images([args.folder])
+    with _open(args) as inspector:
+        references = inspector.enroll(track(paths, "enrolling", console=_err, transient=True), object=args.object)
+        thresholds = references.thresholds
+        facts = {
+            "frames": len(references.frames),
+            "patches": len(references.features),
+            "thresholds": None if thresholds is None else thresholds.model_dump(),
+            "station": str(inspector.station.path),
+        }
+    _print_facts(facts, args.json)
+    if thresholds is None:
+        _err.print("fewer than three frames: no thresholds, so every verdict is UNCERTAIN until more are enrolled")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    with _open(args) as inspector:
+        manifest = inspector.bundle.manifest
+        facts = {
+            "bundle": str(inspector.bundle.path),
+            "hash": inspector.bundle.hash,
+            "weights": f"{manifest.weights.origin} ({manifest.weights.licence})",
+            "clip": f"{manifest.clip.size} px, {manifest.vision.grid}×{manifest.vision.grid} patches of width "
+            f"{manifest.vision.width}, levels {list(manifest.vision.levels)}",
+            "language": f"width {manifest.language.width}, {manifest.language.visual_tokens} visual tokens, "
+            f"{manifest.language.quantization}, answers {manifest.language.answer}",
+            "sam": f"{manifest.sam.size} px",
+            "thresholds": manifest.similarity.thresholds and manifest.similarity.thresholds.model_dump(),
+            "made_with": manifest.made_with,
+            "station": str(inspector.station.path),
+            "enrolled": inspector.station.enrolled(),
+            "provider": inspector.provider,
+            "cuda_kernels": "not in this build",
+        }
+    _print_facts(facts, args.json)
+    if manifest.clip.resize == "shortest_edge":
+        _err.print("warning: this checkpoint crops the centre of each frame; what lies outside counts as not inspected")
+    return 0
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(box=None, show_header=False)
+    for name, value in facts.items():
+        table.add_row(f"[bold]{name}[/]", str(value))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""The front door: frames in, Inspections out."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from vmad_edge.runtime.bundle import Answer, Bundle, Thresholds
+from vmad_edge.runtime.engines.onnxruntime import Device
+from vmad_edge.runtime.errors import VmadError
+from vmad_edge.runtime.frame import Frame, FrameSource
+from vmad_edge.runtime.inspection import Inspection, Region, Verdict, find_regions
+from vmad_edge.runtime.review import PendingReview, ReviewProcess
+from vmad_edge.runtime.stages.similarity import NormalFeatures, References
+from vmad_edge.runtime.station import Station
+from vmad_edge.runtime.systems.vmad import Screen, Screening, SimilaritySource
+from vmad_edge.runtime.timing import Stopwatch
+
+
+class ReviewHandle:
+    """A review on its way, and the Inspection that it makes of the screen's."""
+
+    def __init__(self, inspection: Inspection, pending: PendingReview) -> None:
+        self._inspection = inspection
+        self._pending = pending
+
+    def wait(self, timeout: float | None = None) -> Inspection:
+        """The Inspection after the review; after `timeout` seconds without one, the screen's, saying so."""
+        if not self._pending.wait(timeout):
+            return replace(self._inspection, reason="the review did not end in time", features=None)
+        return _after_review(self._inspection, self._pending)
+
+    def cancel(self) -> None:
+        """Stop before the next decode step; `wait` then returns what there is."""
+        self._pending.cancel()
+
+    def text(self) -> Iterator[str]:
+        """Pieces of the answer as they are decoded, until the review ends. For one reader."""
+        return self._pending.text()
+
+
+class Inspector:
+    """Inspects frames with one bundle. Use it as a context manager.
+
+    Thread-safe: several threads may inspect at once; their reviews queue for the one review process.
+    """
+
+    def __init__(self, bundle: Bundle, station: Station, device: Device) -> None:
+        self.bundle = bundle
+        self.station = station
+        self._screen = Screen(bundle, device)
+        self._normal = NormalFeatures(bundle.file("similarity.safetensors"), bundle.manifest.similarity)
+        self._references: dict[str, References | None] = {}
+        self._lock = threading.Lock()
+        self._reviews = ReviewProcess(bundle.path, device)
+
+    @staticmethod
+    def open(bundle: Path | str, station: Path | str | None = None, device: Device = "auto") -> Inspector:
+        """Verify the bundle and make its screen ready; the review's models load when they are first needed.
+
+        Args:
+            station: the device's own folder; None takes the user's data folder.
+
+        Raises:
+            BundleError: the bundle must not be used.
+        """
+        opened = Bundle.open(bundle)
+        return Inspector(opened, Station(None if station is None else Path(station), opened), device)
+
+    def __enter__(self) -> Inspector:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the review process."""
+        self._reviews.close()
+
+    @property
+    def provider(self) -> str:
+        """What runs the screen's encoder."""
+        return self._screen.provider
+
+    def inspect(
+        self,
+        frame: FrameSource,
+        *,
+        object: str | None = None,
+        question: str | None = None,
+        answer: Answer | None = None,
+        review: bool = True,
+        deadline_ms: float | None = None,
+    ) -> Inspection:
+        """Screen one frame and, if it is suspect, review it.
+
+        Never raises for what is wrong with the frame or the screen: that is NOT_INSPECTED with its reason.
+
+        Args:
+            frame: an RGB array [h,w,3] uint8 (or grey, or RGBA), a path, an encoded image, or a Frame.
+            object: the part's name: chooses the reference bank and goes into the question.
+            question: instead of the manifest's; `{object}` in it is replaced.
+            answer: "full" sentence or "short"; None takes the manifest's.
+            review: False gives the screen alone; `review(inspection)` can follow.
+            deadline_ms: from now. A screen that misses it is NOT_INSPECTED; a review that misses it is left out.
+        """
+        deadline = None if deadline_ms is None else time.monotonic() + deadline_ms / 1e3
+        if review:
+            self._reviews.start()
+        inspection = self._screened(frame, self._object(object), deadline)
+        suspect = inspection.verdict in (Verdict.DEFECT, Verdict.UNCERTAIN)
+        if not (review and suspect):
+            return inspection
+        handle = self.review(inspection, question=question, answer=answer, deadline=deadline)
+        return handle.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+    def inspect_batch(self, frames: Iterable[FrameSource], **options: object) -> Iterator[Inspection]:
+        """`inspect` for each frame, in order, one at a time in memory. Options are those of `inspect`."""
+        return (self.inspect(frame, **options) for frame in frames)  # type: ignore[arg-type]
+
+    def review(
+        self,
+        inspection: Inspection,
+        *,
+        question: str | None = None,
+        answer: Answer | None = None,
+        deadline: float | None = None,
+    ) -> ReviewHandle:
+        """Start the review of a screened frame.
+
+        Args:
+            deadline: a time.monotonic() value at which the review stops by itself.
+
+        Raises:
+            VmadError: the inspection has no features: it was not inspected, or reviewed already.
+        """
+        if inspection.features is None:
+            raise VmadError("expected an Inspection from inspect(…, review=False), found one without features")
+        manifest = self.bundle.manifest
+        asked = (question or manifest.conversation.question).replace("{object}", inspection.object)
+        mode = answer or manifest.language.answer
+        pending = self._reviews.submit(inspection.frame, inspection.features, asked, mode, deadline)
+        return ReviewHandle(inspection, pending)
+
+    def enroll(self, frames: Iterable[FrameSource], *, object: str | None = None, keep: bool = True) -> References:
+        """Make normal frames the references of `object`, in place of earlier ones.
+
+        Args:
+            keep: write them to the station; False uses them in this inspector alone.
+
+        Raises:
+            FrameError: no frames, or one that cannot be read; nothing is changed then.
+        """
+        name = self._object(object)
+        references = self._screen.enroll(Frame.read(frame) for frame in frames)
+        if keep:
+            self.station.save_references(name, references)
+        with self._lock:
+            self._references[name] = references
+        return references
+
+    def heat_top(self, object: str) -> float:
+        """The map value to draw in the hottest colour: twice where DEFECT begins for `object`."""
+        thresholds = self._source(object).thresholds
+        return 1.0 if thresholds is None else 2 * thresholds.defect_above
+
+    def _object(self, object: str | None) -> str:
+        return self.bundle.manifest.conversation.object if object is None else object
+
+    def _source(self, object: str) -> SimilaritySource:
+        with self._lock:
+            if object not in self._references:
+                self._references[object] = self.station.load_references(object)
+            return self._references[object] or self._normal
+
+    def _screened(self, source: FrameSource, object: str, deadline: float | None) -> Inspection:
+        watch = Stopwatch()
+        compared_with = self._source(object)
+        try:
+            with watch("screen"):
+                with watch("read"):
+                    frame = Frame.read(source)
+                screening = self._screen.run(frame, compared_with, watch)
+        except Exception as error:  # whatever went wrong in the screen is a reason, never a verdict
+            path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+            name = source.id if isinstance(source, Frame) else path or "frame"
+            nothing = Frame(np.zeros((0, 0, 3), np.uint8), name, path)
+            reason = str(error) if isinstance(error, VmadError) else f"{type(error).__name__}: {error}"
+            return Inspection(nothing, object, Verdict.NOT_INSPECTED, reason=reason)
+        met = None if deadline is None else time.monotonic() <= deadline
+        fault = None
+        if not np.isfinite(screening.score):
+            fault = "the encoder or the similarity gave NaN"
+        elif met is False:
+            fault = f"the screen took {watch.timings_ms['screen']:.0f} ms and missed the deadline"
+        if fault is not None:
+            return Inspection(
+                frame,
+                object,
+                Verdict.NOT_INSPECTED,
+                reason=fault,
+                timings_ms=watch.timings_ms,
+                deadline_met=met,
+            )
+        return self._inspection(frame, object, screening, compared_with, watch, met)
+
+    def _inspection(
+        self,
+        frame: Frame,
+        object: str,
+        screening: Screening,
+        source: SimilaritySource,
+        watch: Stopwatch,
+        deadline_met: bool | None,
+    ) -> Inspection:
+        verdict = _verdict(screening.score, source.thresholds)
+        regions: tuple[Region, ...] = ()
+        nearest = None
+        row, patch_score = screening.worst
+        if isinstance(source, References):
+            nearest = source.nearest(row, 1 - patch_score, self.bundle.manifest.vision.grid)
+        if source.thresholds is not None and verdict is not Verdict.GOOD:
+            # Smoothing can press a lone patch's peak below the threshold; its place is a region all the same.
+            level = min(source.thresholds.good_below, 0.9 * float(np.nanmax(screening.map)))
+            regions = find_regions(screening.map >= level, screening.map)
+        return Inspection(
+            frame,
+            object,
+            verdict,
+            score=screening.score,
+            compared_with="references" if isinstance(source, References) else "normal features",
+            map=screening.map,
+            regions=regions,
+            nearest_normal=nearest,
+            timings_ms=watch.timings_ms,
+            deadline_met=deadline_met,
+            features=screening.features,
+        )
+
+
+def _verdict(score: float, thresholds: Thresholds | None) -> Verdict:
+    if thresholds is None:
+        return Verdict.UNCERTAIN
+    if score < thresholds.good_below:
+        return Verdict.GOOD
+    return Verdict.DEFECT if score >= thresholds.defect_above else Verdict.UNCERTAIN
+
+
+def _after_review(inspection: Inspection, pending: PendingReview) -> Inspection:
+    """The screen's Inspection with what the review found: it may settle UNCERTAIN, never turn DEFECT into GOOD."""
+    finding = pending.finding
+    if finding is None:
+        return replace(inspection, reason=f"review failed: {pending.fault}", features=None)
+    changes: dict[str, object] = {
+        "p_yes": finding.p_yes,
+        "explanation": finding.text or None,
+        "seg_forced": finding.seg_forced,
+        "timings_ms": {**inspection.timings_ms, **pending.timings_ms},
+        "features": None,
+    }
+    if finding.stopped is not None:
+        changes["reason"] = f"the review was stopped: {finding.stopped}"
+    if finding.p_yes is not None and inspection.verdict is Verdict.UNCERTAIN:
+        changes["verdict"] = Verdict.DEFECT if finding.p_yes >= 0.5 else Verdict.GOOD
+        changes["decided_by"] = "review"
+    if finding.mask is not None and inspection.map is not None:
+        changes["mask"] = finding.mask
+        if finding.mask.any():
+            changes["regions"] = find_regions(finding.mask, inspection.map)
+    return replace(inspection, **changes)  # type: ignore[arg-type]
