@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from vmad_edge.runtime.errors import FrameError
 
-MAX_PIXELS = 200_000_000
+MAX_PIXELS = 150_000_000
 """Larger images are refused before they are decoded."""
 MIN_SIDE = 8
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})

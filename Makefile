@@ -1,0 +1,46 @@
+# make demo   set everything up and inspect the sample parts
+# make test   set everything up and pass the tests
+# Both install into .venv; llama.cpp's wheel is built once and kept in CACHE.
+
+PYTHON ?= python3
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vmad-edge
+BIN = .venv/bin
+LLAMA = llama-cpp-python==0.3.36
+PINS = --constraint tests/constraints.txt
+BUILT_FROM = pyproject.toml CMakeLists.txt $(wildcard kernels/include/* kernels/cpu/*)
+
+# GGML_NATIVE picks AMX code that crashes on Q8_0 (llama.cpp inside 0.3.36); elsewhere than x86 the build chooses.
+ifeq ($(shell uname -m),x86_64)
+LLAMA_FLAGS = -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
+endif
+
+.PHONY: demo test clean
+
+demo: .venv/cpu
+	$(BIN)/vmad inspect demo/bundle demo/parts --report demo/report || [ $$? -eq 1 ]
+	@echo "Pictures: demo/report"
+
+test: .venv/test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+.venv/llama:
+	$(PYTHON) -m venv .venv
+	ls $(CACHE)/llama_cpp_python-0.3.36-*.whl 2>/dev/null || CMAKE_ARGS="$(LLAMA_FLAGS) -DLLAVA_BUILD=OFF" \
+	    $(BIN)/pip wheel --no-deps --no-binary llama-cpp-python --wheel-dir $(CACHE) $(LLAMA)
+	$(BIN)/pip install --quiet $(PINS) $(CACHE)/llama_cpp_python-0.3.36-*.whl
+	touch $@
+
+.venv/cpu: .venv/llama $(BUILT_FROM)
+	$(BIN)/pip install --quiet $(PINS) --editable ".[cpu]"
+	touch $@
+
+.venv/test: .venv/cpu tests/constraints.txt
+	$(BIN)/pip install --quiet $(PINS) torch
+	$(BIN)/pip install --quiet $(PINS) --editable ".[cpu,export,test]"
+	touch $@
+
+clean:
+	rm -rf .venv build demo/report

@@ -1,0 +1,286 @@
+"""Language stage: prompt and visual tokens → P(yes), the answer's text, h_seg. llama.cpp's low-level API, no torch.
+
+One prompt is three decodes: the ids before `<image>` (kept as KV between answers), the visual tokens as embeddings,
+the ids after `<image>`. llama.cpp makes every token of a batch an output once embeddings are on, so they are on only
+from the last prompt token onward.
+"""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vmad_edge.runtime import bundle
+from vmad_edge.runtime.errors import BundleError, VmadError
+
+Array = NDArray[np.float32]
+
+_KEPT, _WORKING = 0, 1  # llama.cpp sequences: the prompt's part before <image>, and the answer at hand
+_F32_KV = 0  # GGML_TYPE_F32
+
+_messages: deque[str] = deque(maxlen=8)
+
+
+@llama.llama_log_callback
+def _keep_message(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    if level >= 3 and text:  # GGML_LOG_LEVEL_WARN
+        _messages.append(text.decode("utf-8", "replace").strip())
+
+
+# llama.cpp writes to stderr otherwise; its words are wanted only in an error.
+llama.llama_log_set(_keep_message, ctypes.c_void_p(0))
+
+
+def llama_messages() -> str:
+    """llama.cpp's latest warnings and errors, for an error message; forgotten afterwards."""
+    text = "; ".join(_messages)
+    _messages.clear()
+    return text
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the language model said about one frame."""
+
+    text: str
+    """Without the seg token, stripped."""
+    p_yes: float
+    h_seg: Array | None
+    """[1,H], after the final norm; None if P(yes) < 0.5 or the answer was stopped before `<seg>`."""
+    token_ids: tuple[int, ...]
+    """All ids of the answer, `<seg>` included."""
+    seg_forced: bool
+    """The answer reached max_new_tokens without `<seg>`."""
+    stopped: str | None
+    """The reason that `stop` gave."""
+    timings_ms: dict[str, float]
+    """"prefill" (up to P(yes)) and "decode"."""
+
+
+class LanguageModel:
+    """The bundle's GGUF in llama.cpp. A context manager. Not thread-safe: one call at a time.
+
+    Args:
+        gguf: the model file.
+        language: what the manifest says about it; a file that differs is refused.
+        conversation: the manifest's template and short answer.
+        threads: of llama.cpp; None: as many as processors are allowed to the process.
+        exact: F32 KV and no flash attention, for parity with the source (F16 KV costs about 1e-3 relative). Else
+            llama.cpp's own choice: F16 KV, flash attention where it helps.
+
+    Raises:
+        BundleError: a file that llama.cpp cannot load, or that is not the one the manifest describes.
+    """
+
+    def __init__(
+        self,
+        gguf: Path,
+        language: bundle.Language,
+        conversation: bundle.Conversation,
+        *,
+        threads: int | None = None,
+        exact: bool = False,
+    ) -> None:
+        self._language = language
+        self._model = self._context = None
+        self._kept: list[int] | None = None
+        llama.llama_backend_init()
+        params = llama.llama_model_default_params()
+        params.use_extra_bufts = False  # repacked weights: llama.cpp's AMX path crashes on Q8_0
+        self._model = llama.llama_model_load_from_file(os.fsencode(gguf), params)
+        if not self._model:
+            raise BundleError(f"{gguf}: llama.cpp cannot load it ({llama_messages()}). Export the bundle again.")
+        try:
+            self._vocab = llama.llama_model_get_vocab(self._model)
+            self._check(gguf)
+            self._context = self._open_context(threads or len(os.sched_getaffinity(0)), exact)
+        except BaseException:
+            self.close()
+            raise
+        ids = range(language.vocabulary)
+        self._end_ids = [i for i in ids if llama.llama_vocab_is_eog(self._vocab, i)]
+        special = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_USER_DEFINED | llama.LLAMA_TOKEN_ATTR_UNKNOWN
+        self._special = {self._token(i) for i in ids if llama.llama_vocab_get_attr(self._vocab, i) & special}
+        self._template = conversation.template.split("<image>")
+        self._short_ids = self._tokenize(conversation.short_answer, parse_special=False)
+
+    def __enter__(self) -> LanguageModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free llama.cpp's memory. May be called again."""
+        if self._context:
+            llama.llama_free(self._context)
+        if self._model:
+            llama.llama_model_free(self._model)
+        self._model = self._context = None
+
+    def prompt_ids(self, question: str) -> tuple[list[int], list[int]]:
+        """Token ids before and after `<image>`, as LLaVA makes them: each part tokenised apart, BOS before the first.
+
+        Raises:
+            VmadError: the question holds a special token of this model, or cannot be written as UTF-8.
+        """
+        for token in sorted(self._special | {"<image>"}):
+            if token in question:
+                raise VmadError(f"the question holds {token!r}, which is a special token of the model. Leave it out.")
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:
+            raise VmadError(f"the question is not text: {error}.") from None
+        before, after = (part.replace("{question}", question) for part in self._template)
+        return self._tokenize(before, add_bos=True), self._tokenize(after)
+
+    def answer(
+        self,
+        visual_tokens: ArrayLike,
+        question: str,
+        *,
+        mode: bundle.Answer,
+        on_text: Callable[[str], None] = lambda text: None,
+        stop: Callable[[], str | None] = lambda: None,
+    ) -> Answer:
+        """Ask `question` about the part that `visual_tokens` show; greedy decoding.
+
+        P(yes) = Σp(yes ids) / (Σp(yes ids) + Σp(no ids)) at the first answer token.
+        `full`: decode until `<seg>`; end-of-text is banned until then, and `<seg>` is forced as the last of
+        max_new_tokens. `short`: if P(yes) ≥ 0.5, the manifest's short answer is taken as given and `<seg>` follows.
+        h_seg is the state of the step whose logits emit `<seg>` (LISA, model/LISA.py) or of `<seg>` itself, as the
+        manifest says.
+
+        Args:
+            visual_tokens: [K,H], float32.
+            question: the whole question, the object's name filled in.
+            on_text: gets the answer's text in pieces as it grows; together they are `Answer.text`.
+            stop: asked before each step after the prefill; a reason ends the answer there.
+
+        Raises:
+            VmadError: the question is refused (see prompt_ids) or too long for the context.
+            BundleError: the model's numbers are not finite.
+            ValueError: visual_tokens of another shape, or not finite.
+        """
+        start = time.perf_counter()
+        before, after = self.prompt_ids(question)
+        visual = self._check_visual(visual_tokens)
+        position = self._prefill(before, visual, after)
+        p_yes = self._p_yes()
+        prefilled = time.perf_counter()
+
+        text, ids = _Text(on_text), list[int]()
+        seg, seg_forced = self._language.seg_token_id, False
+        stopped = stop()
+        if mode == "short" and stopped is None and p_yes >= 0.5:
+            position = self._decode(self._short_ids, position, outputs=True)
+            text.add(*map(self._piece, self._short_ids))
+            ids = [*self._short_ids, seg]
+        while mode == "full" and stopped is None:
+            token = self._greedy()
+            if token != seg and len(ids) + 1 == self._language.max_new_tokens:
+                token, seg_forced = seg, True
+            ids.append(token)
+            if token == seg:
+                break
+            position = self._decode([token], position, outputs=True)
+            text.add(self._piece(token))
+            stopped = stop()
+
+        h_seg = None
+        if p_yes >= 0.5 and ids and ids[-1] == seg:
+            if self._language.seg_state == "token":
+                self._decode([seg], position, outputs=True)
+            h_seg = self._states(1)
+        timings_ms = {"prefill": (prefilled - start) * 1e3, "decode": (time.perf_counter() - prefilled) * 1e3}
+        return Answer(text.end(), p_yes, h_seg, tuple(ids), seg_forced, stopped, timings_ms)
+
+    def hidden_states(
+        self, visual_tokens: ArrayLike, question: str, answer_ids: Sequence[int] = ()
+    ) -> tuple[Array, Array]:
+        """States after the final norm [T,H] and logits [T,V] at every position of prompt, visual tokens, `answer_ids`.
+
+        Raises:
+            VmadError, ValueError: as answer.
+        """
+        before, after = self.prompt_ids(question)
+        visual = self._check_visual(visual_tokens)
+        tail = [*after, *answer_ids]
+        self._check_length(len(before), len(tail), new_tokens=0)
+        self._forget(_WORKING)
+        position, states, logits = 0, [], []
+        for part in (before, visual, tail):
+            position = self._decode(part, position, outputs=True)
+            states.append(self._states(len(part)))
+            logits.append(self._logits(len(part)))
+        return np.concatenate(states), np.concatenate(logits)
+
+    # ------------------------------------------------------------------------------------------ prompt
+
+    def _prefill(self, before: list[int], visual: Array, after: list[int]) -> int:
+        """Decode the prompt; its last position alone has outputs. Returns the next position."""
+        self._check_length(len(before), len(after), new_tokens=self._language.max_new_tokens)
+        memory = llama.llama_get_memory(self._context)
+        if before != self._kept:
+            self._kept = None
+            self._forget(_KEPT)
+            self._decode(before, 0, outputs=False, sequence=_KEPT)
+            self._kept = before
+        self._forget(_WORKING)
+        llama.llama_memory_seq_cp(memory, _KEPT, _WORKING, 0, len(before))
+        position = self._decode(visual, len(before), outputs=False)
+        position = self._decode(after[:-1], position, outputs=False)
+        return self._decode(after[-1:], position, outputs=True)
+
+    def _check_visual(self, visual_tokens: ArrayLike) -> Array:
+        visual = np.ascontiguousarray(visual_tokens, np.float32)
+        expected = (self._language.visual_tokens, self._language.width)
+        if visual.shape != expected:
+            raise ValueError(f"visual_tokens: expected {expected}, found {visual.shape}")
+        if not np.isfinite(visual).all():
+            raise ValueError("visual_tokens: expected finite numbers, found NaN or infinity")
+        return visual
+
+    def _check_length(self, before: int, after: int, new_tokens: int) -> None:
+        visual, context = self._language.visual_tokens, self._language.context_length
+        if (total := before + visual + after + new_tokens) > context:
+            raise VmadError(
+                f"the prompt is too long: {before + after} text tokens, {visual} visual tokens and {new_tokens} for the "
+                f"answer are {total}; the model's context holds {context}. Ask a shorter question."
+            )
+
+    # ------------------------------------------------------------------------------------------ outputs
+
+    def _p_yes(self) -> float:
+        logits = self._logits(1)[0].astype(np.float64)
+        yes, no = (np.logaddexp.reduce(logits[list(ids)]) for ids in self._yes_no)
+        p_yes = float(1 / (1 + np.exp(no - yes)))
+        if np.isnan(p_yes):
+            raise BundleError("the language model's logits are not finite. Export the bundle again.")
+        return p_yes
+
+    def _greedy(self) -> int:
+        logits = self._logits(1)[0]
+        logits[self._end_ids] = -np.inf
+        return int(logits.argmax())
+
+    def _states(self, count: int) -> Array:
+        """[count,H]: of the last decode's positions, all of which were outputs."""
+        pointer = llama.llama_get_embeddings(self._context)
+        return np.ctypeslib.as_array(pointer, (count, self._language.width)).copy()
+
+    def _logits(self, count: int) -> Array:
+        pointer = llama.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, (count, self._language.vocabulary)).copy()
+

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from vmad_edge.runtime.errors import FrameError
+from vmad_edge.runtime.frame import Frame, list_images
+
+RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    target = io.BytesIO()
+    image.save(target, form, **options)
+    return target.getvalue()
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90° clockwise
+    return encoded(Image.fromarray(RGB), exif=exif)
+
+
+@pytest.mark.parametrize(
+    "source,expected",
+    [
+        pytest.param(RGB, RGB, id="rgb array"),
+        pytest.param(RGB[:, :, 0], RGB[:, :, [0, 0, 0]], id="grey array"),
+        pytest.param(RGB[:, :, :1], RGB[:, :, [0, 0, 0]], id="one channel"),
+        pytest.param(np.dstack([RGB, RGB[:, :, 0]]), RGB, id="rgba array"),
+        pytest.param(RGB[::-1, ::2], RGB[::-1, ::2], id="non-contiguous array"),
+        pytest.param(encoded(Image.fromarray(RGB)), RGB, id="png"),
+        pytest.param(encoded(Image.fromarray(RGB[:, :, 0])), RGB[:, :, [0, 0, 0]], id="grey png"),
+        pytest.param(encoded(Image.fromarray(np.dstack([RGB, RGB[:, :, 0]]))), RGB, id="rgba png"),
+        pytest.param(encoded(Image.fromarray(RGB), "TIFF"), RGB, id="tiff"),
+        pytest.param(turned(), np.rot90(RGB, -1), id="exif orientation"),
+    ],
+)
+def test_becomes_rgb(source: NDArray[np.uint8] | bytes, expected: NDArray[np.uint8]) -> None:
+    frame = Frame.read(source)
+    np.testing.assert_array_equal(frame.pixels, expected)
+    assert frame.pixels.flags.c_contiguous
+
+
+def test_cmyk_becomes_rgb() -> None:
+    frame = Frame.read(encoded(Image.new("CMYK", (20, 20), (255, 0, 0, 0)), "JPEG"))
+    assert frame.pixels.shape == (20, 20, 3)
+    assert frame.pixels[0, 0, 0] < 40 < frame.pixels[0, 0, 1]
+
+
+PNG = encoded(Image.fromarray(RGB))
+JPEG = encoded(Image.fromarray(np.tile(RGB, (8, 8, 1))), "JPEG")
+FRAMES = [Image.fromarray(RGB), Image.fromarray(RGB[::-1])]
+
+
+@pytest.mark.parametrize(
+    "source,says",
+    [
+        pytest.param(b"", "not a readable image", id="zero bytes"),
+        pytest.param(b"hello, this is text", "not a readable image", id="text"),
+        pytest.param(JPEG[: len(JPEG) // 2], "not a readable image", id="truncated jpeg"),
+        pytest.param(PNG[: len(PNG) // 2], "not a readable image", id="truncated png"),
+        pytest.param(encoded(Image.new("RGB", (1, 1))), "1×1 pixels; expected at least", id="one pixel"),
+        pytest.param(encoded(Image.new("1", (13_000, 13_000))), "expected at most 150,000,000", id="13,000²"),
+        pytest.param(encoded(Image.new("1", (30_000, 30_000))), "exceeds limit", id="30,000²: Pillow's own limit"),
+        pytest.param(
+            encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "expected one image", id="animation"
+        ),
+        pytest.param(encoded(Image.fromarray(RGB[:, :, 0].astype(np.uint16))), "expected 8 bits", id="16-bit png"),
+        pytest.param(RGB.astype(np.float32), "expected a uint8 array", id="float array"),
+        pytest.param(RGB.reshape(-1), "expected an array", id="flat array"),
+        pytest.param(np.zeros((20, 20, 5), np.uint8), "expected an array", id="five channels"),
+        pytest.param("missing.png", "missing.png", id="no such file"),
+    ],
+)
+def test_bad_input_says_what_was_expected(source: NDArray[np.uint8] | bytes | str, says: str) -> None:
+    with pytest.raises(FrameError, match=says):
+        Frame.read(source)
+
+
+def test_list_images(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "notes.txt", "deep/c.tiff"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [str(Path(path).relative_to(tmp_path)) for path in list_images([str(tmp_path)])]
+    assert found == ["a.JPG", "b.png", "deep/c.tiff"]
+    assert list_images([str(tmp_path / "notes.txt")]) == [str(tmp_path / "notes.txt")]
+    with pytest.raises(FrameError, match="does not exist"):
+        list_images([str(tmp_path / "nothing")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FrameError, match="no images"):
+        list_images([str(tmp_path / "empty")])

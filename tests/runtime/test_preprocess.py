@@ -1,0 +1,78 @@
+"""`clip_pixels` and `sam_pixels` against transformers' own processors, to the last bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+from vmad_edge.runtime.bundle import ClipInput, SamInput
+from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.stages.preprocess import View, clip_pixels, sam_pixels
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+SIZES = [(64, 64), (300, 200), (200, 301), (37, 500), (33, 47), (1000, 999)]
+
+
+def frame_of(height: int, width: int) -> Frame:
+    rng = np.random.default_rng(height * 1000 + width)
+    small = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), np.uint8)
+    return Frame(np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)), "test")
+
+
+def clip_input(resize: str = "exact", pad: bool = False, resample: str = "bicubic", size: int = 56) -> ClipInput:
+    fields = {"size": size, "resize": resize, "pad_to_square": pad, "resample": resample}
+    return ClipInput.model_validate({**fields, "rescale_factor": 1 / 255, "mean": MEAN, "std": STD})
+
+
+@pytest.mark.parametrize("height,width", SIZES)
+@pytest.mark.parametrize("resample,pil", [("bicubic", 3), ("bilinear", 2), ("lanczos", 1)])
+def test_exact_resize_equals_transformers(height: int, width: int, resample: str, pil: int) -> None:
+    frame = frame_of(height, width)
+    processor = CLIPImageProcessorPil(
+        size={"height": 56, "width": 56}, do_center_crop=False, resample=pil, image_mean=MEAN, image_std=STD
+    )
+    expected = processor(Image.fromarray(frame.pixels), return_tensors="np")["pixel_values"]
+    pixels, view = clip_pixels(frame, clip_input(resample=resample))
+    np.testing.assert_array_equal(pixels, expected)
+    assert view == View(0, 0, width, height)
+
+
+@pytest.mark.parametrize("height,width", SIZES)
+def test_centre_crop_equals_transformers(height: int, width: int) -> None:
+    frame = frame_of(height, width)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_mean=MEAN, image_std=STD
+    )
+    expected = processor(Image.fromarray(frame.pixels), return_tensors="np")["pixel_values"]
+    pixels, view = clip_pixels(frame, clip_input("shortest_edge"))
+    np.testing.assert_array_equal(pixels, expected)
+    assert min(height, width) == pytest.approx(max(view.right - view.left, view.bottom - view.top), rel=0.02)
+
+
+@pytest.mark.parametrize("height,width", [(300, 200), (200, 300), (100, 100)])
+def test_padding_is_llavas_expand2square(height: int, width: int) -> None:
+    frame = frame_of(height, width)
+    side = max(height, width)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = [int(value * 255) for value in MEAN]
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = frame.pixels
+    expected, _ = clip_pixels(Frame(square, "square"), clip_input())
+    pixels, view = clip_pixels(frame, clip_input(pad=True))
+    np.testing.assert_array_equal(pixels, expected)
+    assert view == View(-left, -top, side - left, side - top)
+
+
+@pytest.mark.parametrize("height,width", SIZES)
+def test_sam_pixels_equal_transformers(height: int, width: int) -> None:
+    frame = frame_of(height, width)
+    processor = SamImageProcessorPil(size={"longest_edge": 128}, pad_size={"height": 128, "width": 128})
+    expected = processor(Image.fromarray(frame.pixels), return_tensors="np")
+    pixels, covered = sam_pixels(frame, SamInput(size=128))
+    # transformers works on values of 0…1 with rounded constants, segment-anything (and this project) on 0…255.
+    np.testing.assert_allclose(pixels, expected["pixel_values"], atol=2e-6)
+    assert covered == tuple(expected["reshaped_input_sizes"][0])
