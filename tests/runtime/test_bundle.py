@@ -1,59 +1,28 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from examples import MANIFEST
 
 from vmad_edge.runtime.bundle import Bundle, Manifest, seal
 from vmad_edge.runtime.errors import BundleError
 from vmad_edge.runtime.files import sha256, whole_folder
-
-FIELDS: dict[str, object] = {
-    "made_with": {"vmad-edge": "0"},
-    "weights": {"origin": "made up", "licence": "none"},
-    "clip": {
-        "size": 28,
-        "resize": "exact",
-        "pad_to_square": False,
-        "resample": "bicubic",
-        "rescale_factor": 1 / 255,
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-    },
-    "sam": {"size": 64},
-    "vision": {"grid": 2, "width": 8, "patches_level": -2, "levels": [-1, -2]},
-    "conversation": {"template": "USER: <image>\n{question} ASSISTANT:", "question": "Is the {object} broken?"},
-    "language": {
-        "width": 16,
-        "visual_tokens": 1,
-        "context_length": 64,
-        "vocabulary": 300,
-        "quantization": "f16",
-        "seg_token": "<seg>",
-        "seg_token_id": 299,
-        "seg_state": "emitting",
-        "yes_token_ids": [1],
-        "no_token_ids": [2],
-        "max_new_tokens": 8,
-    },
-    "similarity": {},
-}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A sealed bundle with one file."""
     (tmp_path / "llm.gguf").write_bytes(b"weights")
-    seal(tmp_path, Manifest.model_validate({**FIELDS, "files": {"llm.gguf": sha256(tmp_path / "llm.gguf")}}))
+    seal(tmp_path, Manifest.model_validate({**MANIFEST, "files": {"llm.gguf": sha256(tmp_path / "llm.gguf")}}))
     return tmp_path
 
 
 def reseal(folder: Path, **changes: object) -> None:
     """Change the manifest as somebody would who also writes a matching hash."""
-    import hashlib
-
     fields = json.loads((folder / "manifest.json").read_text()) | changes
     text = json.dumps({name: value for name, value in fields.items() if value is not None})
     (folder / "manifest.json").write_text(text)

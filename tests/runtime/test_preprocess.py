@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from examples import MEAN, STD, clip_input
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from vmad_edge.runtime.bundle import ClipInput, SamInput
+from vmad_edge.runtime.bundle import SamInput
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages.preprocess import View, clip_pixels, sam_pixels
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 SIZES = [(64, 64), (300, 200), (200, 301), (37, 500), (33, 47), (1000, 999)]
 
 
@@ -21,11 +20,6 @@ def frame_of(height: int, width: int) -> Frame:
     rng = np.random.default_rng(height * 1000 + width)
     small = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), np.uint8)
     return Frame(np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)), "test")
-
-
-def clip_input(resize: str = "exact", pad: bool = False, resample: str = "bicubic", size: int = 56) -> ClipInput:
-    fields = {"size": size, "resize": resize, "pad_to_square": pad, "resample": resample}
-    return ClipInput.model_validate({**fields, "rescale_factor": 1 / 255, "mean": MEAN, "std": STD})
 
 
 @pytest.mark.parametrize("height,width", SIZES)

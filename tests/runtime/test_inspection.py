@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from vmad_edge.runtime.inspection import find_regions
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_regions_equal_scipys(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    heat = ndimage.gaussian_filter(rng.normal(size=(40, 60)), 2).astype(np.float32)
+    where = heat > 0.1
+    labels, count = ndimage.label(where, np.ones((3, 3)))
+    found = find_regions(where, heat)
+    assert len(found) == count > 1
+    assert [r.area for r in found] == sorted((r.area for r in found), reverse=True)
+    expected = set()
+    for label, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
+        box = (columns.start, rows.start, columns.stop, rows.stop)
+        expected.add((box, int((labels == label).sum()), float(heat[labels == label].max())))
+    assert {(r.box, r.area, r.peak) for r in found} == expected
+    for region in found:
+        left, top, right, bottom = region.box
+        inside = labels == labels[top:bottom, left:right][heat[top:bottom, left:right] == region.peak][0]
+        assert region.centroid[::-1] == pytest.approx(ndimage.center_of_mass(inside))
+
+
+def test_no_region() -> None:
+    assert find_regions(np.zeros((5, 5), bool), np.zeros((5, 5), np.float32)) == ()

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from examples import clip_input
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import save_file
+from scipy import ndimage
+
+from vmad_edge.runtime.bundle import Similarity
+from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.stages.preprocess import View, clip_pixels
+from vmad_edge.runtime.stages.similarity import (
+    EnrolledFrame,
+    NormalFeatures,
+    References,
+    anomaly_map,
+    image_score,
+    inspected_patches,
+    leave_one_out_thresholds,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def features(*shape: int) -> NDArray[np.float32]:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("abnormal", [False, True])
+def test_normal_features(abnormal: bool, tmp_path: Path) -> None:
+    """Against the formula written with plain products."""
+    rows = {"visual_normal": features(5, 8)} | ({"visual_abnormal": features(3, 8)} if abnormal else {})
+    save_file(rows, tmp_path / "similarity.safetensors")
+    patches = features(16, 8)
+    found = NormalFeatures(tmp_path / "similarity.safetensors", Similarity(temperature=0.1)).compare(patches)
+    cosine = {name: unit(patches) @ unit(value).T for name, value in rows.items()}
+    normal = cosine["visual_normal"].max(1)
+    expected = 1 - normal
+    if abnormal:
+        logits = np.stack([normal, cosine["visual_abnormal"].max(1)]) / 0.1
+        expected = (np.exp(logits) / np.exp(logits).sum(0))[1]
+    np.testing.assert_allclose(found.score, expected, atol=1e-5)
+    np.testing.assert_array_equal(found.index, cosine["visual_normal"].argmax(1))
+
+
+@pytest.mark.parametrize(
+    "rule,count,expected",
+    [
+        ("max", 400, 399),
+        ("mean_top_1_percent", 400, 397.5),  # the four highest
+        ("mean_top_1_percent", 256, 254.5),  # int(2.56), as AnomalyDINO counts
+        ("mean_top_1_percent", 50, 49),  # never less than one
+    ],
+)
+def test_image_score(rule: str, count: int, expected: float) -> None:
+    scores = RNG.permutation(count).astype(np.float32)
+    assert image_score(scores, Similarity.model_validate({"score_rule": rule})) == expected
+
+
+def test_image_score_of_nan_is_nan() -> None:
+    assert np.isnan(image_score(np.array([0.1, np.nan, 0.3], np.float32), Similarity()))
+
+
+@pytest.mark.parametrize("place", [0, 5, 15])
+@pytest.mark.parametrize(
+    "height,width,resize,pad",
+    [(80, 80, "exact", False), (60, 90, "exact", False), (60, 90, "shortest_edge", False), (60, 90, "exact", True)],
+)
+def test_map_lies_over_what_the_encoder_saw(height: int, width: int, resize: str, pad: bool, place: int) -> None:
+    """A bright square drawn where one patch looks is where the map of that patch's score is hot."""
+    spec = clip_input(resize, pad, size=56)
+    _, view = clip_pixels(Frame(np.zeros((height, width, 3), np.uint8), "probe"), spec)
+    y, x = divmod(place, 4)
+    inside = inspected_patches(view, 4, (height, width))
+    score = np.zeros(16, np.float32)
+    score[place] = 1
+    heat = anomaly_map(score, view, Similarity(smoothing_sigma=1), 56, (height, width))
+    shown = np.zeros((height, width, 3), np.uint8)
+    shown[np.nan_to_num(heat) > 0.5] = 255
+    seen, _ = clip_pixels(Frame(shown, "shown"), spec)
+    if not inside[place]:
+        pytest.skip("this patch lies on padding")
+    brightness = seen[0, 0] - seen.min()
+    centre = ndimage.center_of_mass(brightness)
+    assert all(14 * cell - 2 <= c <= 14 * (cell + 1) + 2 for c, cell in zip(centre, (y, x), strict=True))
+
+
+def test_cropped_border_is_nan() -> None:
+    _, view = clip_pixels(Frame(np.zeros((60, 120, 3), np.uint8), "probe"), clip_input("shortest_edge"))
+    heat = anomaly_map(np.ones(16, np.float32), view, Similarity(), 56, (60, 120))
+    assert np.isnan(heat[:, :30]).all() and np.isnan(heat[:, 90:]).all()
+    assert np.isfinite(heat[:, 30:90]).all()
+
+
+def test_padding_is_not_inspected() -> None:
+    _, view = clip_pixels(Frame(np.zeros((28, 56, 3), np.uint8), "probe"), clip_input(pad=True))
+    expected = np.repeat([False, True, True, False], 4)
+    np.testing.assert_array_equal(inspected_patches(view, 4, (28, 56)), expected)
+
+
+def references(frames: int, patches: int = 4) -> References:
+    enrolled = tuple(
+        EnrolledFrame(f"f{n}", n * patches, (n + 1) * patches, View(0, 0, 40, 20), (20, 40), jpeg())
+        for n in range(frames)
+    )
+    numbers = np.tile(np.arange(patches, dtype=np.int32), frames)
+    return References(features(frames * patches, 8), numbers, enrolled, None)
+
+
+def jpeg() -> bytes:
+    target = io.BytesIO()
+    Image.new("RGB", (28, 28), "red").save(target, "JPEG")
+    return target.getvalue()
+
+
+def test_references_compare_and_nearest() -> None:
+    bank = references(3)
+    found = bank.compare(bank.features[[6]] * 3)
+    assert found.index[0] == 6
+    assert found.score[0] == pytest.approx(0, abs=1e-6)
+    nearest = bank.nearest(6, 1.0, grid=2)
+    assert nearest.frame == "f1"  # row 6 is the second frame's patch 2: lower left
+    assert nearest.box == (0, 10, 20, 20)
+    assert nearest.picture.shape == (28, 28, 3)
+
+
+def test_leave_one_out() -> None:
+    """Against a loop that takes each frame out of the bank."""
+    bank = references(5)
+    spec = Similarity(score_rule="max")
+    scores = []
+    for frame in bank.frames:
+        own = unit(bank.features[frame.start : frame.stop])
+        others = unit(np.delete(bank.features, range(frame.start, frame.stop), axis=0))
+        scores.append((1 - (own @ others.T).max(1)).max())
+    thresholds = leave_one_out_thresholds(bank, spec)
+    assert thresholds is not None
+    assert thresholds.good_below == pytest.approx(max(scores), abs=1e-5)
+    assert thresholds.defect_above == pytest.approx(max(scores) + 3 * np.std(scores), abs=1e-5)
+    assert leave_one_out_thresholds(references(2), spec) is None
