@@ -15,7 +15,7 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vmad_edge.runtime.bundle import Bundle, Record, Thresholds
@@ -98,7 +98,7 @@ class Station:
             with safe_open(path, "numpy") as file:
                 record = _BankRecord.model_validate_json(file.metadata()["bank"])
                 arrays = {name: file.get_tensor(name) for name in ("features", "patch", "jpeg")}
-        except (OSError, KeyError, ValidationError) as error:
+        except (OSError, KeyError, SafetensorError, ValidationError) as error:
             raise BundleError(f"{path} is not a complete reference bank ({error}). {advice}") from None
         if record.bundle != self._bundle.hash:
             raise BundleError(
@@ -116,5 +116,6 @@ class Station:
         return sorted(path.name for path in (self.path / "banks").glob("[!.]*"))
 
     def _bank(self, object: str) -> Path:
-        """Two objects never share a folder: what a file name cannot hold is written as its code point."""
-        return self.path / "banks" / re.sub(r"[^a-z0-9-]", lambda match: f"_{ord(match[0]):x}_", object)
+        """Two objects never share a folder: what a file name should not hold is written as its code point."""
+        name = re.sub(r"[^a-z0-9-]", lambda match: f"_{ord(match[0]):x}_", object)
+        return self.path / "banks" / (name or "_")

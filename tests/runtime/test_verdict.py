@@ -1,0 +1,59 @@
+"""The verdict's rules: two thresholds, and what a review may and may not change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vmad_edge.runtime.bundle import Thresholds
+from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.inspection import Inspection, Verdict
+from vmad_edge.runtime.inspector import _after_review, _verdict
+from vmad_edge.runtime.review import PendingReview
+from vmad_edge.runtime.systems.vmad import Finding
+
+GOOD, DEFECT, UNCERTAIN = Verdict.GOOD, Verdict.DEFECT, Verdict.UNCERTAIN
+
+
+@pytest.mark.parametrize(
+    "score,expected",
+    [(0.0, GOOD), (0.1999, GOOD), (0.2, UNCERTAIN), (0.4999, UNCERTAIN), (0.5, DEFECT), (1.0, DEFECT)],
+)
+def test_thresholds(score: float, expected: Verdict) -> None:
+    assert _verdict(score, Thresholds(good_below=0.2, defect_above=0.5)) is expected
+    assert _verdict(score, None) is UNCERTAIN
+
+
+@pytest.mark.parametrize(
+    "screen,p_yes,expected,decided_by",
+    [
+        (DEFECT, 0.9, DEFECT, "screen"),
+        (DEFECT, 0.1, DEFECT, "screen"),  # a review never turns DEFECT into GOOD
+        (UNCERTAIN, 0.5, DEFECT, "review"),
+        (UNCERTAIN, 0.49, GOOD, "review"),
+        (GOOD, 0.9, GOOD, "screen"),  # somebody reviewed a good part out of interest
+    ],
+)
+def test_review_settles_uncertain_alone(screen: Verdict, p_yes: float, expected: Verdict, decided_by: str) -> None:
+    pending = PendingReview(lambda: None)
+    mask = np.zeros((4, 4), bool)
+    mask[1:3, 1:] = True
+    pending.finding = Finding(p_yes, "Yes. A pit.", mask, False, None)
+    after = _after_review(screened(screen), pending)
+    assert (after.verdict, after.decided_by) == (expected, decided_by)
+    assert after.explanation == "Yes. A pit."
+    assert [region.area for region in after.regions] == [6]
+
+
+@pytest.mark.parametrize("screen", [DEFECT, UNCERTAIN, GOOD])
+def test_a_fault_in_the_review_leaves_the_verdict(screen: Verdict) -> None:
+    pending = PendingReview(lambda: None)
+    pending.fault = "out of memory"
+    after = _after_review(screened(screen), pending)
+    assert (after.verdict, after.decided_by) == (screen, "screen")
+    assert after.reason == "review failed: out of memory"
+
+
+def screened(verdict: Verdict) -> Inspection:
+    frame = Frame(np.zeros((4, 4, 3), np.uint8), "test")
+    return Inspection(frame, "part", verdict, score=0.3, map=np.zeros((4, 4), np.float32))
