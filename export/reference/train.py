@@ -1,0 +1,219 @@
+"""Train the reference model: `python -m vmad_edge.export.reference.train --out DIR`. Resumes where DIR left off.
+
+Stage "read" (vision, LTC, LLM), then stage "mask" (SAM and Γ, the LLM through its LoRA). Part number i is always the
+same part: parts and weights follow from the seed.
+
+It runs as several processes of one thread each that average their gradients once a step: on a CPU that others use too
+this was measured four times faster than one process whose threads wait for one another in every operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from numpy.typing import NDArray
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import LlamaTokenizer
+
+from vmad_edge.export.reference.model import (
+    CLIP_MEAN,
+    CLIP_SIZE,
+    CLIP_STD,
+    SAM_MEAN,
+    SAM_SIZE,
+    SAM_STD,
+    Batch,
+    ReferenceModel,
+)
+from vmad_edge.export.reference.parts import KINDS, Part, draw
+from vmad_edge.export.reference.text import Reader, answer, make_tokenizer, question
+
+BATCH = 16  # a process
+SAVE_EVERY = 200  # steps
+
+
+def pixels(image: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
+    """Frame [S,S,3] → `clip_pixels` [3,224,224] and `sam_pixels` [3,256,256], resized as the runtime does."""
+    frame = Image.fromarray(image)
+    clip = np.asarray(frame.resize((CLIP_SIZE, CLIP_SIZE), Image.Resampling.BICUBIC), np.float32) / 255
+    sam = np.asarray(frame.resize((SAM_SIZE, SAM_SIZE), Image.Resampling.BILINEAR), np.float32)
+    clip = (clip - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+    sam = (sam - np.float32(SAM_MEAN)) / np.float32(SAM_STD)
+    return torch.from_numpy(clip.transpose(2, 0, 1)), torch.from_numpy(sam.transpose(2, 0, 1))
+
+
+def collate(
+    parts: list[Part], prompts: list[tuple[tuple[int, ...], tuple[int, ...]]], answers: list[tuple[int, ...]]
+) -> Batch:
+    """Parts with the ids of their prompts (before and after the visual tokens) and answers → one batch."""
+    clip, sam = zip(*(pixels(part.image) for part in parts), strict=True)
+    masks = [cv2.resize(p.mask.astype(np.float32), (SAM_SIZE, SAM_SIZE), interpolation=cv2.INTER_AREA) for p in parts]
+    length = max(len(after) + len(a) for (_, after), a in zip(prompts, answers, strict=True))
+    after = torch.zeros(len(parts), length, dtype=torch.long)
+    said = torch.zeros(len(parts), length, dtype=torch.bool)
+    for row, ((_, asked), a) in enumerate(zip(prompts, answers, strict=True)):
+        after[row, : len(asked) + len(a)] = torch.tensor(asked + a)
+        said[row, len(asked) : len(asked) + len(a)] = True
+    return Batch(
+        torch.stack(clip),
+        torch.stack(sam),
+        torch.from_numpy(np.stack(masks)),
+        torch.tensor([0 if p.kind is None else 1 + KINDS.index(p.kind) for p in parts]),
+        torch.tensor([before for before, _ in prompts]),
+        after,
+        said,
+    )
+
+
+class Stream(IterableDataset[Batch]):
+    """Some of the batches of the seed's endless stream of parts, by number; half of each is good."""
+
+    def __init__(self, reader: Reader, seed: int, numbers: range) -> None:
+        self.reader, self.seed, self.numbers = reader, seed, numbers
+
+    def __iter__(self) -> Iterator[Batch]:
+        cv2.setNumThreads(1)
+        for number in self.numbers:
+            rng = np.random.default_rng([self.seed, number])
+            parts, prompts, answers = [], [], []
+            for i in range(BATCH):
+                size = int(rng.choice([256, 256, 256, 352]))
+                part = draw(rng, None, "random" if i % 2 else None, size)
+                name = part.object if rng.random() < 0.7 else "part"
+                parts.append(part)
+                prompts.append(self.reader.prompt(question(rng).replace("{object}", name)))
+                answers.append(self.reader.answer(answer(part, name, rng)))
+            yield collate(parts, prompts, answers)
+
+
+def rate(step: int, steps: int, peak: float) -> float:
+    """Learning rate: 200 steps of warm-up, then half a cosine to 2% of the peak."""
+    warm = min(1.0, (step + 1) / 200)
+    return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def train_stage(model: ReferenceModel, stage: str, steps: int, first: int, peak: float, out: Path, seed: int) -> None:
+    """Run one stage to its end in this process of the group; `first` is the number of its first step overall."""
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(named.values(), lr=peak, weight_decay=0.05, betas=(0.9, 0.98))
+    saved = out / f"{stage}.safetensors"
+    start = _resume(saved, model, optimizer, named) if saved.exists() else 0
+    numbers = range((first + start) * processes + rank, (first + steps) * processes, processes)
+    batches = DataLoader(
+        Stream(model.reader, seed, numbers), batch_size=None, num_workers=1, multiprocessing_context="fork"
+    )
+    model.train()
+    mean: dict[str, float] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=rank > 0) as progress, (out / "curve.jsonl").open("a") as curve:
+        bar = progress.add_task(stage, total=steps, completed=start)
+        began = time.monotonic()
+        for step, batch in enumerate(batches, start):
+            torch.manual_seed((seed * 1_000_003 + first + step) * processes + rank)
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, steps, peak)
+            with torch.autocast("cpu", torch.bfloat16):
+                if stage == "read":
+                    losses = model.losses_read(batch)
+                else:
+                    losses = model.losses_mask(batch, torch.rand(BATCH) < 0.25)
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+            _average_gradients(list(named.values()))
+            torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+            optimizer.step()
+            if rank > 0:
+                continue
+            for name, value in losses.items():
+                mean[name] = 0.97 * mean.get(name, value.item()) + 0.03 * value.item()
+            progress.update(bar, advance=1)
+            if (step + 1) % 50 == 0 or step + 1 == steps:
+                speed = (step + 1 - start) * BATCH * processes / (time.monotonic() - began)
+                row = {"stage": stage, "step": step + 1, "samples_per_s": round(speed, 1)}
+                row |= {name: round(value, 4) for name, value in mean.items()}
+                curve.write(json.dumps(row) + "\n")
+                curve.flush()
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+                _save(saved, step + 1, model, optimizer, named)
+    dist.barrier()  # the next stage of every process begins from the same files
+
+
+def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def _save(
+    path: Path, step: int, model: ReferenceModel, optimizer: torch.optim.Optimizer, named: dict[str, Tensor]
+) -> None:
+    tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    for name, parameter in named.items():
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            # An unused parameter (an early layer's, say) has no moments.
+            if moment in optimizer.state[parameter]:
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].contiguous()
+    scratch = path.with_suffix(".new")
+    save_file({name: value.clone() for name, value in tensors.items()}, scratch, {"step": str(step)})
+    scratch.replace(path)
+
+
+def _resume(path: Path, model: ReferenceModel, optimizer: torch.optim.Optimizer, named: dict[str, Tensor]) -> int:
+    with safe_open(path, "pt") as file:
+        keys = set(file.keys())
+        model.load_state_dict({k.removeprefix("model."): file.get_tensor(k) for k in keys if k.startswith("model.")})
+        for name, parameter in named.items():
+            if f"step.{name}" in keys:
+                moments = ("exp_avg", "exp_avg_sq", "step")
+                optimizer.state[parameter] = {m: file.get_tensor(f"{m}.{name}") for m in moments}
+        return int(file.metadata()["step"])
+
+
+def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
+    """One process of the group: both stages."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=args.processes)
+    reader = Reader(LlamaTokenizer.from_pretrained(args.out / "tokenizer"))
+    model = ReferenceModel(reader, args.seed)
+    read, mask = (n // (BATCH * args.processes) for n in (args.read_samples, args.mask_samples))
+    train_stage(model, "read", read, 0, 1e-3, args.out, args.seed)
+    model.adapt()
+    train_stage(model, "mask", mask, read, 8e-4, args.out, args.seed)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for states, curve and checkpoint")
+    parser.add_argument("--read-samples", type=int, default=48_000)
+    parser.add_argument("--mask-samples", type=int, default=30_000)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    make_tokenizer(args.out / "tokenizer")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(run, (f"{folder}/meeting", args), nprocs=args.processes)  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    main()
