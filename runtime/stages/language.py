@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -27,19 +28,20 @@ from vmad_edge.runtime.errors import BundleError, VmadError
 Array = NDArray[np.float32]
 
 _KEPT, _WORKING = 0, 1  # llama.cpp sequences: the prompt's part before <image>, and the answer at hand
-_F32_KV = 0  # GGML_TYPE_F32
+_F32 = 0  # GGML_TYPE_F32
+_SPECIAL = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_USER_DEFINED | llama.LLAMA_TOKEN_ATTR_UNKNOWN
 
 _messages: deque[str] = deque(maxlen=8)
 
 
-@llama.llama_log_callback
 def _keep_message(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-    if level >= 3 and text:  # GGML_LOG_LEVEL_WARN
+    if level >= 3:  # GGML_LOG_LEVEL_WARN
         _messages.append(text.decode("utf-8", "replace").strip())
 
 
 # llama.cpp writes to stderr otherwise; its words are wanted only in an error.
-llama.llama_log_set(_keep_message, ctypes.c_void_p(0))
+_log_callback = llama.llama_log_callback(_keep_message)
+llama.llama_log_set(_log_callback, ctypes.c_void_p(0))
 
 
 def llama_messages() -> str:
@@ -109,16 +111,18 @@ class LanguageModel:
             self.close()
             raise
         ids = range(language.vocabulary)
+        self._yes_no = language.yes_token_ids, language.no_token_ids
         self._end_ids = [i for i in ids if llama.llama_vocab_is_eog(self._vocab, i)]
-        special = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_USER_DEFINED | llama.LLAMA_TOKEN_ATTR_UNKNOWN
-        self._special = {self._token(i) for i in ids if llama.llama_vocab_get_attr(self._vocab, i) & special}
-        self._template = conversation.template.split("<image>")
-        self._short_ids = self._tokenize(conversation.short_answer, parse_special=False)
+        self._special = {self._token(i) for i in ids if llama.llama_vocab_get_attr(self._vocab, i) & _SPECIAL}
+        self._before, self._after = conversation.template.split("<image>")
+        self._short_ids = self._tokenize(conversation.short_answer)
 
     def __enter__(self) -> LanguageModel:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -142,8 +146,8 @@ class LanguageModel:
             question.encode()
         except UnicodeEncodeError as error:
             raise VmadError(f"the question is not text: {error}.") from None
-        before, after = (part.replace("{question}", question) for part in self._template)
-        return self._tokenize(before, add_bos=True), self._tokenize(after)
+        before, after = (part.replace("{question}", question) for part in (self._before, self._after))
+        return self._tokenize(before, first=True), self._tokenize(after)
 
     def answer(
         self,
@@ -185,7 +189,8 @@ class LanguageModel:
         stopped = stop()
         if mode == "short" and stopped is None and p_yes >= 0.5:
             position = self._decode(self._short_ids, position, outputs=True)
-            text.add(*map(self._piece, self._short_ids))
+            for token in self._short_ids:
+                text.add(self._piece(token))
             ids = [*self._short_ids, seg]
         while mode == "full" and stopped is None:
             token = self._greedy()
@@ -202,45 +207,47 @@ class LanguageModel:
         if p_yes >= 0.5 and ids and ids[-1] == seg:
             if self._language.seg_state == "token":
                 self._decode([seg], position, outputs=True)
-            h_seg = self._states(1)
+            h_seg = self._state(-1)[None]
         timings_ms = {"prefill": (prefilled - start) * 1e3, "decode": (time.perf_counter() - prefilled) * 1e3}
         return Answer(text.end(), p_yes, h_seg, tuple(ids), seg_forced, stopped, timings_ms)
 
     def hidden_states(
         self, visual_tokens: ArrayLike, question: str, answer_ids: Sequence[int] = ()
     ) -> tuple[Array, Array]:
-        """States after the final norm [T,H] and logits [T,V] at every position of prompt, visual tokens, `answer_ids`.
+        """States after the final norm [T,H] and logits [T,V] at every position: prompt, visual tokens, `answer_ids`.
 
         Raises:
             VmadError, ValueError: as answer.
         """
         before, after = self.prompt_ids(question)
         visual = self._check_visual(visual_tokens)
-        tail = [*after, *answer_ids]
-        self._check_length(len(before), len(tail), new_tokens=0)
-        self._forget(_WORKING)
+        self._check_length(len(before), len(after), new_tokens=len(answer_ids))
+        self._forget()
         position, states, logits = 0, [], []
-        for part in (before, visual, tail):
+        for part in (before, visual, [*after, *answer_ids]):
             position = self._decode(part, position, outputs=True)
-            states.append(self._states(len(part)))
-            logits.append(self._logits(len(part)))
-        return np.concatenate(states), np.concatenate(logits)
+            states += [self._state(i) for i in range(len(part))]
+            logits += [self._logits(i) for i in range(len(part))]
+        return np.stack(states), np.stack(logits)
 
     # ------------------------------------------------------------------------------------------ prompt
 
     def _prefill(self, before: list[int], visual: Array, after: list[int]) -> int:
-        """Decode the prompt; its last position alone has outputs. Returns the next position."""
-        self._check_length(len(before), len(after), new_tokens=self._language.max_new_tokens)
+        """Decode the prompt, with outputs at its last position alone. Returns the next position."""
+        self._check_length(len(before), len(after), max(self._language.max_new_tokens, len(self._short_ids) + 1))
         memory = llama.llama_get_memory(self._context)
         if before != self._kept:
-            self._kept = None
-            self._forget(_KEPT)
+            self._forget()
             self._decode(before, 0, outputs=False, sequence=_KEPT)
             self._kept = before
-        self._forget(_WORKING)
+        llama.llama_memory_seq_rm(memory, _WORKING, -1, -1)
         llama.llama_memory_seq_cp(memory, _KEPT, _WORKING, 0, len(before))
-        position = self._decode(visual, len(before), outputs=False)
-        position = self._decode(after[:-1], position, outputs=False)
+        position = len(before)
+        if not after:
+            position = self._decode(visual[:-1], position, outputs=False)
+            return self._decode(visual[-1:], position, outputs=True)
+        for part in (visual, after[:-1]):
+            position = self._decode(part, position, outputs=False)
         return self._decode(after[-1:], position, outputs=True)
 
     def _check_visual(self, visual_tokens: ArrayLike) -> Array:
@@ -256,31 +263,151 @@ class LanguageModel:
         visual, context = self._language.visual_tokens, self._language.context_length
         if (total := before + visual + after + new_tokens) > context:
             raise VmadError(
-                f"the prompt is too long: {before + after} text tokens, {visual} visual tokens and {new_tokens} for the "
-                f"answer are {total}; the model's context holds {context}. Ask a shorter question."
+                f"the prompt is too long: {before + after} text tokens, {visual} visual tokens and {new_tokens} for "
+                f"the answer are {total}, and the model's context holds {context}. Ask a shorter question."
             )
 
     # ------------------------------------------------------------------------------------------ outputs
 
     def _p_yes(self) -> float:
-        logits = self._logits(1)[0].astype(np.float64)
+        logits = self._logits(-1).astype(np.float64)
         yes, no = (np.logaddexp.reduce(logits[list(ids)]) for ids in self._yes_no)
-        p_yes = float(1 / (1 + np.exp(no - yes)))
+        p_yes = float(np.exp(yes - np.logaddexp(yes, no)))
         if np.isnan(p_yes):
             raise BundleError("the language model's logits are not finite. Export the bundle again.")
         return p_yes
 
     def _greedy(self) -> int:
-        logits = self._logits(1)[0]
+        logits = self._logits(-1)
         logits[self._end_ids] = -np.inf
         return int(logits.argmax())
 
-    def _states(self, count: int) -> Array:
-        """[count,H]: of the last decode's positions, all of which were outputs."""
-        pointer = llama.llama_get_embeddings(self._context)
-        return np.ctypeslib.as_array(pointer, (count, self._language.width)).copy()
+    def _state(self, index: int) -> Array:
+        """[H] at `index` of the latest decode."""
+        pointer = llama.llama_get_embeddings_ith(self._context, index)
+        return np.ctypeslib.as_array(pointer, (self._language.width,)).copy()
 
-    def _logits(self, count: int) -> Array:
-        pointer = llama.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, (count, self._language.vocabulary)).copy()
+    def _logits(self, index: int) -> Array:
+        """[V] at `index` of the latest decode."""
+        pointer = llama.llama_get_logits_ith(self._context, index)
+        return np.ctypeslib.as_array(pointer, (self._language.vocabulary,)).copy()
 
+    # ------------------------------------------------------------------------------------------ llama.cpp
+
+    def _check(self, gguf: Path) -> None:
+        """The file is the one that the manifest describes."""
+        language = self._language
+        found = {
+            "vocabulary": llama.llama_vocab_n_tokens(self._vocab),
+            "width": llama.llama_model_n_embd(self._model),
+        }
+        for field, value in found.items():
+            if value != (expected := getattr(language, field)):
+                raise BundleError(
+                    f"{gguf}: {field} {value}, but the manifest says {expected}. Export the bundle again."
+                )
+        if (trained := llama.llama_model_n_ctx_train(self._model)) < language.context_length:
+            raise BundleError(f"{gguf}: context {trained}, but the manifest says {language.context_length}.")
+        for token_id in (language.seg_token_id, *language.yes_token_ids, *language.no_token_ids):
+            if not 0 <= token_id < language.vocabulary:
+                raise BundleError(
+                    f"{gguf}: token id {token_id} of the manifest is outside 0…{language.vocabulary - 1}."
+                )
+        if self._tokenize(language.seg_token) != [language.seg_token_id]:
+            raise BundleError(
+                f"{gguf}: {language.seg_token} is {self._tokenize(language.seg_token)}, but the manifest says "
+                f"[{language.seg_token_id}]. Export the bundle again."
+            )
+
+    def _open_context(self, threads: int, exact: bool) -> Any:
+        params = llama.llama_context_default_params()
+        params.n_ctx = params.n_batch = self._language.context_length
+        params.n_seq_max = 2
+        params.kv_unified = True  # the kept sequence and its copy share cells
+        params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE
+        params.n_threads = params.n_threads_batch = threads
+        if exact:
+            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            params.type_k = params.type_v = _F32
+        context = llama.llama_init_from_model(self._model, params)
+        if not context:
+            raise VmadError(
+                f"llama.cpp cannot open a context of {self._language.context_length} tokens ({llama_messages()})."
+            )
+        return context
+
+    def _decode(self, part: list[int] | Array, position: int, *, outputs: bool, sequence: int = _WORKING) -> int:
+        """Append token ids, or embeddings [n,H], to a sequence; returns the next position.
+
+        With `outputs` every position of `part` has its state and logits afterwards, without it none has.
+        """
+        n = len(part)
+        if n == 0:
+            return position
+        llama.llama_set_embeddings(self._context, outputs)
+        batch = llama.llama_batch_init(n, self._language.width if isinstance(part, np.ndarray) else 0, 1)
+        try:
+            batch.n_tokens = n
+            if isinstance(part, np.ndarray):
+                ctypes.memmove(batch.embd, part.ctypes.data, part.nbytes)
+            for i in range(n):
+                if isinstance(part, list):
+                    batch.token[i] = part[i]
+                batch.pos[i] = position + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = sequence
+                batch.logits[i] = outputs
+            if status := llama.llama_decode(self._context, batch):
+                raise RuntimeError(f"llama_decode returned {status} ({llama_messages()})")
+        finally:
+            llama.llama_batch_free(batch)
+        return position + n
+
+    def _forget(self) -> None:
+        self._kept = None
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
+
+    def _tokenize(self, text: str, *, first: bool = False) -> list[int]:
+        """Ids as transformers makes them; BOS, where the model has it, only with `first`.
+
+        transformers puts ▁ before a text unless it starts with one (or a space); llama.cpp always does.
+        """
+        if text[:1] in (" ", "▁"):
+            text = text[1:]
+        data = text.encode()
+        ids = (ctypes.c_int32 * (len(data) + 2))()  # at most one a byte, BOS and ▁
+        n = llama.llama_tokenize(self._vocab, data, len(data), ids, len(ids), first, True)
+        return ids[:n]
+
+    def _token(self, token_id: int) -> str:
+        text: bytes = llama.llama_vocab_get_text(self._vocab, token_id)
+        return text.decode()
+
+    def _piece(self, token_id: int) -> bytes:
+        """The token's text: "" for control tokens, one byte for byte tokens."""
+        buffer = ctypes.create_string_buffer(256)
+        n = llama.llama_token_to_piece(self._vocab, token_id, buffer, len(buffer), 0, False)
+        return buffer.raw[:n]
+
+
+class _Text:
+    """The answer's text as it grows. Whole characters only; outer white space stays out."""
+
+    def __init__(self, on_text: Callable[[str], None]) -> None:
+        self._on_text = on_text
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._raw = self._shown = ""
+
+    def add(self, piece: bytes) -> None:
+        self._show(self._decoder.decode(piece))
+
+    def end(self) -> str:
+        self._show(self._decoder.decode(b"", final=True))
+        return self._shown
+
+    def _show(self, text: str) -> None:
+        self._raw += text
+        shown = self._raw.strip()
+        if new := shown[len(self._shown) :]:
+            self._on_text(new)
+        self._shown = shown

@@ -1,0 +1,513 @@
+"""Language model → GGUF: merge the LoRA tensor by tensor, write F32 or F16, quantize with llama.cpp.
+
+The model is never in memory whole: each tensor is read, merged, written and forgotten. Everything that was trained
+goes along: LoRA pairs, and the tensors that the adapter stores in full (lm_head, embed_tokens, norms).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import llama_cpp.llama_cpp as llama
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoConfig, AutoTokenizer
+
+from vmad_edge.runtime.errors import CheckpointError
+from vmad_edge.runtime.stages.language import llama_messages
+
+Array = NDArray[np.float32]
+Config = Any  # LlamaConfig, whose fields are annotated as optional and are not, once loaded
+Quantization = Literal["f32", "f16", "q8_0", "q4_k_m"]
+
+_FTYPE = {"q8_0": llama.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_k_m": llama.LLAMA_FTYPE_MOSTLY_Q4_K_M}
+
+_VOCABULARY = {"model.embed_tokens.weight", "lm_head.weight"}
+
+# Keys of adapter_config.json that this merge obeys, or that leave the merged weights alone. Any other key that is on
+# (DoRA, lora_bias, layer_replication, one that a later peft brings) would change the weights: refused by name.
+_OBEYED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
+_OBEYED |= {"exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights"}
+_HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"}
+_HARMLESS |= {
+    "fan_in_fan_out",
+    "megatron_core",
+    "qalora_group_size",
+    "peft_version",
+    "ensure_weight_tying",
+}  # LLaMA has no Conv1D
+# Other initialisations (PiSSA, OLoRA, CorDA, LoftQ) change the base weights before training.
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal")
+
+
+def export_language(language: Path, adapter: Path, target: Path, quantization: Quantization) -> None:
+    """Write `language` with `adapter` merged into the GGUF file `target`.
+
+    Args:
+        language: folder of a LlamaForCausalLM (safetensors, one file or shards) with a SentencePiece tokenizer.model.
+        adapter: folder of a PEFT LoRA.
+        quantization: f32 and f16 are written directly (vectors stay F32); q8_0 and q4_k_m are made by llama.cpp from
+            an F16 file beside `target`, which is removed. Rows that are no multiple of the block size keep a type
+            of llama.cpp's choice.
+
+    Raises:
+        CheckpointError: a missing or wrong part, or one that this export cannot carry over.
+    """
+    config = _read_config(language)
+    vocabulary = read_vocabulary(language)
+    tensors = _merge(language, adapter, config)
+    if quantization in ("f32", "f16"):
+        _write(target, config, vocabulary, tensors, half=quantization == "f16")
+        return
+    f16 = target.with_name(target.name + ".f16")
+    try:
+        _write(f16, config, vocabulary, tensors, half=True)
+        _quantize(f16, target, _FTYPE[quantization])
+    finally:
+        f16.unlink(missing_ok=True)
+
+
+def merged_tensors(language: Path, adapter: Path) -> Iterator[tuple[str, Array]]:
+    """Names (of LlamaForCausalLM) and float32 values of the merged model, one tensor at a time.
+
+    W' = W + s·B·A with s = alpha / r, or alpha / √r for rsLoRA (LoRA: arXiv 2106.09685, rsLoRA: arXiv 2312.03732),
+    summed in float32. A tied lm_head appears only where the adapter gave it, or the embedding, weights of its own.
+
+    Raises:
+        CheckpointError: as export_language.
+    """
+    for tensor in _merge(language, adapter, _read_config(language)):
+        yield tensor.name, tensor.read()
+
+
+# ---------------------------------------------------------------------------------------------- model
+
+
+def _read_config(language: Path) -> Config:
+    path = language / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: expected the folder of a LlamaForCausalLM.")
+    try:
+        config: Config = AutoConfig.from_pretrained(language, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if config.model_type != "llama":
+        raise CheckpointError(f"{path}: expected model_type 'llama', found {config.model_type!r}.")
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(f"{path}: quantized weights; expected float ones. Save the model dequantized.")
+    if config.hidden_act != "silu":
+        raise CheckpointError(f"{path}: hidden_act {config.hidden_act!r}; llama.cpp's LLaMA has silu only.")
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ("default", "linear") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(f"{path}: RoPE {rope}: only the types default and linear can be exported.")
+    return config
+
+
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a LlamaForCausalLM."""
+    width, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    linear = {
+        "self_attn.q_proj": (q, width),
+        "self_attn.k_proj": (kv, width),
+        "self_attn.v_proj": (kv, width),
+        "self_attn.o_proj": (width, q),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, width)}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}{norm}.weight"] = (width,)
+        for name, shape in linear.items():
+            shapes[f"{prefix}{name}.weight"] = shape
+            if config.attention_bias if name.startswith("self_attn") else config.mlp_bias:
+                shapes[f"{prefix}{name}.bias"] = shape[:1]
+    shapes["model.norm.weight"] = (width,)
+    shapes["lm_head.weight"] = (config.vocab_size, width)
+    return shapes
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
+
+
+def _open(path: Path) -> dict[str, _Tensor]:
+    """The tensors of a safetensors file, unread."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing. Weights must be safetensors (a pickle is executable code).")
+    try:
+        file: Any = safe_open(path, framework="pt")  # numpy has no bfloat16
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Save it again.") from None
+
+    def reader(name: str) -> Callable[[], Array]:
+        return lambda: file.get_tensor(name).float().numpy()
+
+    return {name: _Tensor(name, shape, reader(name)) for name, shape in shapes.items()}
+
+
+def _read_base(language: Path, config: Config) -> dict[str, _Tensor]:
+    """The base model's tensors, exactly those that its config promises. A tied lm_head is the embedding."""
+    index = language / "model.safetensors.index.json"
+    files = set(_read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    found = {name: tensor for file in sorted(files) for name, tensor in _open(language / file).items()}
+    found = {name: t for name, t in found.items() if not name.endswith("rotary_emb.inv_freq")}  # computed, not learned
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in found:
+        found.setdefault("lm_head.weight", replace(found["model.embed_tokens.weight"], name="lm_head.weight"))
+    expected = _shapes(config)
+    if missing := expected.keys() - found.keys():
+        raise CheckpointError(f"{language}: weights lack {_some(missing)}. Save the whole LlamaForCausalLM.")
+    if unknown := found.keys() - expected.keys():
+        raise CheckpointError(f"{language}: weights hold {_some(unknown)}, which a LlamaForCausalLM does not have.")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise CheckpointError(f"{language}: {name}: expected {shape} by config.json, found {found[name].shape}.")
+    return {name: found[name] for name in expected}
+
+
+# ---------------------------------------------------------------------------------------------- LoRA
+
+
+def _merge(language: Path, adapter: Path, config: Config) -> list[_Tensor]:
+    """The merged model's tensors in the order of LlamaForCausalLM, each merged when it is read."""
+    base = _read_base(language, config)
+    lora = _read_lora_config(adapter)
+    stored = _open(adapter / "adapter_model.safetensors")
+    full, pairs = _sort_adapter(adapter, stored, base)
+    _check_targets(adapter, lora, full, pairs, base)
+    tensors = {}
+    for name, tensor in base.items():
+        free = 1 if name in _VOCABULARY else 0  # the adapter may have grown it
+        tensor = replace(full.get(name, tensor), name=name)
+        if tensor.shape[free:] != base[name].shape[free:]:
+            raise CheckpointError(f"{adapter}: {name}: expected {base[name].shape}, found {tensor.shape}.")
+        tensors[name] = _add_pair(adapter, lora, tensor, *pairs[name]) if name in pairs else tensor
+    rows = {name: tensors[name].shape[0] for name in _VOCABULARY}
+    if len(set(rows.values())) > 1:
+        raise CheckpointError(f"{adapter}: rows of the vocabulary differ: {rows}. Save both after resizing.")
+    if config.tie_word_embeddings:
+        if both := _VOCABULARY & pairs.keys():
+            raise CheckpointError(
+                f"{adapter}: LoRA on {_some(both)} of a model that ties them: untie it before training."
+            )
+        if not _VOCABULARY & full.keys():
+            del tensors["lm_head.weight"]
+    return list(tensors.values())
+
+
+def _read_lora_config(adapter: Path) -> dict[str, Any]:
+    path = adapter / "adapter_config.json"
+    lora = _read_json(path)
+    if lora.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: expected peft_type 'LORA', found {lora.get('peft_type')!r}.")
+    on = {key: value for key, value in lora.items() if key not in _OBEYED | _HARMLESS and value and value != "none"}
+    if on:
+        raise CheckpointError(f"{path}: {_some(on)} cannot be merged here. Merge it with peft and save the model.")
+    if (init := lora.get("init_lora_weights")) not in _PLAIN_INITS:
+        raise CheckpointError(
+            f"{path}: init_lora_weights {init!r} changes the base weights; save the adapter with peft's "
+            "path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
+        )
+    return lora
+
+
+def _sort_adapter(
+    adapter: Path, stored: dict[str, _Tensor], base: dict[str, _Tensor]
+) -> tuple[dict[str, _Tensor], dict[str, tuple[_Tensor, _Tensor]]]:
+    """The adapter's tensors by the base tensor that they belong to: stored in full, and LoRA pairs (A, B)."""
+    full: dict[str, _Tensor] = {}
+    halves: dict[str, dict[str, _Tensor]] = {}
+    for key, tensor in stored.items():
+        if ".original_module." in key:  # the untrained twin, which peft stores after a resize
+            continue
+        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        lora = re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", name)
+        name = f"{lora[1]}.weight" if lora else name
+        if name not in base:
+            raise CheckpointError(f"{adapter}: {key} matches nothing in the language model.")
+        if lora:
+            halves.setdefault(name, {})[lora[2]] = tensor
+        else:
+            full[name] = tensor
+    for name, half in halves.items():
+        if len(half) != 2:
+            raise CheckpointError(f"{adapter}: {name} has only one half of its LoRA pair. Save the adapter again.")
+    return full, {name: (half["A"], half["B"]) for name, half in halves.items()}
+
+
+def _check_targets(
+    adapter: Path,
+    lora: dict[str, Any],
+    full: dict[str, _Tensor],
+    pairs: dict[str, tuple[_Tensor, _Tensor]],
+    base: dict[str, _Tensor],
+) -> None:
+    """What the adapter's config says was trained is there, and nothing else."""
+    target = lora.get("target_modules") or []
+
+    def is_target(module: str) -> bool:
+        if isinstance(target, str):
+            return bool(re.fullmatch(target, module))
+        return any(module == name or module.endswith(f".{name}") for name in target)
+
+    modules = {name.removesuffix(".weight") for name in base if name.endswith(".weight")}
+    expected = {f"{module}.weight" for module in modules if is_target(module)}
+    if extra := pairs.keys() - expected:
+        raise CheckpointError(f"{adapter}: LoRA pairs for {_some(extra)}, which target_modules do not name.")
+    some_left_out = lora.get("exclude_modules") or lora.get("layers_to_transform") is not None
+    if (missing := expected - pairs.keys()) and not some_left_out:
+        raise CheckpointError(f"{adapter}: target_modules name {_some(missing)}, but the file has no LoRA pair for it.")
+    for module in lora.get("modules_to_save") or []:
+        if not any(name.rpartition(".")[0].endswith(module) for name in full):
+            raise CheckpointError(f"{adapter}: modules_to_save names {module}, but the file does not hold it.")
+
+
+def _add_pair(adapter: Path, lora: dict[str, Any], base: _Tensor, a: _Tensor, b: _Tensor) -> _Tensor:
+    module = base.name.removesuffix(".weight")
+    rank = _by_pattern(lora.get("rank_pattern"), module, lora["r"])
+    alpha = _by_pattern(lora.get("alpha_pattern"), module, lora["lora_alpha"])
+    # An embedding's pair is that of its transpose: A [r,rows], B [width,r].
+    embedding = module.endswith("embed_tokens")
+    rows, width = reversed(base.shape) if embedding else base.shape
+    if a.shape != (rank, width) or b.shape != (rows, rank):
+        raise CheckpointError(
+            f"{adapter}: LoRA of {base.name}: expected A {(rank, width)} and B {(rows, rank)}, "
+            f"found {a.shape} and {b.shape}."
+        )
+    scale = np.float32(alpha / math.sqrt(rank) if lora.get("use_rslora") else alpha / rank)
+
+    def read() -> Array:
+        delta = scale * (b.read() @ a.read())
+        return base.read() + (delta.T if embedding else delta)
+
+    return _Tensor(base.name, base.shape, read)
+
+
+def _by_pattern(pattern: dict[str, Any] | None, module: str, default: float) -> Any:
+    """peft's rule: the first key that matches, as a regular expression, the end of the module's name."""
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+# ---------------------------------------------------------------------------------------------- tokenizer
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer in GGUF's terms; the lists are parallel and may be shorter than the embedding."""
+
+    model: Literal["llama"]
+    """GGUF's name of the algorithm: "llama" is SentencePiece's BPE with byte fallback."""
+    tokens: list[str]
+    scores: list[float]
+    types: list[gguf.TokenType]
+    special_ids: dict[str, int]
+    """Of "bos", "eos", "unk", "pad", those that there are."""
+    add_bos: bool
+    add_space_prefix: bool
+
+
+def read_vocabulary(language: Path) -> Vocabulary:
+    """The tokenizer as transformers applies it, with SentencePiece's scores.
+
+    Special added tokens become CONTROL, other added tokens (`<seg>` of LISA's kind) USER_DEFINED, as in llama.cpp's
+    converter: both get their id from text that is parsed for special tokens, as in transformers.
+
+    Raises:
+        CheckpointError: not a SentencePiece BPE tokenizer with byte fallback, or files that contradict each other.
+    """
+    path = language / "tokenizer.model"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing: only SentencePiece tokenizers can be exported. transformers 5 does not save this "
+            "file with the tokenizer: copy it from the base model."
+        )
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path))
+        tokenizer = AutoTokenizer.from_pretrained(language, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{language}: the tokenizer cannot be read ({error}).") from None
+
+    tokens, scores, types = [], [], []
+    for token_id in range(pieces.vocab_size()):
+        tokens.append(pieces.id_to_piece(token_id))
+        scores.append(pieces.get_score(token_id))
+        types.append(_piece_type(pieces, token_id))
+    if types.count(gguf.TokenType.BYTE) != 256:
+        raise CheckpointError(f"{path}: no byte fallback: llama.cpp cannot tokenise text with it.")
+    for token_id, added in sorted(tokenizer.added_tokens_decoder.items()):
+        if token_id < len(tokens) and tokens[token_id] == added.content:
+            continue
+        while len(tokens) <= token_id:
+            _append_unused(tokens, scores, types)
+        tokens[token_id], scores[token_id] = added.content, -1000.0
+        types[token_id] = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
+    for token_id in range(len(tokens)):
+        if types[token_id] != gguf.TokenType.UNUSED and tokenizer.convert_ids_to_tokens(token_id) != tokens[token_id]:
+            raise CheckpointError(
+                f"{path}: token {token_id} is {tokens[token_id]!r}, but {tokenizer.convert_ids_to_tokens(token_id)!r} "
+                "in the other tokenizer files. Copy tokenizer.model from the model that was trained."
+            )
+    ids = tokenizer("a").input_ids
+    if ids[-1] == tokenizer.eos_token_id:
+        raise CheckpointError(f"{language}: the tokenizer ends every text with EOS; set add_eos_token to false.")
+    add_bos = ids[0] == tokenizer.bos_token_id
+    # transformers 4 adds BOS unless told otherwise; 5 forgets the setting when it saves, and then adds none.
+    if add_bos != _read_json(language / "tokenizer_config.json").get("add_bos_token", True):
+        raise CheckpointError(
+            f"{language}: the tokenizer adds {'a' if add_bos else 'no'} BOS, which tokenizer_config.json contradicts. "
+            "Load it with add_bos_token=True and save it again; for a model trained without BOS write "
+            '"add_bos_token": false into tokenizer_config.json.'
+        )
+    special_ids = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "unk": tokenizer.unk_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
+    return Vocabulary(
+        model="llama",
+        tokens=tokens,
+        scores=scores,
+        types=types,
+        special_ids={kind: token_id for kind, token_id in special_ids.items() if token_id is not None},
+        add_bos=add_bos,
+        add_space_prefix=tokenizer.tokenize("a")[0].startswith("▁"),
+    )
+
+
+def _piece_type(pieces: SentencePieceProcessor, token_id: int) -> gguf.TokenType:
+    if pieces.is_unknown(token_id):
+        return gguf.TokenType.UNKNOWN
+    if pieces.is_control(token_id):
+        return gguf.TokenType.CONTROL
+    if pieces.is_unused(token_id):
+        return gguf.TokenType.UNUSED
+    if pieces.is_byte(token_id):
+        return gguf.TokenType.BYTE
+    return gguf.TokenType.NORMAL
+
+
+def _append_unused(tokens: list[str], scores: list[float], types: list[gguf.TokenType]) -> None:
+    tokens.append(f"[PAD{len(tokens)}]")
+    scores.append(-10000.0)
+    types.append(gguf.TokenType.UNUSED)
+
+
+# ---------------------------------------------------------------------------------------------- GGUF
+
+
+def _write(target: Path, config: Config, vocabulary: Vocabulary, tensors: list[_Tensor], *, half: bool) -> None:
+    """All of the header first, then the tensors one by one. Matrices are F16 or F32, vectors F32."""
+    writer = gguf.GGUFWriter(target, "llama")
+    _add_hyperparameters(writer, config)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if half else gguf.LlamaFileType.ALL_F32)
+    _add_vocabulary(writer, vocabulary, rows=tensors[0].shape[0])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    types = [np.dtype(np.float16 if half and len(tensor.shape) == 2 else np.float32) for tensor in tensors]
+    for tensor, dtype in zip(tensors, types, strict=True):
+        name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
+        assert name is not None  # _read_base lets only LLaMA's tensors through
+        writer.add_tensor_info(name, tensor.shape, dtype, math.prod(tensor.shape) * dtype.itemsize)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor, dtype in zip(tensors, types, strict=True):
+            with np.errstate(over="ignore"):  # told apart below
+                array = _permute(tensor.name, tensor.read(), config).astype(dtype)
+            if not np.isfinite(array).all():
+                raise CheckpointError(
+                    f"{tensor.name} has values that {dtype} cannot hold (NaN, infinite or too large)."
+                )
+            writer.write_tensor_data(np.ascontiguousarray(array))
+    finally:
+        writer.close()
+
+
+def _add_hyperparameters(writer: gguf.GGUFWriter, config: Config) -> None:
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.rope_parameters["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) -> None:
+    """Token list of exactly `rows` entries: what the embedding has beyond the tokenizer is UNUSED."""
+    tokens, scores, types = list(vocabulary.tokens), list(vocabulary.scores), list(vocabulary.types)
+    if len(tokens) > rows:
+        raise CheckpointError(f"the tokenizer has {len(tokens)} tokens, the embedding {rows} rows. Resize the model.")
+    while len(tokens) < rows:
+        _append_unused(tokens, scores, types)
+    writer.add_vocab_size(rows)
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    for kind, token_id in vocabulary.special_ids.items():
+        getattr(writer, f"add_{kind}_token_id")(token_id)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_space_prefix(vocabulary.add_space_prefix)
+
+
+def _permute(name: str, array: Array, config: Config) -> Array:
+    """Rows of q and k from transformers' RoPE (halves of a head rotate together) to llama.cpp's (neighbours do)."""
+    if "self_attn.q_proj." in name:
+        heads = config.num_attention_heads
+    elif "self_attn.k_proj." in name:
+        heads = config.num_key_value_heads
+    else:
+        return array
+    return array.reshape(heads, 2, config.head_dim // 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def _quantize(source: Path, target: Path, ftype: int) -> None:
+    params = llama.llama_model_quantize_default_params()
+    params.ftype = ftype
+    params.nthread = len(os.sched_getaffinity(0))
+    if llama.llama_model_quantize(os.fsencode(source), os.fsencode(target), params):
+        raise CheckpointError(f"llama.cpp could not quantize {source}: {llama_messages()}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def _some(names: Any) -> str:
+    first = sorted(names)[:3]
+    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,310 @@
+"""LoRA merge against peft; the GGUF file against llama.cpp's own converter; what cannot be exported is refused."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import platformdirs
+import pytest
+import torch
+from gguf.quants import dequantize
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny_language import SEG, WIDTH, write_adapter, write_language
+from transformers import AutoTokenizer, LlamaForCausalLM, LlamaTokenizer
+
+from vmad_edge.export.language import export_language, merged_tensors
+from vmad_edge.runtime.errors import CheckpointError
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED = {"tie_word_embeddings": True}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def merged_by_peft(language: Path, adapter: Path, rows: int | None = None) -> LlamaForCausalLM:
+    base = LlamaForCausalLM.from_pretrained(language, dtype=torch.float32)
+    if rows:
+        base.resize_token_embeddings(rows)
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_language(folder / "language")
+    write_adapter(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("model", "lora"),
+    [
+        pytest.param({}, {}, id="q, v, and three modules in full"),
+        pytest.param({}, {"modules_to_save": None}, id="nothing in full"),
+        pytest.param(
+            {}, {"target_modules": ATTENTION, "rank_pattern": {"q_proj": 2, "layers.1.self_attn.k_proj": 8}}, id="ranks"
+        ),
+        pytest.param({}, {"alpha_pattern": {r"model.layers.0.self_attn.q_proj": 3, "v_proj": 5}}, id="alphas"),
+        pytest.param({}, {"use_rslora": True, "alpha_pattern": {"v_proj": 5}}, id="rsLoRA"),
+        pytest.param({}, {"fan_in_fan_out": True}, id="fan_in_fan_out"),
+        pytest.param({}, {"target_modules": "all-linear"}, id="every linear module"),
+        pytest.param({}, {"target_modules": r".*layers\.1\..*(up|down)_proj"}, id="a regular expression"),
+        pytest.param({}, {"target_modules": ATTENTION, "exclude_modules": ["o_proj"]}, id="some excluded"),
+        pytest.param({}, {"layers_to_transform": [1]}, id="one layer"),
+        pytest.param({}, {"target_modules": ["embed_tokens", "lm_head"], "modules_to_save": None}, id="vocabulary"),
+        pytest.param({"dtype": torch.bfloat16}, {}, id="bfloat16"),
+        pytest.param({"max_shard_size": "1MB"}, {}, id="shards"),
+        pytest.param({"attention_bias": True, "mlp_bias": True}, {}, id="biases"),
+        pytest.param(TIED, {"modules_to_save": None}, id="tied"),
+        pytest.param(TIED, {"modules_to_save": ["lm_head"]}, id="tied, lm_head trained"),
+        pytest.param(TIED, {"modules_to_save": ["embed_tokens"]}, id="tied, embedding trained"),
+        pytest.param(TIED, {"ensure_weight_tying": True}, id="tied, both trained as one"),
+    ],
+)
+def test_merge_equals_peft(tmp_path: Path, model: dict[str, Any], lora: dict[str, Any]) -> None:
+    language, adapter = tmp_path / "language", tmp_path / "adapter"
+    write_language(language, **model)
+    write_adapter(adapter, **lora)
+    merged = dict(merged_tensors(language, adapter))
+    expected = merged_by_peft(language, adapter).state_dict()
+    base = LlamaForCausalLM.from_pretrained(language, dtype=torch.float32).state_dict()
+    assert any(not torch.equal(base[name], expected[name]) for name in expected)
+    merged.setdefault(HEAD, merged[EMBEDDING])  # where nothing untied it
+    assert merged.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(merged[name], tensor.numpy(), rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_tied_head_is_written_once(tmp_path: Path) -> None:
+    write_language(tmp_path / "language", tie_word_embeddings=True)
+    write_adapter(tmp_path / "adapter", modules_to_save=None)
+    assert HEAD not in dict(merged_tensors(tmp_path / "language", tmp_path / "adapter"))
+
+
+def test_lora_on_one_of_two_tied_tensors_is_refused(tmp_path: Path) -> None:
+    """peft trains the embedding alone and merges into both."""
+    write_language(tmp_path / "language", tie_word_embeddings=True)
+    write_adapter(tmp_path / "adapter", target_modules=["embed_tokens"], modules_to_save=None)
+    with pytest.raises(CheckpointError, match="untie"):
+        next(merged_tensors(tmp_path / "language", tmp_path / "adapter"))
+
+
+def test_resized_vocabulary_of_the_adapter_wins(tmp_path: Path) -> None:
+    """LISA's way: the base knows no `<seg>`, the adapter brings the grown embedding and head."""
+    language, adapter = tmp_path / "language", tmp_path / "adapter"
+    write_language(language, spare_rows=-1)
+    rows = len(AutoTokenizer.from_pretrained(language))
+    write_adapter(adapter, rows=rows)
+    merged = dict(merged_tensors(language, adapter))
+    for name, tensor in merged_by_peft(language, adapter, rows).state_dict().items():
+        np.testing.assert_allclose(merged[name], tensor.numpy(), rtol=0, atol=1e-6, err_msg=name)
+    assert merged[EMBEDDING].shape == merged[HEAD].shape == (rows, WIDTH)
+    export_language(language, adapter, tmp_path / "llm.gguf", "f32")
+    assert _value(gguf.GGUFReader(tmp_path / "llm.gguf"), "tokenizer.ggml.tokens")[rows - 1] == SEG
+
+
+@pytest.fixture(scope="session")
+def converter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llama.cpp's convert_hf_to_gguf.py out of llama-cpp-python's source distribution, kept in the user's cache."""
+    version = importlib.metadata.version("llama-cpp-python")
+    cache = platformdirs.user_cache_path("vmad-edge", ensure_exists=True) / f"llama.cpp-{version}"
+    if not cache.is_dir():
+        name, scratch = f"llama_cpp_python-{version}", tmp_path_factory.mktemp("sdist")
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
+        done = subprocess.run(
+            [*pip, f"llama-cpp-python=={version}", "--dest", scratch], capture_output=True, text=True, timeout=300
+        )
+        if done.returncode:
+            pytest.skip(f"no source distribution of llama-cpp-python {version}: {done.stderr.strip()[-200:]}")
+        with tarfile.open(scratch / f"{name}.tar.gz") as archive:
+            archive.extractall(scratch, filter="data")
+        shutil.move(scratch / name / "vendor" / "llama.cpp", cache)
+    return cache / "convert_hf_to_gguf.py"
+
+
+def test_file_equals_llama_cpps_converter(checkpoint: Path, converter: Path, tmp_path: Path) -> None:
+    ours, theirs, merged = tmp_path / "ours.gguf", tmp_path / "theirs.gguf", tmp_path / "merged"
+    export_language(checkpoint / "language", checkpoint / "adapter", ours, "f16")
+    merged_by_peft(checkpoint / "language", checkpoint / "adapter").save_pretrained(merged)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(checkpoint / "language" / name, merged)
+    seg_id = AutoTokenizer.from_pretrained(checkpoint / "language").convert_tokens_to_ids(SEG)
+    (merged / "added_tokens.json").write_text(json.dumps({SEG: seg_id}))  # it does not read tokenizer.json's
+    subprocess.run(
+        [sys.executable, converter, merged, "--outfile", theirs, "--outtype", "f16"], check=True, timeout=300
+    )
+
+    a, b = gguf.GGUFReader(ours), gguf.GGUFReader(theirs)
+    tensors = {tensor.name: tensor for tensor in b.tensors}
+    assert {tensor.name for tensor in a.tensors} == tensors.keys()
+    for tensor in a.tensors:
+        assert tensor.tensor_type == tensors[tensor.name].tensor_type, tensor.name
+        np.testing.assert_array_equal(tensor.data, tensors[tensor.name].data, err_msg=tensor.name)
+    described = {key for key in b.fields if key.startswith(("llama.", "tokenizer."))} | {"general.file_type"}
+    for key in described:
+        assert _value(a, key) == _value(b, key), key
+
+
+def _value(reader: gguf.GGUFReader, key: str) -> Any:
+    return reader.fields[key].contents()
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind", "error"),
+    [("q8_0", gguf.GGMLQuantizationType.Q8_0, 0.01), ("q4_k_m", gguf.GGMLQuantizationType.Q4_K, 0.1)],
+)
+def test_quantized(checkpoint: Path, tmp_path: Path, quantization: Any, kind: Any, error: float) -> None:
+    """llama.cpp's quantization of what peft merged; the F16 file in between is gone."""
+    target = tmp_path / "llm.gguf"
+    export_language(checkpoint / "language", checkpoint / "adapter", target, quantization)
+    assert [path.name for path in tmp_path.iterdir()] == ["llm.gguf"]
+    expected = merged_by_peft(checkpoint / "language", checkpoint / "adapter").state_dict()
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
+    assert tensors["blk.0.ffn_up.weight"].tensor_type == kind
+    for ours, theirs in {"blk.0.ffn_up.weight": "model.layers.0.mlp.up_proj.weight", "output.weight": HEAD}.items():
+        found, right = dequantize(tensors[ours].data, tensors[ours].tensor_type), expected[theirs].numpy()
+        assert 0 < np.linalg.norm(found - right) < error * np.linalg.norm(right)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["q_proj.weight"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"a_key_of_next_year": 1}, "a_key_of_next_year"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"r": 8}, "expected A"),
+        ({"rank_pattern": {"v_proj": 2}}, "expected A"),
+        ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "k_proj"),  # trained, and not in the file
+        ({"target_modules": ["q_proj"]}, "v_proj"),  # in the file, and ignored by peft
+        ({"modules_to_save": ["o_proj"]}, "o_proj"),
+    ],
+    ids=str,
+)
+def test_adapter_config_that_would_be_ignored_is_refused(copy: Path, change: dict[str, Any], names: str) -> None:
+    path = copy / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=names):
+        next(merged_tensors(copy / "language", copy / "adapter"))
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        pytest.param(lambda t: t.update({"base_model.model.vision.weight": torch.ones(1)}), "vision", id="unknown key"),
+        pytest.param(lambda t: t.pop(f"{Q}.lora_B.weight"), "one half", id="half a pair"),
+        pytest.param(
+            lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(1)}), "magnitude", id="DoRA's vector"
+        ),
+        pytest.param(lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(9, WIDTH)}), "rows", id="rows"),
+        pytest.param(
+            lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(3)}), "norm.weight", id="shape"
+        ),
+    ],
+)
+def test_adapter_file_that_does_not_fit_is_refused(
+    copy: Path, change: Callable[[dict[str, torch.Tensor]], object], names: str
+) -> None:
+    _change_tensors(copy / "adapter" / "adapter_model.safetensors", change)
+    with pytest.raises(CheckpointError, match=names):
+        next(merged_tensors(copy / "language", copy / "adapter"))
+
+
+def _change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"model_type": "mistral"}, "mistral"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"num_hidden_layers": 3}, "layers.2"),
+        ({"num_hidden_layers": 1}, "layers.1"),
+        ({"intermediate_size": 1024}, "1024"),
+        ({"attention_bias": True}, "bias"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+    ],
+    ids=str,
+)
+def test_model_config_that_does_not_fit_is_refused(copy: Path, change: dict[str, Any], names: str) -> None:
+    path = copy / "language" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=names):
+        next(merged_tensors(copy / "language", copy / "adapter"))
+
+
+def _without(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names] and None
+
+
+def _pickle_instead(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _overflow(folder: Path) -> None:
+    _change_tensors(folder / "model.safetensors", lambda t: t["model.layers.0.mlp.up_proj.weight"].fill_(1e6))
+
+
+def _other_tokenizer(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {"X" if k == "▁the" else k: v for k, v in tokenizer["model"]["vocab"].items()}
+    tokenizer["model"]["merges"] = [
+        pair for pair in tokenizer["model"]["merges"] if "▁the" not in ("".join(pair), *pair)
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def _forget_bos(folder: Path) -> None:
+    LlamaTokenizer.from_pretrained(folder, add_bos_token=False).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        pytest.param(_without("config.json"), "config.json is missing", id="no config"),
+        pytest.param(_without("model.safetensors"), "model.safetensors is missing", id="no weights"),
+        pytest.param(_pickle_instead, "pickle", id="a pickle"),
+        pytest.param(_overflow, "float16 cannot hold", id="too large for F16"),
+        pytest.param(_without("tokenizer.model"), "SentencePiece", id="another kind of tokenizer"),
+        pytest.param(_forget_bos, "adds no BOS", id="BOS forgotten by transformers 5"),
+        pytest.param(_other_tokenizer, "▁the", id="tokenizer files that differ"),
+    ],
+)
+def test_language_folder_that_cannot_be_exported(copy: Path, change: Callable[[Path], None], names: str) -> None:
+    change(copy / "language")
+    with pytest.raises(CheckpointError, match=names):
+        export_language(copy / "language", copy / "adapter", copy / "llm.gguf", "f16")
+
+
+def test_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    write_language(tmp_path / "language", spare_rows=-1)
+    write_adapter(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="rows"):
+        export_language(tmp_path / "language", tmp_path / "adapter", tmp_path / "llm.gguf", "f16")

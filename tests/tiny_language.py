@@ -1,0 +1,101 @@
+"""A tiny random language model as a checkpoint's language/ and adapter/, made by transformers, peft, SentencePiece."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from sentencepiece import SentencePieceTrainer
+from transformers import AddedToken, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+torch.set_num_threads(1)  # more are slower on models as small as this
+
+SEG = "<seg>"
+WIDTH = 256  # a multiple of 256, so that K-quants apply
+SENTENCES = [
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful answers.",
+    "USER: Would you identify any irregularities present on the surface of the screw? ASSISTANT: Yes.",
+    "Yes. There is a scratch at the upper left of the gear. Check the tool.",
+    "No. The tile shows no irregularities.",
+]
+
+
+def write_language(
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    spare_rows: int = 3,
+    **config: Any,
+) -> LlamaForCausalLM:
+    """Write a LlamaForCausalLM with tokenizer (added token `<seg>`, `spare_rows` embedding rows that it lacks)."""
+    tokenizer = write_tokenizer(folder)
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer) + spare_rows,
+        "hidden_size": WIDTH,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.08,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**settings | config)).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+def write_tokenizer(folder: Path) -> LlamaTokenizer:
+    """LLaMA's kind: SentencePiece BPE, byte fallback, no normalisation, a space before the text; plus `<seg>`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 5),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+    tokenizer.add_tokens([AddedToken(SEG, special=False, normalized=False)])
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_adapter(
+    folder: Path, language: Path | None = None, *, rows: int | None = None, seed: int = 1, **lora: Any
+) -> None:
+    """Write a PEFT LoRA of `language` (default: the folder of that name beside it).
+
+    Every tensor is random (peft starts B at zero); `rows` resizes the vocabulary first.
+    """
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    settings |= {"modules_to_save": ["lm_head", "embed_tokens", "norm"]}
+    base = LlamaForCausalLM.from_pretrained(language or folder.parent / "language", dtype=torch.float32)
+    if rows:
+        base.resize_token_embeddings(rows)
+    model = get_peft_model(base, LoraConfig(**settings | lora))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
