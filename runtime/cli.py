@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -20,6 +21,7 @@ from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import list_images
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
+from vmad_edge.runtime.report import Report
 
 Subcommands = Any  # argparse's type for this is private
 _STYLE = {
@@ -68,7 +70,12 @@ def add_inspect(subcommands: Subcommands) -> None:
     parser.add_argument("--no-review", action="store_true", help="the screen alone: no sentence, no mask")
     parser.add_argument("--deadline-ms", type=float, metavar="N", help="per frame; late screens are NOT_INSPECTED")
     parser.add_argument("--json", action="store_true", help="print one JSON array instead of a table")
-    parser.add_argument("--report", metavar="DIR", type=Path, help="write a picture for each frame into DIR")
+    parser.add_argument(
+        "--report",
+        metavar="DIR",
+        type=Path,
+        help="write a page for people (index.html) and a picture for each frame into DIR",
+    )
     parser.set_defaults(run=_inspect)
 
 
@@ -112,6 +119,7 @@ def _inspect(args: argparse.Namespace) -> int:
         if args.references is not None:
             references = track(list_images([args.references]), "enrolling", console=_err, transient=True)
             inspector.enroll(references, object=args.object, keep=False)
+        report = None if args.report is None else Report(args.report, inspector.heat_top(args.object))
         for path in track(paths, "inspecting", console=_err, transient=True, disable=len(paths) == 1):
             inspection = inspector.inspect(
                 path,
@@ -121,9 +129,11 @@ def _inspect(args: argparse.Namespace) -> int:
                 review=not args.no_review,
                 deadline_ms=args.deadline_ms,
             )
-            if args.report is not None:
-                _write_picture(inspection, args.report, inspector)
+            if report is not None:
+                report.add(inspection)
             done.append(inspection.without_arrays())
+    if report is not None:
+        report.write(_report_facts(done, args))
     if args.json:
         print(json.dumps([inspection.to_json() for inspection in done], indent=2, allow_nan=False))
     else:
@@ -134,13 +144,13 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0 if verdicts == {Verdict.GOOD} else 3
 
 
-def _write_picture(inspection: Inspection, folder: Path, inspector: Inspector) -> None:
-    from vmad_edge.runtime.report import picture
-
-    folder.mkdir(parents=True, exist_ok=True)
-    name = Path(inspection.frame.path or inspection.frame.id)
-    target = folder / ("_".join(part for part in name.with_suffix("").parts if part not in ("/", "..")) + ".png")
-    picture(inspection, inspector.heat_top(inspection.object)).save(target)
+def _report_facts(done: list[Inspection], args: argparse.Namespace) -> list[str]:
+    counts = [f"{sum(i.verdict is verdict for i in done)} {verdict.value}" for verdict in Verdict]
+    when = time.strftime("%Y-%m-%d %H:%M")
+    return [
+        f"{len(done)} frames: {', '.join(counts)}.",
+        f"Bundle {args.bundle}, {when}, vmad-edge {version('vmad-edge')}.",
+    ]
 
 
 def _table(done: list[Inspection]) -> Table:

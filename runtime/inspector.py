@@ -168,9 +168,9 @@ class Inspector:
             self._references[name] = references
         return references
 
-    def heat_top(self, object: str) -> float:
+    def heat_top(self, object: str | None = None) -> float:
         """The map value to draw in the hottest colour: twice where DEFECT begins for `object`."""
-        thresholds = self._source(object).thresholds
+        thresholds = self._source(self._object(object)).thresholds
         return 1.0 if thresholds is None else 2 * thresholds.defect_above
 
     def _object(self, object: str | None) -> str:

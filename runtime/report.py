@@ -1,8 +1,13 @@
-"""Pictures for people: a frame, its heat map, its mask, and the sentence."""
+"""Inspections for people: one self-contained page, and a picture for each frame."""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import textwrap
+from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,81 +16,177 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vmad_edge.runtime.inspection import Inspection, Verdict
 
+Pixels = NDArray[np.uint8]
 COLOURS = {
     Verdict.GOOD: (0, 128, 60),
     Verdict.DEFECT: (200, 30, 30),
     Verdict.UNCERTAIN: (190, 120, 0),
     Verdict.NOT_INSPECTED: (90, 90, 90),
 }
-_PANEL = 320
+_MASK = (255, 0, 255)
+_SIDE = 304
 _GAP = 12
 _TEXT_HEIGHT = 96
+_PAGE = Path(__file__).with_name("report.html")
+_STAGE_COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#bab0ac")
+_WHOLES = ("screen", "review")
+"""Timings that are sums of others."""
 
 
-def picture(inspection: Inspection, heat_top: float) -> Image.Image:
-    """Side by side: the frame with boxes and mask outline, the heat map, and the nearest normal place; text below.
+class Report:
+    """Collects rows; `write` makes `folder`/index.html. Each frame's picture is written as it comes.
 
     Args:
-        heat_top: the map value that is drawn in the hottest colour; one value for a whole report.
+        heat_top: the map value that is drawn in the hottest colour, one for the whole report.
     """
-    panels = [(_fit(_outlined(inspection)), "frame")] if inspection.frame.pixels.size else []
-    if inspection.map is not None:
-        panels.append((_fit(heat(inspection, heat_top)), "anomaly map"))
-    if inspection.nearest_normal is not None:
-        panels.append((_fit(inspection.nearest_normal.picture), "most similar normal place"))
-    width = max(2, len(panels)) * (_PANEL + _GAP) + _GAP
-    sheet = Image.new("RGB", (width, _PANEL + _TEXT_HEIGHT + 3 * _GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    small, large = ImageFont.load_default(13), ImageFont.load_default(18)
-    for number, (panel, title) in enumerate(panels):
-        left = _GAP + number * (_PANEL + _GAP)
-        sheet.paste(panel, (left + (_PANEL - panel.width) // 2, _GAP + 16))
-        draw.text((left, _GAP - 4), title, "black", small)
-    top = _PANEL + 2 * _GAP + 14
-    draw.text((_GAP, top), _headline(inspection), COLOURS[inspection.verdict], large)
-    words = " ".join(filter(None, (inspection.explanation, inspection.reason)))
-    for line, text in enumerate(textwrap.wrap(words, width // 7)[:3]):
-        draw.text((_GAP, top + 26 + 18 * line), text, "black", small)
-    return sheet
+
+    def __init__(self, folder: Path, heat_top: float) -> None:
+        self._folder, self._heat_top = folder, heat_top
+        self._rows: list[str] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, inspection: Inspection) -> None:
+        """One frame's picture, and its row. Keeps small JPEGs, not the frame."""
+        panels = _panels(inspection, self._heat_top)
+        name = inspection.frame.path or inspection.frame.id
+        parts = [part for part in Path(name).with_suffix("").parts if part not in ("/", "..")]
+        _picture(inspection, panels).save(self._folder / ("_".join(parts) + ".png"))
+        self._rows.append(_row(inspection, name, panels))
+
+    def write(self, facts: Sequence[str]) -> Path:
+        """The page. `facts` are sentences for its head."""
+        scale = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None].repeat(16, 0), cv2.COLORMAP_TURBO)[:, :, ::-1]
+        page = _PAGE.read_text("utf-8")
+        for mark, text in (
+            ("{{facts}}", html.escape(" ".join(facts))),
+            ("{{scale}}", _data_uri(Image.fromarray(scale))),
+            ("{{heat_top}}", f"{self._heat_top:.3g}"),
+            ("{{rows}}", "\n".join(self._rows)),
+        ):
+            page = page.replace(mark, text, 1)
+        target = self._folder / "index.html"
+        scratch = target.with_suffix(".part")
+        scratch.write_text(page, "utf-8")
+        scratch.replace(target)
+        return target
 
 
-def heat(inspection: Inspection, top: float) -> NDArray[np.uint8]:
+def heat(inspection: Inspection, top: float) -> Pixels:
     """The anomaly map over the grey frame [h,w,3]; what was not inspected is hatched."""
-    assert inspection.map is not None
+    if inspection.map is None:
+        raise ValueError("expected an Inspection with a map")
     grey = cv2.cvtColor(inspection.frame.pixels, cv2.COLOR_RGB2GRAY)
     level = np.clip(np.nan_to_num(inspection.map) / top, 0, 1)
     colours = cv2.applyColorMap((level * 255).astype(np.uint8), cv2.COLORMAP_TURBO)[:, :, ::-1]
-    blend: NDArray[np.uint8] = (0.45 * grey[:, :, None] + 0.55 * colours).astype(np.uint8)
+    blend: Pixels = (0.45 * grey[:, :, None] + 0.55 * colours).astype(np.uint8)
     hatched = np.add.outer(*map(np.arange, grey.shape)) % 16 < 3
     blend[np.isnan(inspection.map) & hatched] = 255
     return blend
 
 
-def _outlined(inspection: Inspection) -> NDArray[np.uint8]:
+def _panels(inspection: Inspection, heat_top: float) -> dict[str, Image.Image]:
+    """Small pictures by their title."""
+    panels = {}
+    if inspection.frame.pixels.size:
+        panels["frame"] = _fit(_outlined(inspection))
+    if inspection.map is not None:
+        panels["anomaly map"] = _fit(heat(inspection, heat_top))
+    if inspection.nearest_normal is not None:
+        panels["most similar normal place"] = _fit(inspection.nearest_normal.picture)
+    return panels
+
+
+def _outlined(inspection: Inspection) -> Pixels:
+    """The frame with the mask's outline and the regions' boxes."""
     shown = inspection.frame.pixels.copy()
     line = max(1, round(max(shown.shape[:2]) / 250))
-    colour = COLOURS[inspection.verdict]
     if inspection.mask is not None:
         outlines, _ = cv2.findContours(inspection.mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(shown, outlines, -1, (255, 0, 255), line)
+        cv2.drawContours(shown, outlines, -1, _MASK, line)
     for region in inspection.regions:
         left, top, right, bottom = region.box
-        cv2.rectangle(shown, (left, top), (right - 1, bottom - 1), colour, line)
+        cv2.rectangle(shown, (left, top), (right - 1, bottom - 1), COLOURS[inspection.verdict], line)
     return shown
 
 
-def _fit(pixels: NDArray[np.uint8]) -> Image.Image:
+def _fit(pixels: Pixels) -> Image.Image:
     image = Image.fromarray(pixels)
-    scale = (_PANEL - 16) / max(image.size)
+    scale = _SIDE / max(image.size)
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
 
 
-def _headline(inspection: Inspection) -> str:
-    parts = [inspection.verdict.value]
+def _picture(inspection: Inspection, panels: dict[str, Image.Image]) -> Image.Image:
+    """The panels side by side, verdict and sentence below."""
+    width = max(2, len(panels)) * (_SIDE + _GAP) + _GAP
+    sheet = Image.new("RGB", (width, _SIDE + _TEXT_HEIGHT + 3 * _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    small, large = ImageFont.load_default(13), ImageFont.load_default(18)
+    for number, (title, panel) in enumerate(panels.items()):
+        left = _GAP + number * (_SIDE + _GAP)
+        sheet.paste(panel, (left + (_SIDE - panel.width) // 2, _GAP + 16))
+        draw.text((left, _GAP - 4), title, "black", small)
+    top = _SIDE + 2 * _GAP + 14
+    draw.text((_GAP, top), "   ".join(_facts(inspection)), COLOURS[inspection.verdict], large)
+    for line, text in enumerate(textwrap.wrap(_words(inspection), width // 7)[:3]):
+        draw.text((_GAP, top + 26 + 18 * line), text, "black", small)
+    return sheet
+
+
+def _facts(inspection: Inspection) -> list[str]:
+    facts = [inspection.verdict.value]
     if inspection.score is not None:
-        parts.append(f"score {inspection.score:.3f}")
+        facts.append(f"score {inspection.score:.3f}")
     if inspection.p_yes is not None:
-        parts.append(f"P(yes) {inspection.p_yes:.2f}")
+        facts.append(f"P(yes) {inspection.p_yes:.2f}")
     if inspection.verdict is not Verdict.NOT_INSPECTED:
-        parts.append(f"decided by the {inspection.decided_by}")
-    return "   ".join(parts)
+        facts.append(f"decided by the {inspection.decided_by}")
+    return facts
+
+
+def _words(inspection: Inspection) -> str:
+    return " ".join(filter(None, (inspection.explanation, inspection.reason)))
+
+
+def _row(inspection: Inspection, name: str, panels: dict[str, Image.Image]) -> str:
+    pictures = [
+        f'<img alt="{title}" src="{_data_uri(panels[title])}">' if title in panels else ""
+        for title in ("frame", "anomaly map", "most similar normal place")
+    ]
+    nearest = inspection.nearest_normal
+    beside = "" if nearest is None else f"in {html.escape(nearest.frame)}, cosine {nearest.similarity:.3f}"
+    verdict, *facts = _facts(inspection)
+    regions = "".join(
+        f"<div>region {list(r.box)}, {r.area} px, peak {r.peak:.3f}</div>" for r in inspection.regions[:5]
+    )
+    if len(inspection.regions) > 5:
+        regions += f"<div>and {len(inspection.regions) - 5} smaller ones</div>"
+    total = sum(inspection.timings_ms.get(whole, 0.0) for whole in _WHOLES)
+    score = "" if inspection.score is None else f"{inspection.score:.3f}"
+    return (
+        f'<tr data-name="{html.escape(name)}" data-verdict="{verdict}" '
+        f'data-score="{score or -1}" data-ms="{total:.3f}">'
+        f'<td>{pictures[0]}<div class="small">{html.escape(name)}</div></td><td>{pictures[1]}</td>'
+        f'<td>{pictures[2]}<div class="small">{beside}</div></td>'
+        f'<td><div class="verdict {verdict}">{verdict}</div><div>{html.escape(_words(inspection))}</div>'
+        f'<div class="small">{", ".join(facts)}{regions}</div></td>'
+        f"<td>{score}</td><td>{_time(inspection.timings_ms, total)}</td></tr>"
+    )
+
+
+def _time(timings_ms: dict[str, float], total: float) -> str:
+    """The stages' shares as a bar. SAM's encoder runs beside the language model, so shares can exceed the whole."""
+    stages = {stage: ms for stage, ms in timings_ms.items() if stage not in _WHOLES}
+    whole = sum(stages.values()) or 1.0
+    colours = dict(zip(stages, _STAGE_COLOURS * 2, strict=False))
+    bar = "".join(
+        f'<i style="width:{100 * ms / whole:.1f}%;background:{colours[stage]}" title="{stage} {ms:.1f} ms"></i>'
+        for stage, ms in stages.items()
+    )
+    words = ", ".join(f"{stage} {ms:.1f}" for stage, ms in stages.items())
+    return f'{total:.0f} ms<div class="time">{bar}</div><div class="small">{words}</div>'
+
+
+def _data_uri(image: Image.Image) -> str:
+    target = io.BytesIO()
+    image.save(target, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(target.getvalue()).decode()
