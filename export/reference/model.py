@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +17,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -38,13 +37,21 @@ from vmad_edge.export.models.ltc import LtcProjector
 from vmad_edge.export.models.seg_projection import SegProjection
 from vmad_edge.export.reference.parts import KINDS
 from vmad_edge.export.reference.text import QUESTION, SEG, TEMPLATE, YES, Reader
-from vmad_edge.runtime.bundle import Conversation, Similarity, Thresholds, Weights
+from vmad_edge.runtime.bundle import ClipInput, Conversation, SamInput, Similarity, Weights
 
-CLIP_SIZE, SAM_SIZE, WIDTH, LANGUAGE_WIDTH = 224, 256, 192, 256
+WIDTH, LANGUAGE_WIDTH, PROMPT_WIDTH = 192, 256, 256
 GRID, SCALE = 16, 2
 FEATURES = 64
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+CLIP = ClipInput(
+    size=14 * GRID,
+    resize="exact",
+    pad_to_square=False,
+    resample="bicubic",
+    rescale_factor=1 / 255,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
+SAM = SamInput(size=256)
 
 
 @dataclass
@@ -76,7 +83,7 @@ class ReferenceModel(nn.Module):
         self.vision = CLIPVisionModel(
             CLIPVisionConfig(
                 hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=6, num_attention_heads=3,
-                image_size=CLIP_SIZE, patch_size=14, hidden_act="gelu",
+                image_size=CLIP.size, patch_size=14, hidden_act="gelu",
             )
         )  # fmt: skip
         self.projector = LtcProjector(WIDTH, len(self.config.levels), LANGUAGE_WIDTH, SCALE, self.config.ltc.heads)
@@ -91,20 +98,20 @@ class ReferenceModel(nn.Module):
         self.segmenter = SamModel(
             SamConfig(
                 vision_config=SamVisionConfig(
-                    hidden_size=128, mlp_dim=384, num_hidden_layers=6, num_attention_heads=4, image_size=SAM_SIZE,
-                    patch_size=16, window_size=8, global_attn_indexes=[2, 5], output_channels=256,
+                    hidden_size=128, mlp_dim=384, num_hidden_layers=6, num_attention_heads=4, image_size=SAM.size,
+                    patch_size=16, window_size=8, global_attn_indexes=[2, 5], output_channels=PROMPT_WIDTH,
                 ),
-                prompt_encoder_config=SamPromptEncoderConfig(image_size=SAM_SIZE, patch_size=16),
+                prompt_encoder_config=SamPromptEncoderConfig(image_size=SAM.size, patch_size=16),
                 mask_decoder_config=SamMaskDecoderConfig(mlp_dim=256, iou_head_hidden_dim=64),
             )
         )  # fmt: skip
-        self.seg_projection = SegProjection(LANGUAGE_WIDTH, 256)
+        self.seg_projection = SegProjection(LANGUAGE_WIDTH, PROMPT_WIDTH)
         self.visual_normal = nn.Parameter(torch.randn(FEATURES, WIDTH))
         self.visual_abnormal = nn.Parameter(torch.randn(FEATURES, WIDTH))
         self.semantic_normal = nn.Parameter(torch.randn(1, LANGUAGE_WIDTH))
         # Scaffolds of the training, left out of the checkpoint.
         self.kind_head = nn.Linear(LANGUAGE_WIDTH, 1 + len(KINDS))
-        self.sam_head = nn.Conv2d(256, 1, 1)
+        self.sam_head = nn.Conv2d(PROMPT_WIDTH, 1, 1)
 
     def adapt(self) -> None:
         """From here on the LLM learns through a LoRA on q_proj and v_proj, beside its embeddings and lm_head."""
@@ -196,10 +203,10 @@ class ReferenceModel(nn.Module):
         n = len(features)
         prompt = self.seg_projection(h_seg)[:, None, None]
         dense = self.segmenter.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        position = self.segmenter.get_image_wide_positional_embeddings().expand(n, -1, -1, -1)
+        position: Tensor = self.segmenter.get_image_wide_positional_embeddings()  # type: ignore[no-untyped-call]
         masks, iou = self.segmenter.mask_decoder(
             image_embeddings=features,
-            image_positional_embeddings=position,
+            image_positional_embeddings=position.expand(n, -1, -1, -1),
             sparse_prompt_embeddings=prompt,
             dense_prompt_embeddings=dense.expand_as(features),
             multimask_output=False,
@@ -219,59 +226,33 @@ class ReferenceModel(nn.Module):
         columns = torch.arange(batch.answer.shape[1])
         return (batch.answer * columns).argmax(1)
 
-    def save(self, folder: Path, thresholds: Thresholds | None, parity_images: Iterable[tuple[str, Any]]) -> None:
-        """Write the checkpoint (FP16; layout in export/checkpoint.py). `parity_images`: (name, PIL image)."""
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint: FP16, layout in export/checkpoint.py, no thresholds and no images yet."""
         if self.adapted is None:
             raise ValueError("adapt() first: the checkpoint carries a LoRA")
-        folder.mkdir(parents=True, exist_ok=True)
-        similarity = self.config.similarity.model_copy(update={"thresholds": thresholds})
-        config = self.config.model_copy(update={"similarity": similarity})
-        (folder / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
-        copy.deepcopy(self.vision).half().save_pretrained(folder / "vision")
-        CLIPImageProcessor(
-            size={"height": CLIP_SIZE, "width": CLIP_SIZE}, do_center_crop=False, resample=3,
-            image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD),
-        ).save_pretrained(folder / "vision")  # fmt: skip
-        adapted = copy.deepcopy(self.adapted[0]).half()
+        half = copy.deepcopy(self).to(torch.float16)
+        adapted = cast(Any, half.adapted)[0]
+        # save_pretrained does not bring tokenizer.model along.
+        shutil.copytree(self.reader.tokenizer.name_or_path, folder / "language")
+        (folder / "config.json").write_text(self.config.model_dump_json(indent=2) + "\n")
+        half.vision.save_pretrained(folder / "vision")
+        CLIPImageProcessorPil(
+            size={"height": CLIP.size, "width": CLIP.size},
+            resample=3,
+            do_center_crop=False,
+            image_mean=list(CLIP.mean),
+            image_std=list(CLIP.std),
+        ).save_pretrained(folder / "vision")
         adapted.peft_config["default"].base_model_name_or_path = "language"
-        adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        (folder / "adapter" / "README.md").unlink(missing_ok=True)
-        cast(Any, adapted).unload().save_pretrained(folder / "language")
-        source = Path(self.reader.tokenizer.name_or_path)
-        for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
-            shutil.copyfile(source / name, folder / "language" / name)
-        copy.deepcopy(self.segmenter).half().save_pretrained(folder / "segmenter")
-        _save(folder / "projector.safetensors", self.projector.state_dict())
-        _save(folder / "seg_projection.safetensors", self.seg_projection.state_dict())
+        adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        (folder / "adapter" / "README.md").unlink()  # an empty form
+        adapted.unload().save_pretrained(folder / "language")
+        half.segmenter.save_pretrained(folder / "segmenter")
+        save_file(half.projector.state_dict(), folder / "projector.safetensors")
+        save_file(half.seg_projection.state_dict(), folder / "seg_projection.safetensors")
         features = ("visual_normal", "visual_abnormal", "semantic_normal")
-        _save(
-            folder / "similarity.safetensors",
-            {name: F.normalize(getattr(self, name).detach(), dim=-1) for name in features},
-        )
-        (folder / "parity_images").mkdir(exist_ok=True)
-        for name, image in parity_images:
-            image.save(folder / "parity_images" / name)
-
-
-def load(folder: Path) -> ReferenceModel:
-    """The checkpoint's model in float32 with its LoRA in place, in eval mode."""
-    from transformers import LlamaTokenizer
-
-    model = ReferenceModel(Reader(LlamaTokenizer.from_pretrained(folder / "language")), seed=0)
-    model.config = Config.model_validate_json((folder / "config.json").read_text())
-    model.vision = CLIPVisionModel.from_pretrained(folder / "vision", dtype=torch.float32)
-    model.language = LlamaForCausalLM.from_pretrained(folder / "language", dtype=torch.float32)
-    model.adapted = (PeftModel.from_pretrained(cast(Any, model.language), folder / "adapter"),)
-    model.segmenter = SamModel.from_pretrained(folder / "segmenter", dtype=torch.float32)
-    model.projector.load_state_dict(load_file(folder / "projector.safetensors"))
-    model.seg_projection.load_state_dict(load_file(folder / "seg_projection.safetensors"))
-    for name, value in load_file(folder / "similarity.safetensors").items():
-        getattr(model, name).data = value.float()
-    return model.eval()
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, path)
+        unit = {name: F.normalize(getattr(self, name).detach(), dim=-1).half() for name in features}
+        save_file(unit, folder / "similarity.safetensors")
 
 
 def _config(reader: Reader) -> Config:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import cv2
 import numpy as np
@@ -26,6 +26,8 @@ Image = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 Points = NDArray[np.float64]
 Colour = NDArray[np.float64]
+Field = NDArray[np.floating[Any]]
+"""Float32 in fact."""
 
 
 @dataclass(frozen=True)
@@ -87,35 +89,36 @@ class _Canvas:
         cv2.fillPoly(mask, [self.fixed(points)], (1,), cv2.LINE_8, 4)
         return mask > 0
 
-    def line(self, points: Points, width: float, closed: bool = False) -> NDArray[np.float32]:
+    def line(self, points: Points, width: float, closed: bool = False) -> Field:
         """Antialiased polyline as coverage [S,S] in 0…1; `width` in units of the frame."""
         out = np.zeros((self.size, self.size), np.uint8)
         thickness = max(1, round(width * self.size))
         cv2.polylines(out, [self.fixed(points)], closed, (255,), thickness, cv2.LINE_AA, 4)
         return out.astype(np.float32) / 255
 
-    def blend(self, coverage: NDArray[np.float32], colour: Colour) -> None:
+    def blend(self, coverage: Field, colour: Colour) -> None:
         alpha = coverage[..., None]
         self.colour = (self.colour * (1 - alpha) + alpha * colour.astype(np.float32)).astype(np.uint8)
 
-    def sink(self, coverage: NDArray[np.float32], depth: float) -> None:
+    def sink(self, coverage: Field, depth: float) -> None:
         """Lower the height where covered; a negative depth raises it."""
         self.height = np.clip(self.height - depth * coverage, 0, 255).astype(np.uint8)
 
-    def texture(self, amount: NDArray[np.float32]) -> None:
+    def texture(self, amount: Field) -> None:
         self.colour = np.clip(self.colour + amount[..., None], 0, 255).astype(np.uint8)
 
 
-def _noise(rng: np.random.Generator, size: int, cell: float) -> NDArray[np.float32]:
+def _noise(rng: np.random.Generator, size: int, cell: float) -> Field:
     """Smooth noise [size,size], about −1…1, with features of `cell` pixels."""
     n = max(2, round(size / cell))
     coarse = rng.uniform(-1, 1, (n, n)).astype(np.float32)
-    return cast(NDArray[np.float32], cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC))
+    return np.asarray(cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC), np.float32)
 
 
 def _turn(points: Points, angle: float) -> Points:
     c, s = np.cos(angle), np.sin(angle)
-    return points @ np.array([[c, s], [-s, c]])
+    turned: Points = points @ np.array([[c, s], [-s, c]])
+    return turned
 
 
 def _circle(centre: Points, radius: float, n: int = 28) -> Points:
@@ -172,7 +175,7 @@ def _brushed(rng: np.random.Generator, canvas: _Canvas, amount: float) -> None:
     """Machining marks along one axis."""
     grain = rng.standard_normal((canvas.size, canvas.size), np.float32)
     grain = cv2.blur(grain, (31, 1) if rng.random() < 0.5 else (1, 31)) * 5.5
-    canvas.texture(cast(NDArray[np.float32], np.where(canvas.part > 0, amount * grain, 0).astype(np.float32)))
+    canvas.texture(np.where(canvas.part > 0, amount * grain, 0).astype(np.float32))
 
 
 def _plate(rng: np.random.Generator, canvas: _Canvas, omit: bool) -> Mask:
@@ -255,7 +258,7 @@ def _connector(rng: np.random.Generator, canvas: _Canvas, omit: bool) -> Mask:
     canvas.polygon(outline, colour, 150)
     canvas.part[canvas.region(outline)] = 1
     rows, n = int(rng.integers(1, 3)), int(rng.integers(4, 9))
-    canvas.texture(cast(NDArray[np.float32], 3 * _noise(rng, canvas.size, 3) * canvas.part))
+    canvas.texture(3 * _noise(rng, canvas.size, 3) * canvas.part)
     if rng.random() < 0.7:
         inset = _turn(_box(half[0] * 0.93, half[1] * 0.86, 0.02), angle) + centre
         canvas.polygon(inset, colour * 0.8, 118)
@@ -311,11 +314,9 @@ def _tile(rng: np.random.Generator, canvas: _Canvas, omit: bool) -> Mask:
     canvas.part[canvas.region(outline)] = 1
     if rng.random() < 0.5:
         vein = np.abs(_noise(rng, canvas.size, canvas.size * rng.uniform(0.1, 0.25)))
-        canvas.texture(
-            cast(NDArray[np.float32], np.where(canvas.part > 0, rng.uniform(-22, 22) * vein, 0).astype(np.float32))
-        )
+        canvas.texture(np.where(canvas.part > 0, rng.uniform(-22, 22) * vein, 0).astype(np.float32))
     else:
-        canvas.texture(cast(NDArray[np.float32], rng.uniform(2, 9) * _noise(rng, canvas.size, 3) * canvas.part))
+        canvas.texture(rng.uniform(2, 9) * _noise(rng, canvas.size, 3) * canvas.part)
     n = int(rng.integers(2, 5))
     ink = _against(rng, colour, 30, 220, 60)
     radius = half / n * rng.uniform(0.25, 0.55)
@@ -360,11 +361,11 @@ def _differ(rng: np.random.Generator, lightness: float, by: float) -> float:
 def _walk(rng: np.random.Generator, at: Points, length: float, steps: int, wander: float, heading: float) -> Points:
     """A path of `steps` strides centred on `at` whose heading wanders."""
     turns = heading + np.cumsum(rng.normal(0, wander, steps))
-    path = np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 1) * length / steps, 0)
-    return path - path.mean(0) + at
+    path: Points = np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 1) * length / steps, 0)
+    return np.asarray(path - path.mean(0) + at)
 
 
-def _grown(canvas: _Canvas, coverage: NDArray[np.float32], margin: float) -> Mask:
+def _grown(canvas: _Canvas, coverage: Field, margin: float) -> Mask:
     """Where the part is covered, with the margin that a person's brush leaves."""
     r = max(1, round(margin * canvas.size))
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * r + 1, 2 * r + 1))
@@ -394,7 +395,7 @@ def _stain(rng: np.random.Generator, canvas: _Canvas) -> Mask:
     along = dx * np.cos(angle) + dy * np.sin(angle)
     distance = np.hypot(along * stretch, dy * np.cos(angle) - dx * np.sin(angle)) / radius
     edge = 1 - distance + 0.35 * _noise(rng, canvas.size, radius * canvas.size * 0.7)
-    coverage = np.clip(edge * rng.uniform(3, 8), 0, 1).astype(np.float32) * canvas.part
+    coverage: Field = np.clip(edge * rng.uniform(3, 8), 0, 1).astype(np.float32) * canvas.part
     light = _lightness(canvas, at)
     tint = np.array([[1.0, 0.7, 0.35], [0.5, 0.5, 0.55], [0.35, 0.55, 0.9], [0.9, 0.4, 0.3], [1, 1, 1]])
     colour = np.clip(_differ(rng, light, 70) * tint[rng.integers(len(tint))], 0, 255)
@@ -463,7 +464,7 @@ def _photograph(rng: np.random.Generator, canvas: _Canvas) -> Image:
     direction, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 0.9) * size / 256
     slope = cv2.Sobel(height, cv2.CV_32F, 1, 0) * np.float32(np.cos(direction) * strength / 4)
     slope += cv2.Sobel(height, cv2.CV_32F, 0, 1) * np.float32(np.sin(direction) * strength / 4)
-    image = canvas.colour.astype(np.float32)
+    image: Field = canvas.colour.astype(np.float32)
     image += slope[..., None]
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     tilt = rng.uniform(-0.18, 0.18, 2).astype(np.float32)
@@ -471,7 +472,7 @@ def _photograph(rng: np.random.Generator, canvas: _Canvas) -> Image:
     light -= np.float32(rng.uniform(0, 0.15)) * (axis[None] ** 2 + axis[:, None] ** 2)
     image *= light[..., None]
     image *= (rng.uniform(0.8, 1.15) * rng.uniform(0.94, 1.06, 3)).astype(np.float32)
-    image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.0012, 0.0035) * size)
+    image = np.asarray(cv2.GaussianBlur(image, (0, 0), rng.uniform(0.0012, 0.0035) * size), np.float32)
     grain = np.frombuffer(rng.bytes(size * size * 2), np.uint8).reshape(size, size, 2).astype(np.float32)
     image += (grain.sum(2) - 255)[..., None] * np.float32(rng.uniform(0.005, 0.06))
     image = np.clip(image, 0, 255) / np.float32(255)

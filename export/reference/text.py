@@ -11,12 +11,13 @@ import io
 import json
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import sentencepiece
 from transformers import AddedToken, LlamaTokenizer
 
-from vmad_edge.export.reference.parts import FAMILIES, KINDS, PLACES, Kind, Part
+from vmad_edge.export.reference.parts import FAMILIES, PLACES, Kind, Part
 
 TEMPLATE = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -87,12 +88,16 @@ def make_tokenizer(folder: Path) -> LlamaTokenizer:
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True)
+    tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True, add_eos_token=False)
     tokenizer.add_tokens([AddedToken(SEG, special=False, normalized=False)])
     tokenizer.save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(model.getvalue())  # save_pretrained does not keep it
     (folder / "added_tokens.json").write_text(json.dumps(tokenizer.get_added_vocab()))
-    return LlamaTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> LlamaTokenizer:
+    return cast(LlamaTokenizer, LlamaTokenizer.from_pretrained(folder))
 
 
 class Reader:
@@ -100,7 +105,7 @@ class Reader:
 
     def __init__(self, tokenizer: LlamaTokenizer) -> None:
         self.tokenizer = tokenizer
-        self.seg_id = int(tokenizer.convert_tokens_to_ids(SEG))
+        self.seg_id = cast(int, tokenizer.convert_tokens_to_ids(SEG))
         self.encode = lru_cache(maxsize=4096)(self._encode)
         (self.yes_id,), (self.no_id,) = self.encode(YES), self.encode(NO)
 
@@ -114,6 +119,3 @@ class Reader:
 
     def answer(self, text: str) -> tuple[int, ...]:
         return (*self.encode(text), self.seg_id)
-
-
-assert set(ANSWERS) == set(KINDS)

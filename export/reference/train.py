@@ -1,7 +1,7 @@
 """Train the reference model: `python -m vmad_edge.export.reference.train --out DIR`. Resumes where DIR left off.
 
-Stage "read" (vision, LTC, LLM), then stage "mask" (SAM and Γ, the LLM through its LoRA). Part number i is always the
-same part: parts and weights follow from the seed.
+Stage "read" (vision, LTC, LLM), then stage "mask" (SAM and Γ, the LLM through its LoRA), then DIR/checkpoint. Batch
+number i always holds the same parts: they and the first weights follow from the seed.
 
 It runs as several processes of one thread each that average their gradients once a step: on a CPU that others use too
 this was measured four times faster than one process whose threads wait for one another in every operator.
@@ -21,49 +21,32 @@ import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import LlamaTokenizer
 
-from vmad_edge.export.reference.model import (
-    CLIP_MEAN,
-    CLIP_SIZE,
-    CLIP_STD,
-    SAM_MEAN,
-    SAM_SIZE,
-    SAM_STD,
-    Batch,
-    ReferenceModel,
-)
+from vmad_edge.export.checkpoint import Checkpoint
+from vmad_edge.export.reference.evaluate import thresholds, unseen
+from vmad_edge.export.reference.model import CLIP, SAM, Batch, ReferenceModel
 from vmad_edge.export.reference.parts import KINDS, Part, draw
-from vmad_edge.export.reference.text import Reader, answer, make_tokenizer, question
+from vmad_edge.export.reference.text import Reader, answer, load_tokenizer, make_tokenizer, question
+from vmad_edge.runtime.files import whole_folder
+from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
 
 BATCH = 16  # a process
 SAVE_EVERY = 200  # steps
-
-
-def pixels(image: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
-    """Frame [S,S,3] → `clip_pixels` [3,224,224] and `sam_pixels` [3,256,256], resized as the runtime does."""
-    frame = Image.fromarray(image)
-    clip = np.asarray(frame.resize((CLIP_SIZE, CLIP_SIZE), Image.Resampling.BICUBIC), np.float32) / 255
-    sam = np.asarray(frame.resize((SAM_SIZE, SAM_SIZE), Image.Resampling.BILINEAR), np.float32)
-    clip = (clip - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
-    sam = (sam - np.float32(SAM_MEAN)) / np.float32(SAM_STD)
-    return torch.from_numpy(clip.transpose(2, 0, 1)), torch.from_numpy(sam.transpose(2, 0, 1))
 
 
 def collate(
     parts: list[Part], prompts: list[tuple[tuple[int, ...], tuple[int, ...]]], answers: list[tuple[int, ...]]
 ) -> Batch:
     """Parts with the ids of their prompts (before and after the visual tokens) and answers → one batch."""
-    clip, sam = zip(*(pixels(part.image) for part in parts), strict=True)
-    masks = [cv2.resize(p.mask.astype(np.float32), (SAM_SIZE, SAM_SIZE), interpolation=cv2.INTER_AREA) for p in parts]
+    frames = [Frame(part.image, part.object) for part in parts]
+    masks = [cv2.resize(p.mask.astype(np.float32), (SAM.size, SAM.size), interpolation=cv2.INTER_AREA) for p in parts]
     length = max(len(after) + len(a) for (_, after), a in zip(prompts, answers, strict=True))
     after = torch.zeros(len(parts), length, dtype=torch.long)
     said = torch.zeros(len(parts), length, dtype=torch.bool)
@@ -71,8 +54,8 @@ def collate(
         after[row, : len(asked) + len(a)] = torch.tensor(asked + a)
         said[row, len(asked) : len(asked) + len(a)] = True
     return Batch(
-        torch.stack(clip),
-        torch.stack(sam),
+        torch.from_numpy(np.concatenate([clip_pixels(frame, CLIP)[0] for frame in frames])),
+        torch.from_numpy(np.concatenate([sam_pixels(frame, SAM)[0] for frame in frames])),
         torch.from_numpy(np.stack(masks)),
         torch.tensor([0 if p.kind is None else 1 + KINDS.index(p.kind) for p in parts]),
         torch.tensor([before for before, _ in prompts]),
@@ -137,7 +120,8 @@ def train_stage(model: ReferenceModel, stage: str, steps: int, first: int, peak:
             optimizer.zero_grad(set_to_none=True)
             torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
             _average_gradients(list(named.values()))
-            torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+            for module in model.children():  # each by itself: a spike in the LLM must not still the vision
+                torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             if rank > 0:
                 continue
@@ -160,12 +144,12 @@ def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
 
 
 def _save(
-    path: Path, step: int, model: ReferenceModel, optimizer: torch.optim.Optimizer, named: dict[str, Tensor]
+    path: Path, step: int, model: ReferenceModel, optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter]
 ) -> None:
     tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     for name, parameter in named.items():
@@ -178,7 +162,9 @@ def _save(
     scratch.replace(path)
 
 
-def _resume(path: Path, model: ReferenceModel, optimizer: torch.optim.Optimizer, named: dict[str, Tensor]) -> int:
+def _resume(
+    path: Path, model: ReferenceModel, optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter]
+) -> int:
     with safe_open(path, "pt") as file:
         keys = set(file.keys())
         model.load_state_dict({k.removeprefix("model."): file.get_tensor(k) for k in keys if k.startswith("model.")})
@@ -193,13 +179,28 @@ def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
     """One process of the group: both stages."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=args.processes)
-    reader = Reader(LlamaTokenizer.from_pretrained(args.out / "tokenizer"))
+    reader = Reader(load_tokenizer(args.out / "tokenizer"))
     model = ReferenceModel(reader, args.seed)
     read, mask = (n // (BATCH * args.processes) for n in (args.read_samples, args.mask_samples))
-    train_stage(model, "read", read, 0, 1e-3, args.out, args.seed)
+    train_stage(model, "read", read, 0, 5e-4, args.out, args.seed)
     model.adapt()
-    train_stage(model, "mask", mask, read, 8e-4, args.out, args.seed)
+    train_stage(model, "mask", mask, read, 5e-4, args.out, args.seed)
     dist.destroy_process_group()
+    if rank == 0:
+        write_checkpoint(model, args.out / "checkpoint")
+
+
+def write_checkpoint(model: ReferenceModel, folder: Path) -> None:
+    """The checkpoint with 16 unseen parts to compare exports on, and thresholds measured on its FP16 weights."""
+    with whole_folder(folder) as new:
+        model.save(new)
+        (new / "parity_images").mkdir()
+        for i, part in enumerate(unseen(16, first=2_000_000)):
+            name = f"{i:02d}_{part.object}_{(part.kind or 'good').replace(' ', '_')}.jpg"
+            Image.fromarray(part.image).save(new / "parity_images" / name, quality=92)
+        similarity = model.config.similarity.model_copy(update={"thresholds": thresholds(Checkpoint.open(new))})
+        config = model.config.model_copy(update={"similarity": similarity})
+        (new / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
 
 
 def main() -> None:
@@ -212,7 +213,7 @@ def main() -> None:
     args = parser.parse_args()
     make_tokenizer(args.out / "tokenizer")
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run, (f"{folder}/meeting", args), nprocs=args.processes)  # type: ignore[no-untyped-call]
+        spawn(run, (f"{folder}/meeting", args), nprocs=args.processes)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":
