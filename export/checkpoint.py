@@ -233,9 +233,8 @@ def _check_model(folder: Path) -> PretrainedConfig:
         with torch.device("meta"):
             model = model_class(config)
     except Exception as error:  # transformers raises many kinds on a config that makes no model
-        raise CheckpointError(
-            f"{path}: expected a config of {model_class.__name__}, found one it refuses: {error}"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: expected a config of {model_class.__name__}, found: {reason}") from None
     # transformers 4 wrote a prefix that version 5 dropped.
     found = {name.removeprefix("vision_model."): shape for name, shape in read_shapes(folder).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
