@@ -122,7 +122,7 @@ class ReviewProcess:
     def close(self) -> None:
         """End the process; pending reviews get a fault."""
         if self._process is not None:
-            self._process.terminate()
+            self._process.kill()  # it holds nothing to save, and a stopped process heeds no SIGTERM
             self._process.wait()
 
     def _running(self) -> subprocess.Popen[bytes]:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from vmad_edge.runtime.bundle import Answer, Bundle, Thresholds
 from vmad_edge.runtime.engines.onnxruntime import Device, OnnxRuntimeEngine
+from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features
 from vmad_edge.runtime.stages.language import LanguageModel
@@ -75,7 +76,11 @@ class Screen:
         return Screening(features, score, heat, (int(found.index[worst]), float(found.score[worst])))
 
     def enroll(self, frames: Iterable[Frame]) -> References:
-        """Patch features of normal frames, with leave-one-frame-out thresholds. Holds one frame at a time."""
+        """Patch features of normal frames, with leave-one-frame-out thresholds. Holds one frame at a time.
+
+        Raises:
+            FrameError: no frames.
+        """
         grid = self._manifest.vision.grid
         features, patches, enrolled, start = [], [], [], 0
         for frame in frames:
@@ -86,6 +91,8 @@ class Screen:
             patches.append(rows.astype(np.int32))
             enrolled.append(EnrolledFrame(frame.id, start, start + len(rows), view, size, self._jpeg(frame, view)))
             start += len(rows)
+        if not enrolled:
+            raise FrameError("expected at least one normal frame to enroll, found none")
         stacked = np.concatenate(features), np.concatenate(patches), tuple(enrolled)
         thresholds = leave_one_out_thresholds(References(*stacked, None), self._manifest.similarity)
         return References(*stacked, thresholds)
