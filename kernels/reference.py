@@ -41,7 +41,7 @@ def _cosine(query: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArray[np
     cosine = np.empty((len(query), len(bank)))
     for i, row in enumerate(unit_query):
         cosine[i] = (unit_bank * row).sum(axis=1)
-    return np.clip(cosine, -1.0, 1.0)
+    return cosine
 
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -1,9 +1,9 @@
-// One scan serves both operators. A block of query rows, transposed so that kLanes of them lie side by side, meets
-// the bank in blocks of rows; each block of similarities is reduced at once, bank rows in rising order.
+// One scan serves both operators. A block of query rows, transposed so that kLanes of them lie side by side,
+// meets the bank in blocks of rows; each block of similarities is reduced at once, bank rows in rising order.
 //
-// The cosine of two rows is summed in an order that depends on their width alone, never on where the rows lie in
-// a block: equal rows give equal bits, so ties are ties whatever the number of threads. NaN needs no code of its own: it
-// never compares greater.
+// The cosine of two rows is summed in an order that depends on their width alone, never on their place in a
+// block: equal rows give equal bits, so ties are ties whatever the number of threads. The reductions need no code
+// for NaN: it never compares greater.
 #include "similarity.h"
 
 #include <algorithm>
@@ -23,7 +23,7 @@ constexpr Index kLanes = 16;       // query rows of a tile, the vectorised side
 constexpr Index kTileRows = 4;     // bank rows of a tile
 constexpr Index kBankBlock = 32;   // bank rows between two reductions
 constexpr Index kQueryBlock = 96;  // query rows that share one reading of the bank
-constexpr Index kDepth = 256;      // summands before a partial sum is put away: cache, and less rounding
+constexpr Index kDepth = 128;      // summands before a partial sum is put away: cache, and less rounding
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -42,8 +42,8 @@ void normalise_row(const float* row, Index width, float* unit, Index stride) {
   double squares = 0;
   for (double p : partial) squares += p;
 
-  double scale = squares > 0 ? 1 / std::sqrt(squares) : 0;
-  if (!std::isfinite(squares)) scale = kNan;
+  // A NaN stays one. After an infinity the scale is 0, and 0 · ∞ is NaN.
+  const double scale = squares > 0 ? 1 / std::sqrt(squares) : 0;
   for (d = 0; d < width; ++d) unit[d * stride] = float(double(row[d]) * scale);
 }
 
@@ -79,7 +79,7 @@ struct Scratch {
   std::vector<Index> index;
 };
 
-/// Calls reduce(j, s) for each bank row j in rising order; s[i] is its cosine with query row `first + i`, i < count.
+/// Calls reduce(j, s) for each bank row j in rising order; s[i] is its cosine with query row first + i, i < count.
 template <class Reduce>
 void scan(const Rows& query, Index first, Index count, const Rows& bank, Scratch& scratch, Reduce reduce) {
   const Index width = bank.width;
@@ -113,7 +113,7 @@ void scan(const Rows& query, Index first, Index count, const Rows& bank, Scratch
   }
 }
 
-/// Calls work(first, count, scratch) until all query rows are done, in blocks that give every thread the same share.
+/// Calls work(first, count, scratch) until all query rows are done, in blocks that share them out evenly.
 template <class Work>
 void in_query_blocks(const Rows& query, const Rows& bank, Index k, Index threads, Work work) {
   if (query.count == 0) return;
@@ -146,7 +146,9 @@ float score_of(float best) { return best == kNone ? kNan : std::clamp(best, -1.0
 }  // namespace
 
 void normalise(Rows rows, float* unit) {
-  for (Index i = 0; i < rows.count; ++i) normalise_row(rows.data + i * rows.width, rows.width, unit + i * rows.width, 1);
+  for (Index i = 0; i < rows.count; ++i) {
+    normalise_row(rows.data + i * rows.width, rows.width, unit + i * rows.width, 1);
+  }
 }
 
 void max_cosine(Rows query, Rows bank, Index k, Index threads, float* score, Index* index) {
@@ -173,7 +175,8 @@ void max_cosine(Rows query, Rows bank, Index k, Index threads, float* score, Ind
   });
 }
 
-void segmented_max_cosine(Rows query, Rows bank, const Index* offsets, Index segments, Index threads, float* score) {
+void segmented_max_cosine(Rows query, Rows bank, const Index* offsets, Index segments, Index threads,
+                          float* score) {
   in_query_blocks(query, bank, 1, threads, [&](Index first, Index count, Scratch& scratch) {
     Index segment = 0;
     std::fill(scratch.best.begin(), scratch.best.end(), kNone);

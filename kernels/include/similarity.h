@@ -13,7 +13,7 @@ struct Rows {
   bool normalised;
 };
 
-/// Rows of length 1 into `unit` [count, width]. A zero row stays zero; a row with a NaN or an infinity becomes NaN.
+/// Rows of length 1 into `unit` [count, width]. A zero row stays zero, a NaN stays one, an infinity becomes one.
 void normalise(Rows rows, float* unit);
 
 /// For each query row its k-th best bank row: `score` [Q], `index` [Q]. NaN and −1 where there is none.
