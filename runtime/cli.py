@@ -64,12 +64,11 @@ def add_inspect(subcommands: Subcommands) -> None:
     _add_bundle(parser)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="image files, or folders of them (recursive)")
     parser.add_argument("--references", metavar="DIR", help="compare with the normal parts in DIR, for this run alone")
-    parser.add_argument("--object", metavar="NAME", help="the part's name, as in “screw”")
+    _add_frames(parser)
     parser.add_argument("--question", metavar="TEXT", help="ask this instead; {object} is replaced by the name")
     parser.add_argument("--answer", choices=["full", "short"], help="a whole sentence, or yes/no and the mask")
     parser.add_argument("--no-review", action="store_true", help="the screen alone: no sentence, no mask")
     parser.add_argument("--deadline-ms", type=float, metavar="N", help="per frame; late screens are NOT_INSPECTED")
-    parser.add_argument("--json", action="store_true", help="print one JSON array instead of a table")
     parser.add_argument(
         "--report",
         metavar="DIR",
@@ -88,8 +87,7 @@ def add_enroll(subcommands: Subcommands) -> None:
     )
     _add_bundle(parser)
     parser.add_argument("folder", metavar="DIR", help="images of normal parts (recursive)")
-    parser.add_argument("--object", metavar="NAME", help="the part's name; banks are kept per object")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_frames(parser)
     parser.set_defaults(run=_enroll)
 
 
@@ -108,6 +106,12 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
 
 
+def _add_frames(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--object", metavar="NAME", help="the part's name, as in “screw”; references are kept by it")
+    parser.add_argument("--bit-depth", type=int, metavar="N", help="of 16-bit images: how many bits their values use")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _open(args: argparse.Namespace) -> Inspector:
     return Inspector.open(args.bundle, args.station, cast(Device, args.device))
 
@@ -118,7 +122,7 @@ def _inspect(args: argparse.Namespace) -> int:
     with _open(args) as inspector:
         if args.references is not None:
             references = track(list_images([args.references]), "enrolling", console=_err, transient=True)
-            inspector.enroll(references, object=args.object, keep=False)
+            inspector.enroll(references, object=args.object, keep=False, bit_depth=args.bit_depth)
         report = None if args.report is None else Report(args.report, inspector.heat_top(args.object))
         for path in track(paths, "inspecting", console=_err, transient=True, disable=len(paths) == 1):
             inspection = inspector.inspect(
@@ -128,6 +132,7 @@ def _inspect(args: argparse.Namespace) -> int:
                 answer=cast("Answer | None", args.answer),
                 review=not args.no_review,
                 deadline_ms=args.deadline_ms,
+                bit_depth=args.bit_depth,
             )
             if report is not None:
                 report.add(inspection)

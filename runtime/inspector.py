@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -100,6 +101,7 @@ class Inspector:
         answer: Answer | None = None,
         review: bool = True,
         deadline_ms: float | None = None,
+        bit_depth: int | None = None,
     ) -> Inspection:
         """Screen one frame and, if it is suspect, review it.
 
@@ -111,21 +113,22 @@ class Inspector:
             question: instead of the manifest's; `{object}` in it is replaced.
             answer: "full" sentence or "short"; None takes the manifest's.
             review: False gives the screen alone; `review(inspection)` can follow.
+            bit_depth: of 16-bit frames, see `Frame.read`.
             deadline_ms: from now. A screen that misses it is NOT_INSPECTED; a review that misses it is left out.
         """
         deadline = None if deadline_ms is None else time.monotonic() + deadline_ms / 1e3
         if review:
             self._reviews.start()
-        inspection = self._screened(frame, self._object(object), deadline)
+        inspection = self._screened(frame, self._object(object), deadline, bit_depth)
         suspect = inspection.verdict in (Verdict.DEFECT, Verdict.UNCERTAIN)
         if not (review and suspect):
             return inspection
         handle = self.review(inspection, question=question, answer=answer, deadline=deadline)
         return handle.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
-    def inspect_batch(self, frames: Iterable[FrameSource], **options: object) -> Iterator[Inspection]:
+    def inspect_batch(self, frames: Iterable[FrameSource], **options: Any) -> Iterator[Inspection]:
         """`inspect` for each frame, in order, one at a time in memory. Options are those of `inspect`."""
-        return (self.inspect(frame, **options) for frame in frames)  # type: ignore[arg-type]
+        return (self.inspect(frame, **options) for frame in frames)
 
     def review(
         self,
@@ -151,17 +154,25 @@ class Inspector:
         pending = self._reviews.submit(inspection.frame, inspection.features, asked, mode, deadline)
         return ReviewHandle(inspection, pending)
 
-    def enroll(self, frames: Iterable[FrameSource], *, object: str | None = None, keep: bool = True) -> References:
+    def enroll(
+        self,
+        frames: Iterable[FrameSource],
+        *,
+        object: str | None = None,
+        keep: bool = True,
+        bit_depth: int | None = None,
+    ) -> References:
         """Make normal frames the references of `object`, in place of earlier ones.
 
         Args:
             keep: write them to the station; False uses them in this inspector alone.
+            bit_depth: of 16-bit frames, see `Frame.read`.
 
         Raises:
             FrameError: no frames, or one that cannot be read; nothing is changed then.
         """
         name = self._object(object)
-        references = self._screen.enroll(Frame.read(frame) for frame in frames)
+        references = self._screen.enroll(Frame.read(frame, bit_depth) for frame in frames)
         if keep:
             self.station.save_references(name, references)
         with self._lock:
@@ -182,13 +193,13 @@ class Inspector:
                 self._references[object] = self.station.load_references(object)
             return self._references[object] or self._normal
 
-    def _screened(self, source: FrameSource, object: str, deadline: float | None) -> Inspection:
+    def _screened(self, source: FrameSource, object: str, deadline: float | None, bit_depth: int | None) -> Inspection:
         watch = Stopwatch()
         compared_with = self._source(object)
         try:
             with watch("screen"):
                 with watch("read"):
-                    frame = Frame.read(source)
+                    frame = Frame.read(source, bit_depth)
                 screening = self._screen.run(frame, compared_with, watch)
         except Exception as error:  # whatever went wrong in the screen is a reason, never a verdict
             path = os.fspath(source) if isinstance(source, str | os.PathLike) else None

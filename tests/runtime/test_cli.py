@@ -108,7 +108,7 @@ def test_info_warns_of_a_crop(tiny_bundle: Path, tmp_path: Path) -> None:
     [
         (["inspect", "{bundle}", "{tmp}"], "no images in"),
         (["inspect", "{bundle}", "{tmp}/nothing.png"], "does not exist"),
-        (["inspect", "{tmp}", "{tmp}"], "is not a bundle"),
+        (["inspect", "{tmp}", "{bundle}/manifest.json"], "is not a bundle"),
         (["enroll", "{bundle}", "{tmp}"], "no images in"),
         (["info", "{tmp}"], "is not a bundle"),
         (["inspect"], "usage: vmad inspect"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -71,8 +72,11 @@ FRAMES = [Image.fromarray(RGB), Image.fromarray(RGB[::-1])]
         pytest.param(
             encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "expected one image", id="animation"
         ),
-        pytest.param(encoded(Image.fromarray(RGB[:, :, 0].astype(np.uint16))), "expected 8 bits", id="16-bit png"),
-        pytest.param(RGB.astype(np.float32), "expected a uint8 array", id="float array"),
+        pytest.param(encoded(Image.fromarray(RGB[:, :, 0].astype(np.uint16))), "16-bit values", id="16-bit png"),
+        pytest.param(encoded(Image.fromarray(RGB[:, :, 0].astype(np.float32)), "TIFF"), "found 32", id="float tiff"),
+        pytest.param(RGB.astype(np.uint16), "16-bit values", id="uint16 array"),
+        pytest.param(RGB.astype(np.float32), "expected an array of uint8", id="float array"),
+        pytest.param(np.full((20, 20), np.nan), "expected an array of uint8", id="array of nan"),
         pytest.param(RGB.reshape(-1), "expected an array", id="flat array"),
         pytest.param(np.zeros((20, 20, 5), np.uint8), "expected an array", id="five channels"),
         pytest.param("missing.png", "missing.png", id="no such file"),
@@ -81,6 +85,32 @@ FRAMES = [Image.fromarray(RGB), Image.fromarray(RGB[::-1])]
 def test_bad_input_says_what_was_expected(source: NDArray[np.uint8] | bytes | str, says: str) -> None:
     with pytest.raises(FrameError, match=says):
         Frame.read(source)
+
+
+def deep_file(suffix: str, values: NDArray[np.uint16]) -> bytes:
+    ok, data = cv2.imencode(suffix, values if values.ndim == 2 else np.ascontiguousarray(values[:, :, ::-1]))
+    assert ok
+    return data.tobytes()
+
+
+@pytest.mark.parametrize("bits", [10, 12, 16])
+@pytest.mark.parametrize("kind", ["array", ".png", ".tiff"])
+@pytest.mark.parametrize("colour", [False, True])
+def test_deep_values_keep_their_high_bits(bits: int, kind: str, colour: bool) -> None:
+    shape = (20, 30, 3) if colour else (20, 30)
+    values = np.random.default_rng(0).integers(0, 1 << bits, shape, np.uint16)
+    values.flat[0] = (1 << bits) - 1
+    frame = Frame.read(values if kind == "array" else deep_file(kind, values), bit_depth=bits)
+    expected = (values.astype(int) * 256 // (1 << bits)).reshape(20, 30, -1)
+    np.testing.assert_array_equal(frame.pixels, np.broadcast_to(expected, (20, 30, 3)))
+
+
+@pytest.mark.parametrize(
+    "depth,says", [(10, "does not fit the given bit_depth of 10"), (8, "expected 9 to 16"), (17, "expected 9 to 16")]
+)
+def test_wrong_bit_depth(depth: int, says: str) -> None:
+    with pytest.raises(FrameError, match=says):
+        Frame.read(np.full((20, 20), 2000, np.uint16), bit_depth=depth)
 
 
 def test_list_images(tmp_path: Path) -> None:
