@@ -23,16 +23,14 @@ class LtcProjector(nn.Module):
         self.k_norm = nn.LayerNorm(width, eps=1e-6)
         self.v_norm = nn.LayerNorm(width, eps=1e-6)
         self.attention = nn.MultiheadAttention(width, heads)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, language_width), nn.GELU(), nn.Linear(language_width, language_width)
-        )
+        self.mlp = nn.Sequential(nn.Linear(width, language_width), nn.GELU(), nn.Linear(language_width, language_width))
 
     def forward(self, patches: Tensor, patches_multi: Tensor) -> Tensor:
         batch, n, width = patches.shape
         grid, s = int(n**0.5), self.scale_factor
         coarse = grid // s
         fine = patches_multi.transpose(1, 2).flatten(2)
-        query = patches.transpose(1, 2).unflatten(2, (grid, grid))
+        query = patches.transpose(1, 2).reshape(batch, width, grid, grid)
         query = nn.functional.interpolate(query, size=(coarse, coarse), mode="bilinear", align_corners=False)
         query = self.q_norm(self.q_proj(query.flatten(2).transpose(1, 2)))
         key, value = self.k_norm(self.k_proj(fine)), self.v_norm(self.v_proj(fine))
@@ -50,4 +48,3 @@ class LtcProjector(nn.Module):
         batch, s, width = x.shape[0], self.scale_factor, x.shape[2]
         x = x.reshape(batch, coarse, s, coarse, s, width).permute(2, 4, 0, 1, 3, 5)
         return x.reshape(s * s, batch * coarse * coarse, width)
-
