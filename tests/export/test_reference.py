@@ -1,0 +1,277 @@
+"""The reference model's parts, texts, losses and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import cv2
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from vmad_edge.export.checkpoint import Checkpoint
+from vmad_edge.export.reference import train
+from vmad_edge.export.reference.evaluate import Evaluation, auroc
+from vmad_edge.export.reference.model import Batch, ReferenceModel
+from vmad_edge.export.reference.parts import FAMILIES, KINDS, PLACES, Kind, draw, place
+from vmad_edge.export.reference.text import (
+    ANSWERS,
+    PARAPHRASES,
+    QUESTION,
+    TEMPLATE,
+    Reader,
+    answer,
+    load_tokenizer,
+    make_tokenizer,
+)
+
+# --- parts
+
+
+def test_a_part_follows_from_its_seed() -> None:
+    first, again, other = (draw(np.random.default_rng(seed), None, "random", 128) for seed in (5, 5, 6))
+    assert (first.image == again.image).all() and (first.mask == again.mask).all()
+    assert (first.object, first.kind, first.place) == (again.object, again.kind, again.place)
+    assert (first.image != other.image).any()
+
+
+def test_drawing_leaves_the_global_generator_alone() -> None:
+    before = np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    draw(np.random.default_rng(0), None, "random", 64)
+    assert np.random.get_state()[1].tolist() == before  # type: ignore[index, union-attr]
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mask_and_place_say_what_was_drawn(family: str, kind: Kind | None) -> None:
+    for seed in range(3):
+        part = draw(np.random.default_rng([seed, 9]), family, kind, 160)
+        assert part.image.shape == (160, 160, 3) and part.image.dtype == np.uint8
+        assert part.mask.shape == (160, 160) and part.mask.dtype == bool
+        assert (part.object, part.kind) == (family, kind)
+        if kind is None:
+            assert not part.mask.any() and part.place is None
+            continue
+        # Large enough for a person, and for one of CLIP's 16×16 patches to be mostly about it.
+        assert 0.0012 * 160**2 <= part.mask.sum() < 0.25 * 160**2
+        moments = cv2.moments(part.mask.astype(np.uint8), binaryImage=True)
+        x, y = moments["m10"] / moments["m00"] + 0.5, moments["m01"] / moments["m00"] + 0.5
+        assert part.place == PLACES[int(3 * y / 160)][int(3 * x / 160)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "missing feature"])
+def test_a_defect_is_seen(kind: Kind) -> None:
+    """Inside its mask a defective part has stronger local contrast than good parts have in the same place."""
+
+    def contrast(image: np.ndarray, mask: np.ndarray) -> float:
+        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+        return float(np.abs(grey - cv2.GaussianBlur(grey, (0, 0), 25))[mask].mean())
+
+    bad = [draw(np.random.default_rng([i, 1]), "tile", kind, 128) for i in range(16)]
+    good = [draw(np.random.default_rng([i, 2]), "tile", None, 128) for i in range(16)]
+    seen = np.mean([contrast(part.image, part.mask) for part in bad])
+    chance = np.mean([contrast(g.image, b.mask) for g, b in zip(good, bad, strict=True)])
+    assert seen > 1.4 * chance
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "expected"),
+    [
+        (0, 0, "upper left"),
+        (9, 10, "upper centre"),
+        (0, 29, "upper right"),
+        (10, 9, "centre left"),
+        (15, 15, "centre"),
+        (19, 20, "centre right"),
+        (29, 0, "lower left"),
+        (20, 19, "lower centre"),
+        (29, 29, "lower right"),
+    ],
+)
+def test_place_of_one_pixel(row: int, column: int, expected: str) -> None:
+    mask = np.zeros((30, 30), bool)
+    mask[row, column] = True
+    assert place(mask) == expected
+
+
+# --- texts
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    return Reader(make_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def test_every_kind_has_its_advice() -> None:
+    assert set(ANSWERS) == set(get_args(Kind)) == set(KINDS)
+
+
+@pytest.mark.parametrize("question", [QUESTION, *PARAPHRASES])
+def test_prompt_ids_are_sentencepieces_own(reader: Reader, question: str) -> None:
+    pieces = sentencepiece.SentencePieceProcessor(
+        model_file=str(Path(reader.tokenizer.name_or_path) / "tokenizer.model")
+    )
+    question = question.replace("{object}", "gear")
+    before, after = TEMPLATE.replace("{question}", question).split("<image>")
+    assert reader.prompt(question) == ((1, *pieces.encode(before)), tuple(pieces.encode(after)))
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_answers_begin_with_one_decision_and_end_with_seg(reader: Reader, kind: Kind | None) -> None:
+    rng = np.random.default_rng(0)
+    part = draw(rng, "connector", kind, 96)
+    ids = reader.answer(text := answer(part, "connector", rng))
+    assert ids[0] == (reader.no_id if kind is None else reader.yes_id)
+    assert ids[-1] == reader.seg_id and ids.count(reader.seg_id) == 1
+    assert len(ids) <= 32
+    assert reader.tokenizer.decode(ids) == text + "<seg>"
+    if kind:
+        assert f"a {kind} at the {part.place} of the connector" in text
+
+
+def test_tokenizer_survives_saving(reader: Reader, tmp_path: Path) -> None:
+    reader.tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path)
+    text = "Yes. There is a scratch <seg>at the lower right; é 日本 100%."
+    assert again(text).input_ids == reader.tokenizer(text).input_ids
+    assert len(again) == len(reader.tokenizer) == reader.seg_id + 1 == 1025
+
+
+# --- model
+
+
+@pytest.fixture(scope="module")
+def model(reader: Reader) -> ReferenceModel:
+    return ReferenceModel(reader, seed=0).eval()
+
+
+@pytest.fixture(scope="module")
+def batch(reader: Reader) -> Batch:
+    """Two defective parts and a good one; the answers differ in length."""
+    rng = np.random.default_rng(3)
+    parts = [draw(rng, "gear", "crack"), draw(rng, "tile", "pit", 352), draw(rng, "plate", None)]
+    prompts = [reader.prompt(q.replace("{object}", p.object)) for q, p in zip(PARAPHRASES, parts, strict=True)]
+    return train.collate(parts, prompts, [reader.answer(answer(p, p.object, rng)) for p in parts])
+
+
+@torch.no_grad()
+def test_text_loss_is_transformers_own(model: ReferenceModel, batch: Batch) -> None:
+    _, visual_tokens = model.see(batch.clip_pixels)
+    embed = model.language.get_input_embeddings()
+    inputs = torch.cat([embed(batch.before), visual_tokens, embed(batch.after)], 1)
+    labels = torch.full(inputs.shape[:2], -100)
+    labels[:, -batch.after.shape[1] :][batch.answer] = batch.after[batch.answer]
+    expected = model.language(inputs_embeds=inputs, labels=labels).loss
+    torch.testing.assert_close(model.losses_read(batch)["text"], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_patch_probability_is_the_softmax_between_nearest_features(model: ReferenceModel, batch: Batch) -> None:
+    patches, _ = model.see(batch.clip_pixels)
+
+    def nearest(bank: torch.Tensor) -> np.ndarray:
+        a, b = (x.numpy().astype(np.float64) for x in (patches, bank))
+        a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
+        return np.asarray((a @ b.T).max(-1))
+
+    odds = np.exp(np.stack([nearest(model.visual_normal), nearest(model.visual_abnormal)]) / 0.07)
+    np.testing.assert_allclose(model.patch_logits(patches).sigmoid(), odds[1] / odds.sum(0), atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("short", [False, True])
+def test_h_seg_is_the_state_that_the_answer_mode_reads(
+    model: ReferenceModel, batch: Batch, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a prompt cut off where the runtime stops: before `<seg>`, or after the forced `Yes`."""
+    read: list[torch.Tensor] = []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda features, h: (read.append(h), decode(features, h))[1])
+    model.losses_mask(batch, torch.full((3,), short))
+    _, visual_tokens = model.see(batch.clip_pixels)
+    embed = model.language.get_input_embeddings()
+    for row in range(2):
+        columns = batch.answer[row].nonzero()[:, 0]
+        stop = columns[0] + 1 if short else columns[-1]
+        inputs = torch.cat([embed(batch.before[row]), visual_tokens[row], embed(batch.after[row, :stop])])
+        state = model.language.model(inputs_embeds=inputs[None]).last_hidden_state[0, -1]
+        torch.testing.assert_close(read[0][row], state, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpoint_opens_and_gives_the_same_answers(reader: Reader, batch: Batch, tmp_path: Path) -> None:
+    model = ReferenceModel(reader, seed=1)
+    model.adapt()
+    with torch.no_grad():
+        for name, parameter in model.language.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+    model.save(tmp_path / "checkpoint")
+    checkpoint = Checkpoint.open(tmp_path / "checkpoint")
+    assert checkpoint.language_width == 256 and checkpoint.seg_token_id == reader.seg_id
+    for file in (tmp_path / "checkpoint").rglob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            kinds = {tensors.get_tensor(name).dtype for name in tensors.keys()}  # noqa: SIM118
+        assert kinds == {torch.float16}
+    model.eval()
+    evaluation = Evaluation(checkpoint)
+    with torch.no_grad():
+        _, visual_tokens = model.see(batch.clip_pixels)
+        before, after = reader.prompt(QUESTION.replace("{object}", "gear"))
+        embed = model.language.get_input_embeddings()
+        row = [embed(torch.tensor([ids])).expand(3, -1, -1) for ids in (before, after)]
+        logits = model.language(inputs_embeds=torch.cat([row[0], visual_tokens, row[1]], 1)).logits[:, -1]
+        expected = logits[:, [reader.yes_id, reader.no_id]].softmax(-1)[:, 0]
+        p_yes, _, _, _ = evaluation.answer(visual_tokens, "gear")
+    np.testing.assert_allclose(p_yes, expected, atol=2e-3)
+
+
+# --- training
+
+
+def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    def step(model: nn.Linear, optimizer: torch.optim.Optimizer, i: int) -> None:
+        optimizer.zero_grad()
+        model(torch.full((1, 4), float(i))).pow(2).sum().backward()
+        optimizer.step()
+
+    def fresh() -> tuple[nn.Linear, torch.optim.AdamW, dict[str, nn.Parameter]]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1), dict(model.named_parameters())
+
+    model, optimizer, named = fresh()
+    for i in range(3):
+        step(model, optimizer, i)
+    train._save(tmp_path / "read.safetensors", 3, model, optimizer, named)
+    step(model, optimizer, 3)
+    again, other, names = fresh()
+    assert train._resume(tmp_path / "read.safetensors", again, other, names) == 3
+    step(again, other, 3)
+    torch.testing.assert_close(again.weight, model.weight, rtol=0, atol=0)
+
+
+def test_batches_depend_on_their_number_alone(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "BATCH", 2)
+    straight = list(train.Stream(reader, 0, range(3)))
+    resumed = next(iter(train.Stream(reader, 0, range(2, 3))))
+    torch.testing.assert_close(straight[2].sam_pixels, resumed.sam_pixels, rtol=0, atol=0)
+    assert torch.equal(straight[2].after, resumed.after)
+    assert [batch.kind.gt(0).tolist() for batch in straight] == [[False, True]] * 3
+
+
+def test_learning_rate_rises_then_falls() -> None:
+    rates = [train.rate(step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.005, rel=0.02) and max(rates) == max(rates[190:210])
+    assert rates[-1] == pytest.approx(0.02, abs=1e-3)
+
+
+def test_auroc_is_scikit_learns() -> None:
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    score, positive = rng.integers(0, 9, 200).astype(float), rng.random(200) < 0.3
+    assert auroc(score, positive) == pytest.approx(roc_auc_score(positive, score), abs=1e-12)
