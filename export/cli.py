@@ -84,7 +84,7 @@ def _export(args: argparse.Namespace) -> None:
     from vmad_edge.export.parity import Parity
     from vmad_edge.export.pipeline import export
 
-    disable_progress_bar()  # ours says what is going on
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.simplefilter("ignore", FutureWarning)  # of transformers to itself
     with Console(stderr=True).status("") as status:
         export(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import LAYERS, SAM_SIZE, WIDTH, write_checkpoint
+from tiny_checkpoint import LAYERS, SAM_SIZE, WIDTH
 from transformers import CLIPImageProcessorPil
 
 from vmad_edge.export.checkpoint import Checkpoint
@@ -23,14 +23,9 @@ from vmad_edge.runtime.stages.preprocess import clip_pixels
 Fault = Callable[[Path], None]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
-
-
 @pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "checkpoint"))
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "checkpoint"))
 
 
 def edit(path: Path, change: dict[str, Any]) -> None:
@@ -47,9 +42,9 @@ def edit(path: Path, change: dict[str, Any]) -> None:
     path.write_text(json.dumps(data))
 
 
-def test_reads_what_the_runtime_needs(whole: Path) -> None:
-    checkpoint = Checkpoint.open(whole)
-    rows = len(load_file(whole / "language" / "model.safetensors")["model.embed_tokens.weight"])
+def test_reads_what_the_runtime_needs(tiny: Path) -> None:
+    checkpoint = Checkpoint.open(tiny)
+    rows = len(load_file(tiny / "language" / "model.safetensors")["model.embed_tokens.weight"])
     assert checkpoint.clip.model_dump() == {
         "size": 56,
         "resize": "exact",
@@ -76,11 +71,11 @@ def test_vocabulary_is_the_adapter_s_where_it_is_larger(copy: Path) -> None:
     assert Checkpoint.open(copy).vocabulary == rows
 
 
-def test_weights_with_the_prefix_of_transformers_4_load(whole: Path, copy: Path) -> None:
+def test_weights_with_the_prefix_of_transformers_4_load(tiny: Path, copy: Path) -> None:
     path = copy / "vision" / "model.safetensors"
     tensors = {f"vision_model.{name}": tensor for name, tensor in load_file(path).items()}
     save_file(tensors | {"vision_model.embeddings.position_ids": torch.arange(17)[None]}, path, {"format": "pt"})
-    old, new = Checkpoint.open(copy).vision().state_dict(), Checkpoint.open(whole).vision().state_dict()
+    old, new = Checkpoint.open(copy).vision().state_dict(), Checkpoint.open(tiny).vision().state_dict()
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in new)
 

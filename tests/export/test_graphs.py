@@ -17,32 +17,28 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import SAM_SIZE, WIDTH, write_checkpoint
+from tiny_checkpoint import SAM_SIZE, WIDTH
 from torch import nn
 from transformers import CLIPVisionModel, SamModel
 
 from vmad_edge.export.checkpoint import Checkpoint, LtcConfig
-from vmad_edge.export.graphs import clip_encoder, ltc_projector, mask_decoder, onnx_export, sam_encoder
+from vmad_edge.export.graphs import ltc_projector, onnx_export
 from vmad_edge.export.models.ltc import LtcProjector
+from vmad_edge.runtime.bundle import Bundle
 
-GRAPHS = {"clip_encoder": clip_encoder, "ltc_projector": ltc_projector, "sam_encoder": sam_encoder,
-          "mask_decoder": mask_decoder}  # fmt: skip
+GRAPHS = ["clip_encoder", "ltc_projector", "sam_encoder", "mask_decoder"]
 EMBEDDINGS = SAM_SIZE // 16
 Arrays = dict[str, NDArray[Any]]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return Checkpoint.open(write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint"))
+def checkpoint(tiny: Path) -> Checkpoint:
+    return Checkpoint.open(tiny)
 
 
-@pytest.fixture(scope="module")
-def graphs(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("graphs")
-    paths = {name: folder / f"{name}.onnx" for name in GRAPHS}
-    for name, graph in GRAPHS.items():
-        graph.export(checkpoint, paths[name])
-    return paths
+@pytest.fixture
+def graphs(bundle: Bundle) -> dict[str, Path]:
+    return {name: bundle.file(f"{name}.onnx") for name in GRAPHS}
 
 
 def run(path: Path, **inputs: NDArray[Any]) -> Arrays:
@@ -189,19 +185,17 @@ def test_graph_is_valid_and_free_of_this_machine_s_paths(graphs: dict[str, Path]
 def test_same_checkpoint_same_bytes(checkpoint: Checkpoint, graphs: dict[str, Path], tmp_path: Path) -> None:
     """In another process, where sets of strings have another order."""
     code = (
-        f"from vmad_edge.export.graphs import {', '.join(GRAPHS)}\n"
-        "from vmad_edge.export.checkpoint import Checkpoint; from pathlib import Path\n"
-        f"for graph in ({', '.join(GRAPHS)}):\n"
-        f"    graph.export(Checkpoint.open({str(checkpoint.path)!r}), Path(graph.__name__.split('.')[-1] + '.onnx'))"
+        "from pathlib import Path\n"
+        "from vmad_edge.export.checkpoint import Checkpoint\n"
+        "from vmad_edge.export.graphs import clip_encoder, mask_decoder\n"
+        f"checkpoint = Checkpoint.open({str(checkpoint.path)!r})\n"
+        "clip_encoder.export(checkpoint, Path('clip_encoder.onnx'))\n"
+        "mask_decoder.export(checkpoint, Path('mask_decoder.onnx'))\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"},
-    )
-    for name, path in graphs.items():
-        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), name
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == graphs[path.stem].read_bytes(), path.name
 
 
 class Scale(nn.Module):
