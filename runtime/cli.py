@@ -11,6 +11,8 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -21,7 +23,7 @@ from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import list_images
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
-from vmad_edge.runtime.report import Report
+from vmad_edge.runtime.report import Report, file_stem
 
 Subcommands = Any  # argparse's type for this is private
 _STYLE = {
@@ -74,6 +76,9 @@ def add_inspect(subcommands: Subcommands) -> None:
         metavar="DIR",
         type=Path,
         help="write a page for people (index.html) and a picture for each frame into DIR",
+    )
+    parser.add_argument(
+        "--maps", metavar="DIR", type=Path, help="write each frame's float map (.npy) and its mask (.png) into DIR"
     )
     parser.set_defaults(run=_inspect)
 
@@ -136,6 +141,8 @@ def _inspect(args: argparse.Namespace) -> int:
             )
             if report is not None:
                 report.add(inspection)
+            if args.maps is not None:
+                _write_maps(inspection, args.maps)
             done.append(inspection.without_arrays())
     if report is not None:
         report.write(_report_facts(done, args))
@@ -147,6 +154,14 @@ def _inspect(args: argparse.Namespace) -> int:
     if Verdict.DEFECT in verdicts:
         return 1
     return 0 if verdicts == {Verdict.GOOD} else 3
+
+
+def _write_maps(inspection: Inspection, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if inspection.map is not None:
+        np.save(folder / f"{file_stem(inspection)}.npy", inspection.map)
+    if inspection.mask is not None:
+        Image.fromarray(inspection.mask).save(folder / f"{file_stem(inspection)}_mask.png")
 
 
 def _report_facts(done: list[Inspection], args: argparse.Namespace) -> list[str]:

@@ -48,10 +48,8 @@ class Report:
     def add(self, inspection: Inspection) -> None:
         """One frame's picture, and its row. Keeps small JPEGs, not the frame."""
         panels = _panels(inspection, self._heat_top)
-        name = inspection.frame.path or inspection.frame.id
-        parts = [part for part in Path(name).with_suffix("").parts if part not in ("/", "..")]
-        _picture(inspection, panels).save(self._folder / ("_".join(parts) + ".png"))
-        self._rows.append(_row(inspection, name, panels))
+        _picture(inspection, panels).save(self._folder / f"{file_stem(inspection)}.png")
+        self._rows.append(_row(inspection, inspection.frame.path or inspection.frame.id, panels))
 
     def write(self, facts: Sequence[str]) -> Path:
         """The page. `facts` are sentences for its head."""
@@ -69,6 +67,12 @@ class Report:
         scratch.write_text(page, "utf-8")
         scratch.replace(target)
         return target
+
+
+def file_stem(inspection: Inspection) -> str:
+    """A file name for what is written about a frame: its path with the folders joined by `_`."""
+    path = Path(inspection.frame.path or inspection.frame.id)
+    return "_".join(part for part in path.parts if part not in ("/", ".."))
 
 
 def heat(inspection: Inspection, top: float) -> Pixels:

@@ -1,3 +1,5 @@
+"""One tiny checkpoint of random weights, and its bundle, for all tests that only read them."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -5,12 +7,25 @@ from pathlib import Path
 import pytest
 from tiny_checkpoint import write_checkpoint
 
-from vmad_edge.export.pipeline import export
+from vmad_edge.runtime.bundle import Bundle
+from vmad_edge.runtime.cli import main
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of random weights, exported once for all tests that only read it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    export(write_checkpoint(folder / "checkpoint"), folder / "bundle", quantization="f16")
-    return folder / "bundle"
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint's folder."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def bundle(tiny: Path) -> Bundle:
+    """The bundle of `tiny`, its language model in F32."""
+    target = tiny.parent / "bundle"
+    assert main(["export", str(tiny), str(target), "--llm", "f32"]) == 0
+    return Bundle.open(target)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(bundle: Bundle) -> Path:
+    """Its folder."""
+    return bundle.path

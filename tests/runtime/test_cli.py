@@ -80,10 +80,20 @@ def test_report(tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path) -
     done = vmad("inspect", tiny_bundle, ".", "--station", station, "--report", tmp_path / "report", cwd=parts)
     assert done.returncode == 1, done.stderr
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert names == {"index.html", "odd_odd.png", "broken_broken.png", *(f"good_{n}.png" for n in range(6))}
+    assert names == {"index.html", "odd_odd.png.png", "broken_broken.png.png", *(f"good_{n}.png.png" for n in range(6))}
     page = (tmp_path / "report/index.html").read_text()
     assert page.count("<tr data-name") == 8
     assert "http" not in page  # self-contained
+
+
+def test_maps(tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path) -> None:
+    vmad("inspect", tiny_bundle, "odd", "broken", "--station", station, "--maps", tmp_path, cwd=parts)
+    heat = np.load(tmp_path / "odd_odd.png.npy")
+    assert heat.shape == (64, 64) and heat.dtype == np.float32 and np.isfinite(heat).all()
+    masks = {path.name for path in tmp_path.iterdir()} - {"odd_odd.png.npy"}
+    assert masks <= {"odd_odd.png_mask.png"}  # a mask if P(yes) came out above 0.5
+    for name in masks:
+        assert np.asarray(Image.open(tmp_path / name)).shape == (64, 64)
 
 
 def test_info(tiny_bundle: Path, station: Path) -> None:
