@@ -39,13 +39,8 @@ _VOCABULARY = {"model.embed_tokens.weight", "lm_head.weight"}
 _OBEYED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
 _OBEYED |= {"exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights"}
 _HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"}
-_HARMLESS |= {
-    "fan_in_fan_out",
-    "megatron_core",
-    "qalora_group_size",
-    "peft_version",
-    "ensure_weight_tying",
-}  # LLaMA has no Conv1D
+_HARMLESS |= {"megatron_core", "qalora_group_size", "peft_version", "ensure_weight_tying"}
+_HARMLESS |= {"fan_in_fan_out"}  # of Conv1D, which LLaMA does not have; peft ignores it on Linear
 # Other initialisations (PiSSA, OLoRA, CorDA, LoftQ) change the base weights before training.
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal")
 
@@ -166,11 +161,13 @@ def _open(path: Path) -> dict[str, _Tensor]:
 def _read_base(language: Path, config: Config) -> dict[str, _Tensor]:
     """The base model's tensors, exactly those that its config promises. A tied lm_head is the embedding."""
     index = language / "model.safetensors.index.json"
-    files = set(_read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    files = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
     found = {name: tensor for file in sorted(files) for name, tensor in _open(language / file).items()}
     found = {name: t for name, t in found.items() if not name.endswith("rotary_emb.inv_freq")}  # computed, not learned
+    if config.tie_word_embeddings and "lm_head.weight" in found:
+        raise CheckpointError(f"{language}: weights hold lm_head.weight, but config.json has tie_word_embeddings on.")
     if config.tie_word_embeddings and "model.embed_tokens.weight" in found:
-        found.setdefault("lm_head.weight", replace(found["model.embed_tokens.weight"], name="lm_head.weight"))
+        found["lm_head.weight"] = replace(found["model.embed_tokens.weight"], name="lm_head.weight")
     expected = _shapes(config)
     if missing := expected.keys() - found.keys():
         raise CheckpointError(f"{language}: weights lack {_some(missing)}. Save the whole LlamaForCausalLM.")
@@ -281,8 +278,8 @@ def _check_targets(
 
 def _add_pair(adapter: Path, lora: dict[str, Any], base: _Tensor, a: _Tensor, b: _Tensor) -> _Tensor:
     module = base.name.removesuffix(".weight")
-    rank = _by_pattern(lora.get("rank_pattern"), module, lora["r"])
-    alpha = _by_pattern(lora.get("alpha_pattern"), module, lora["lora_alpha"])
+    rank = _by_pattern(lora.get("rank_pattern"), module, lora.get("r", 8))
+    alpha = _by_pattern(lora.get("alpha_pattern"), module, lora.get("lora_alpha", 8))
     # An embedding's pair is that of its transpose: A [r,rows], B [width,r].
     embedding = module.endswith("embed_tokens")
     rows, width = reversed(base.shape) if embedding else base.shape
@@ -301,7 +298,7 @@ def _add_pair(adapter: Path, lora: dict[str, Any], base: _Tensor, a: _Tensor, b:
 
 
 def _by_pattern(pattern: dict[str, Any] | None, module: str, default: float) -> Any:
-    """peft's rule: the first key that matches, as a regular expression, the end of the module's name."""
+    """The value whose key is first to match, as a regular expression, the end of the module's name (peft's rule)."""
     return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 

@@ -90,11 +90,11 @@ def write_adapter(
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
     settings |= {"modules_to_save": ["lm_head", "embed_tokens", "norm"]}
     base = LlamaForCausalLM.from_pretrained(language or folder.parent / "language", dtype=torch.float32)
-    if rows:
-        base.resize_token_embeddings(rows)
-    model = get_peft_model(base, LoraConfig(**settings | lora))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
+        if rows:
+            base.resize_token_embeddings(rows)
+        model = get_peft_model(base, LoraConfig(**settings | lora))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))

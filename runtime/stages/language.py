@@ -138,7 +138,10 @@ class LanguageModel:
 
         Raises:
             VmadError: the question holds a special token of this model, or cannot be written as UTF-8.
+            ValueError: the model is closed.
         """
+        if self._model is None:
+            raise ValueError("the language model is closed")
         for token in sorted(self._special | {"<image>"}):
             if token in question:
                 raise VmadError(f"the question holds {token!r}, which is a special token of the model. Leave it out.")

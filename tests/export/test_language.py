@@ -249,6 +249,7 @@ def _change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], obje
         ({"num_hidden_layers": 1}, "layers.1"),
         ({"intermediate_size": 1024}, "1024"),
         ({"attention_bias": True}, "bias"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     ],
     ids=str,

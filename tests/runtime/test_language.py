@@ -104,11 +104,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     """A model whose greedy answer would end in EOS at its third step and, past that, emits `<seg>` at its sixth."""
     folder = tmp_path_factory.mktemp("source")
     source = Source.write(folder)
-    weights = load_file(folder / "language" / "model.safetensors")
+    source.model.lm_head.weight.data[3:259] = 0  # no byte tokens, of which an untrained model makes no text
     for step, token in ((6, source.language.seg_token_id), (3, source.tokenizer.eos_token_id)):
         _, states, logits = source.answer(step, banned=[source.tokenizer.eos_token_id])
         row = states[-1] * (logits[-1].max() + 0.5) / states[-1].square().sum()
-        weights["lm_head.weight"][token] = row
+        source.model.lm_head.weight.data[token] = row
+    weights = load_file(folder / "language" / "model.safetensors")
+    weights["lm_head.weight"] = source.model.lm_head.weight.data
     save_file(weights, folder / "language" / "model.safetensors", metadata={"format": "pt"})
     return Source.read(folder)
 
@@ -347,3 +349,11 @@ def test_nothing_on_the_terminal(source: Source, capfd: pytest.CaptureFixture[st
     with source.open() as model:
         model.answer(VISUAL, QUESTION, mode="full")
     assert capfd.readouterr() == ("", "")
+
+
+def test_closed(source: Source) -> None:
+    with source.open() as model:
+        pass
+    with pytest.raises(ValueError, match="closed"):
+        model.answer(VISUAL, QUESTION, mode="full")
+    model.close()
