@@ -36,8 +36,8 @@ def add_export(subcommands: Any) -> None:
         "--llm",
         choices=_QUANTIZATIONS,
         default="q8_0",
-        help="weights of the language model: f16 as trained, q8_0 half of that at almost no cost (the default), q4_k_m "
-        "a quarter, faster where memory is the limit, at a cost that parity.json shows",
+        help="weights of the language model: f16, q8_0 at half its size (the default), q4_k_m at less than a third; "
+        "what each costs in fidelity is printed at the end",
     )
     parser.add_argument(
         "--parity-images", type=Path, metavar="DIR", help="compare on these images (default: the checkpoint's own)"
