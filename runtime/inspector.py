@@ -21,7 +21,7 @@ from vmad_edge.runtime.inspection import Inspection, Region, Verdict, find_regio
 from vmad_edge.runtime.review import PendingReview, ReviewProcess
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References
 from vmad_edge.runtime.station import Station
-from vmad_edge.runtime.systems.vmad import Screen, Screening, SimilaritySource
+from vmad_edge.runtime.systems.vmad import Finding, Screen, Screening, SimilaritySource
 from vmad_edge.runtime.timing import Stopwatch
 
 
@@ -33,10 +33,18 @@ class ReviewHandle:
         self._pending = pending
 
     def wait(self, timeout: float | None = None) -> Inspection:
-        """The Inspection after the review; after `timeout` seconds without one, the screen's, saying so."""
-        if not self._pending.wait(timeout):
-            return replace(self._inspection, reason="the review did not end in time", features=None)
-        return _after_review(self._inspection, self._pending)
+        """The Inspection after the review; after `timeout` seconds without its end, with what it said until then."""
+        ended = self._pending.wait(timeout)
+        finding = self._pending.finding if ended else self._pending.so_far
+        reason = None
+        if not ended:
+            reason = "the review did not end in time"
+        elif finding is None:
+            reason = f"review failed: {self._pending.fault}"
+        elif finding.stopped is not None:
+            reason = f"the review was stopped: {finding.stopped}"
+        after = replace(self._inspection, reason=reason)
+        return after if finding is None else _reviewed(after, finding, self._pending.timings_ms)
 
     def cancel(self) -> None:
         """Stop before the next decode step; `wait` then returns what there is."""
@@ -266,25 +274,20 @@ def _verdict(score: float, thresholds: Thresholds | None) -> Verdict:
     return Verdict.DEFECT if score >= thresholds.defect_above else Verdict.UNCERTAIN
 
 
-def _after_review(inspection: Inspection, pending: PendingReview) -> Inspection:
+def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, float]) -> Inspection:
     """The screen's Inspection with what the review found: it may settle UNCERTAIN, never turn DEFECT into GOOD."""
-    finding = pending.finding
-    if finding is None:
-        return replace(inspection, reason=f"review failed: {pending.fault}", features=None)
-    changes: dict[str, object] = {
-        "p_yes": finding.p_yes,
-        "explanation": finding.text or None,
-        "seg_forced": finding.seg_forced,
-        "timings_ms": {**inspection.timings_ms, **pending.timings_ms},
-        "features": None,
-    }
-    if finding.stopped is not None:
-        changes["reason"] = f"the review was stopped: {finding.stopped}"
-    if finding.p_yes is not None and inspection.verdict is Verdict.UNCERTAIN:
-        changes["verdict"] = Verdict.DEFECT if finding.p_yes >= 0.5 else Verdict.GOOD
-        changes["decided_by"] = "review"
+    after = replace(
+        inspection,
+        p_yes=finding.p_yes,
+        explanation=finding.text.strip() or None,
+        seg_forced=finding.seg_forced,
+        timings_ms={**inspection.timings_ms, **timings_ms},
+        features=None,
+    )
+    if inspection.verdict is Verdict.UNCERTAIN:
+        settled = Verdict.DEFECT if finding.p_yes >= 0.5 else Verdict.GOOD
+        after = replace(after, verdict=settled, decided_by="review")
     if finding.mask is not None and inspection.map is not None:
-        changes["mask"] = finding.mask
-        if finding.mask.any():
-            changes["regions"] = find_regions(finding.mask, inspection.map)
-    return replace(inspection, **changes)  # type: ignore[arg-type]
+        regions = find_regions(finding.mask, inspection.map) or inspection.regions
+        after = replace(after, mask=finding.mask, regions=regions)
+    return after

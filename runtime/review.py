@@ -4,7 +4,7 @@ The process is started as `python -m vmad_edge.runtime.review BUNDLE DEVICE`; me
 and output. A message is one line of JSON, {"kind", …, "arrays": {name: [dtype, shape]}}, then the arrays' bytes.
 
     to the process    review (id, question, mode, deadline; pixels, patches, patches_multi)   cancel (id)
-    from the process  ready   text (id, text)   finding (id, …; mask)   fault (id, reason)
+    from the process  p_yes (id, p_yes)   text (id, text)   finding (id, …; mask)   fault (id, reason)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -40,11 +40,12 @@ _END_OF_TEXT = None
 
 
 class PendingReview:
-    """A review on its way. `text()` streams the answer; `wait` returns when it ended."""
+    """A review on its way. `text()` streams the answer; `wait` returns when it ended; `so_far` is what came yet."""
 
     def __init__(self, cancel: Callable[[], None]) -> None:
         self.finding: Finding | None = None
         self.fault: str | None = None
+        self.so_far: Finding | None = None
         self.timings_ms: dict[str, float] = {}
         self._cancel = cancel
         self._ended = threading.Event()
@@ -64,7 +65,12 @@ class PendingReview:
             yield piece
 
     def _receive(self, head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+        if head["kind"] == "p_yes":
+            self.so_far = Finding(head["p_yes"], "", None, seg_forced=False, stopped="deadline")
+            return
         if head["kind"] == "text":
+            if self.so_far is not None:
+                self.so_far = replace(self.so_far, text=self.so_far.text + head["text"])
             self._texts.put(head["text"])
             return
         if head["kind"] == "finding":
@@ -140,7 +146,8 @@ class ReviewProcess:
                 reason = head["reason"]
                 break
             with self._lock:
-                review = pending[head["id"]] if head["kind"] == "text" else pending.pop(head["id"])
+                ended = head["kind"] in ("finding", "fault")
+                review = pending.pop(head["id"]) if ended else pending[head["id"]]
             review._receive(head, arrays)
         process.wait()
         with self._lock:
@@ -210,11 +217,11 @@ def _serve(bundle: Path, device: Device) -> None:
                 return "cancelled"
             return "deadline" if deadline is not None and time.monotonic() >= deadline else None
 
-        def on_text(text: str, number: int = number) -> None:
-            _send(out, {"kind": "text", "id": number, "text": text}, {})
+        def tell(kind: str, value: float | str, number: int = number) -> None:
+            _send(out, {"kind": kind, "id": number, kind: value}, {})
 
         try:
-            finding, timings = _review(review, head, arrays, on_text, stop)
+            finding, timings = _review(review, head, arrays, tell, stop)
             fields = asdict(finding)
             mask = fields.pop("mask")
             _send(
@@ -231,14 +238,23 @@ def _review(
     review: Review,
     head: dict[str, Any],
     arrays: dict[str, NDArray[Any]],
-    on_text: Callable[[str], None],
+    tell: Callable[[str, float | str], None],
     stop: Callable[[], str | None],
 ) -> tuple[Finding, dict[str, float]]:
     watch = Stopwatch()
     features = Features(arrays["patches"], arrays["patches_multi"])
     frame = Frame(arrays["pixels"], str(head["id"]))
     with watch("review"):
-        finding = review.run(frame, features, head["question"], head["mode"], on_text, stop, watch)
+        finding = review.run(
+            frame,
+            features,
+            head["question"],
+            head["mode"],
+            lambda p_yes: tell("p_yes", p_yes),
+            lambda text: tell("text", text),
+            stop,
+            watch,
+        )
     return finding, watch.timings_ms
 
 

@@ -158,6 +158,7 @@ class LanguageModel:
         question: str,
         *,
         mode: bundle.Answer,
+        on_p_yes: Callable[[float], None] = lambda p_yes: None,
         on_text: Callable[[str], None] = lambda text: None,
         stop: Callable[[], str | None] = lambda: None,
     ) -> Answer:
@@ -172,6 +173,7 @@ class LanguageModel:
         Args:
             visual_tokens: [K,H], float32.
             question: the whole question, the object's name filled in.
+            on_p_yes: gets P(yes) after the prefill.
             on_text: gets the answer's text in pieces as it grows; together they are `Answer.text`.
             stop: asked before each step after the prefill; a reason ends the answer there.
 
@@ -185,6 +187,7 @@ class LanguageModel:
         visual = self._check_visual(visual_tokens)
         position = self._prefill(before, visual, after)
         p_yes = self._p_yes()
+        on_p_yes(p_yes)
         prefilled = time.perf_counter()
 
         text, ids = _Text(on_text), list[int]()

@@ -141,6 +141,7 @@ class Review:
         features: Features,
         question: str,
         mode: Answer,
+        on_p_yes: Callable[[float], None],
         on_text: Callable[[str], None],
         stop: Callable[[], str | None],
         watch: Stopwatch,
@@ -148,6 +149,7 @@ class Review:
         """Answer `question` about the frame; SAM's encoder runs beside the language model.
 
         Args:
+            on_p_yes: called with P(yes) as soon as it is known.
             on_text: called with each piece of the answer as it is decoded.
             stop: asked between decode steps; a reason ends the review.
         """
@@ -156,7 +158,9 @@ class Review:
             projected = self._ltc_projector.run(
                 {"patches": features.patches[None], "patches_multi": features.patches_multi[None]}
             )
-        answer = self._language.answer(projected["visual_tokens"][0], question, mode=mode, on_text=on_text, stop=stop)
+        answer = self._language.answer(
+            projected["visual_tokens"][0], question, mode=mode, on_p_yes=on_p_yes, on_text=on_text, stop=stop
+        )
         watch.add(answer.timings_ms)
         mask = None
         if answer.h_seg is not None:

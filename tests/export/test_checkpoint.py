@@ -198,6 +198,7 @@ FAULTS: dict[str, tuple[Broken, str]] = {
     "no place for the image": (config(conversation__template="{question}"), "<image>"),
     "a level too deep": (config(levels=[-1, LAYERS + 1]), f"-4 to {LAYERS}.*found {LAYERS + 1}"),
     "a level too far back": (config(patches_level=-5), "-4 to 3.*found -5"),
+    "no levels": (config(levels=[]), "levels.*at least 1 item"),
     "grid not divisible": (config(ltc__scale_factor=3), "a divisor of CLIP's grid 4, found 3"),
     "heads do not divide": (config(ltc__heads=5), "a divisor of CLIP's width 48, found 5"),
     "seg token unknown": (config(seg_token="[SEG]"), r"one token.*found '\[SEG\]'"),

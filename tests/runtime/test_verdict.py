@@ -8,7 +8,7 @@ import pytest
 from vmad_edge.runtime.bundle import Thresholds
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Inspection, Verdict
-from vmad_edge.runtime.inspector import _after_review, _verdict
+from vmad_edge.runtime.inspector import ReviewHandle, _verdict
 from vmad_edge.runtime.review import PendingReview
 from vmad_edge.runtime.systems.vmad import Finding
 
@@ -39,7 +39,8 @@ def test_review_settles_uncertain_alone(screen: Verdict, p_yes: float, expected:
     mask = np.zeros((4, 4), bool)
     mask[1:3, 1:] = True
     pending.finding = Finding(p_yes, "Yes. A pit.", mask, False, None)
-    after = _after_review(screened(screen), pending)
+    pending._ended.set()
+    after = ReviewHandle(screened(screen), pending).wait()
     assert (after.verdict, after.decided_by) == (expected, decided_by)
     assert after.explanation == "Yes. A pit."
     assert [region.area for region in after.regions] == [6]
@@ -49,9 +50,24 @@ def test_review_settles_uncertain_alone(screen: Verdict, p_yes: float, expected:
 def test_a_fault_in_the_review_leaves_the_verdict(screen: Verdict) -> None:
     pending = PendingReview(lambda: None)
     pending.fault = "out of memory"
-    after = _after_review(screened(screen), pending)
+    pending._ended.set()
+    after = ReviewHandle(screened(screen), pending).wait()
     assert (after.verdict, after.decided_by) == (screen, "screen")
     assert after.reason == "review failed: out of memory"
+
+
+@pytest.mark.parametrize(
+    "screen,p_yes,expected", [(UNCERTAIN, 0.9, DEFECT), (UNCERTAIN, 0.1, GOOD), (UNCERTAIN, None, UNCERTAIN)]
+)
+def test_a_late_review_gives_what_it_has(screen: Verdict, p_yes: float | None, expected: Verdict) -> None:
+    pending = PendingReview(lambda: None)
+    if p_yes is not None:
+        for kind, value in (("p_yes", p_yes), ("text", "Yes."), ("text", " A pit")):
+            pending._receive({"kind": kind, kind: value}, {})
+    after = ReviewHandle(screened(screen), pending).wait(0.01)
+    assert (after.verdict, after.p_yes) == (expected, p_yes)
+    assert after.explanation == (None if p_yes is None else "Yes. A pit")
+    assert after.reason == "the review did not end in time" and after.mask is None
 
 
 def screened(verdict: Verdict) -> Inspection:
