@@ -57,7 +57,7 @@ class Config(Record):
     image_aspect_ratio: Literal["pad"] | None = None
     """LLaVA's: "pad" pads to a square with the mean colour before CLIP's preprocessing."""
     patches_level: int = -2
-    levels: tuple[int, ...] = (-1, -2, -3, -4)
+    levels: Annotated[tuple[int, ...], Field(min_length=1)] = (-1, -2, -3, -4)
     """hidden_states that LTC takes; VMAD's figure names layer-1 (last) to layer-4 (fourth from last)."""
     ltc: LtcConfig = LtcConfig()
     conversation: Conversation
@@ -91,7 +91,7 @@ class Checkpoint:
 
     @staticmethod
     def open(path: Path | str) -> Checkpoint:
-        """Read every config and the header of every weights file; the weights themselves stay on disk.
+        """Read every config and the headers of the weights; of the weights themselves only the LLM's embedding.
 
         Raises:
             CheckpointError: a missing part, a wrong shape, an unknown setting, or a pickle.
