@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -46,9 +47,11 @@ def main(argv: list[str] | None = None) -> int:
         add = cast(Callable[[Subcommands], None], command.load())
         add(subcommands)
     args = parser.parse_args(argv)
+    # A polite kill unwinds like an error, so that what was half written goes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return int(args.run(args))
-    except VmadError as error:
+    except (VmadError, OSError) as error:
         print(f"vmad: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

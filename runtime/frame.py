@@ -98,7 +98,7 @@ def _from_array(array: NDArray[Any], bit_depth: int | None) -> NDArray[np.uint8]
 def _decode(data: bytes, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _check_size is stricter
+            warnings.simplefilter("ignore")  # Pillow's: of size, where _check_size is stricter, and of odd metadata
             with Image.open(io.BytesIO(data)) as image:
                 _check_size(*image.size, name)
                 if (count := getattr(image, "n_frames", 1)) != 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_checkpoint import write_checkpoint
 
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.cli import main
@@ -14,6 +13,8 @@ from vmad_edge.runtime.cli import main
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint's folder."""
+    from tiny_checkpoint import write_checkpoint  # torch: not for those who test the kernels alone
+
     return write_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
