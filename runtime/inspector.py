@@ -188,9 +188,9 @@ class Inspector:
         return references
 
     def heat_top(self, object: str | None = None) -> float:
-        """The map value to draw in the hottest colour: twice where DEFECT begins for `object`."""
-        thresholds = self._source(self._object(object)).thresholds
-        return 1.0 if thresholds is None else 2 * thresholds.defect_above
+        """The map value to draw in the hottest colour: against references twice where DEFECT begins, else 1."""
+        source = self._source(self._object(object))
+        return 2 * source.thresholds.defect_above if isinstance(source, References) and source.thresholds else 1.0
 
     def _object(self, object: str | None) -> str:
         return self.bundle.manifest.conversation.object if object is None else object

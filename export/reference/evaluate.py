@@ -98,8 +98,10 @@ class Evaluation:
                 p_yes = logits[:, [self.reader.yes_id, self.reader.no_id]].softmax(-1)[:, 0].numpy()
             said.append(logits.argmax(-1))
             inputs = embed(said[-1])[:, None]
-        tokens = torch.stack(said, 1)
-        ends = (tokens == self.reader.seg_id).int()
+            tokens = torch.stack(said, 1)
+            ends = (tokens == self.reader.seg_id).int()
+            if ends.any(1).all():
+                break
         end = torch.where(ends.any(1), ends.argmax(1), tokens.shape[1] - 1)
         texts = [str(self.reader.tokenizer.decode(row[:stop])) for row, stop in zip(tokens, end, strict=True)]
         return p_yes, texts, torch.stack(states, 1)[torch.arange(n), end], self._short(ids, visual_tokens)
