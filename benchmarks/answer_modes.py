@@ -71,10 +71,9 @@ def main() -> None:
     Console().print(table)
     same = sum((a.p_yes >= 0.5) == (b.p_yes >= 0.5) for a, b in zip(full, short, strict=True))
     both = [iou(a.mask, b.mask) for a, b in zip(full, short, strict=True) if a.mask is not None]
-    print(
-        f"same decision: {same} of {len(parts)}; IoU of full's mask with short's: {statistics.fmean(both):.3f}", end=""
-    )
-    print(f" over {len(both)} parts with a mask; <seg> forced in {sum(a.seg_forced for a in full)} full answers")
+    print(f"same decision: {same} of {len(parts)}")
+    print(f"IoU of full's mask with short's: {statistics.fmean(both):.3f} over {len(both)} parts with a mask")
+    print(f"<seg> forced: {sum(a.seg_forced for a in full)} full answers")
 
 
 if __name__ == "__main__":

@@ -46,11 +46,8 @@ def main() -> None:
         table.add_row(dataset.name, str(len(good)), str(count), f"{before:.3f}", f"{after:.3f}", f"{seconds:.1f}")
     Console().print(table)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        f"peak memory {peak:.0f} MiB; {time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, ",
-        end="",
-    )
-    print(", ".join(f"{name} {version(name)}" for name in ("vmad-edge", "onnxruntime", "numpy")))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("vmad-edge", "onnxruntime", "numpy"))
+    print(f"peak memory {peak:.0f} MiB; {time.strftime('%Y-%m-%d')}, {platform.machine()}, {versions}")
 
 
 if __name__ == "__main__":
