@@ -241,7 +241,7 @@ class Inspector:
         watch: Stopwatch,
         deadline_met: bool | None,
     ) -> Inspection:
-        verdict = _verdict(screening.score, source.thresholds)
+        verdict = verdict_of(screening.score, source.thresholds)
         regions: tuple[Region, ...] = ()
         nearest = None
         row, patch_score = screening.worst
@@ -266,7 +266,7 @@ class Inspector:
         )
 
 
-def _verdict(score: float, thresholds: Thresholds | None) -> Verdict:
+def verdict_of(score: float, thresholds: Thresholds | None) -> Verdict:
     if thresholds is None:
         return Verdict.UNCERTAIN
     if score < thresholds.good_below:

@@ -59,7 +59,7 @@ class Answer:
     """Without the seg token, stripped."""
     p_yes: float
     h_seg: Array | None
-    """[1,H], after the final norm; None if P(yes) < 0.5 or the answer was stopped before `<seg>`."""
+    """[1,H], after the final norm; None if P(yes) < mask_from or the answer was stopped before `<seg>`."""
     token_ids: tuple[int, ...]
     """All ids of the answer, `<seg>` included."""
     seg_forced: bool
@@ -158,6 +158,7 @@ class LanguageModel:
         question: str,
         *,
         mode: bundle.Answer,
+        mask_from: float = 0.5,
         on_p_yes: Callable[[float], None] = lambda p_yes: None,
         on_text: Callable[[str], None] = lambda text: None,
         stop: Callable[[], str | None] = lambda: None,
@@ -166,13 +167,15 @@ class LanguageModel:
 
         P(yes) = Σp(yes ids) / (Σp(yes ids) + Σp(no ids)) at the first answer token.
         `full`: decode until `<seg>`; end-of-text is banned until then, and `<seg>` is forced as the last of
-        max_new_tokens. `short`: if P(yes) ≥ 0.5, the manifest's short answer is taken as given and `<seg>` follows.
+        max_new_tokens. `short`: if P(yes) ≥ mask_from, the manifest's short answer is taken as given and
+        `<seg>` follows.
         h_seg is the state of the step whose logits emit `<seg>` (LISA, model/LISA.py) or of `<seg>` itself, as the
         manifest says.
 
         Args:
             visual_tokens: [K,H], float32.
             question: the whole question, the object's name filled in.
+            mask_from: the P(yes) from which there is a mask, and so an h_seg; parity wants one on every image.
             on_p_yes: gets P(yes) after the prefill.
             on_text: gets the answer's text in pieces as it grows; together they are `Answer.text`.
             stop: asked before each step after the prefill; a reason ends the answer there.
@@ -193,7 +196,7 @@ class LanguageModel:
         text, ids = _Text(on_text), list[int]()
         seg, seg_forced = self._language.seg_token_id, False
         stopped = stop()
-        if mode == "short" and stopped is None and p_yes >= 0.5:
+        if mode == "short" and stopped is None and p_yes >= mask_from:
             position = self._decode(self._short_ids, position, outputs=True)
             for token in self._short_ids:
                 text.add(self._piece(token))
@@ -210,7 +213,7 @@ class LanguageModel:
             stopped = stop()
 
         h_seg = None
-        if p_yes >= 0.5 and ids and ids[-1] == seg:
+        if p_yes >= mask_from and ids and ids[-1] == seg:
             if self._language.seg_state == "token":
                 self._decode([seg], position, outputs=True)
             h_seg = self._state(-1)[None]

@@ -8,7 +8,7 @@ import pytest
 from vmad_edge.runtime.bundle import Thresholds
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Inspection, Verdict
-from vmad_edge.runtime.inspector import ReviewHandle, _verdict
+from vmad_edge.runtime.inspector import ReviewHandle, verdict_of
 from vmad_edge.runtime.review import PendingReview
 from vmad_edge.runtime.systems.vmad import Finding
 
@@ -20,8 +20,8 @@ GOOD, DEFECT, UNCERTAIN = Verdict.GOOD, Verdict.DEFECT, Verdict.UNCERTAIN
     [(0.0, GOOD), (0.1999, GOOD), (0.2, UNCERTAIN), (0.4999, UNCERTAIN), (0.5, DEFECT), (1.0, DEFECT)],
 )
 def test_thresholds(score: float, expected: Verdict) -> None:
-    assert _verdict(score, Thresholds(good_below=0.2, defect_above=0.5)) is expected
-    assert _verdict(score, None) is UNCERTAIN
+    assert verdict_of(score, Thresholds(good_below=0.2, defect_above=0.5)) is expected
+    assert verdict_of(score, None) is UNCERTAIN
 
 
 @pytest.mark.parametrize(
