@@ -76,6 +76,17 @@ def test_references_for_one_run(tiny_bundle: Path, parts: Path, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["inspect", "enroll"])
+def test_a_broken_reference_is_named_and_nothing_is_kept(
+    command: str, tiny_bundle: Path, parts: Path, tmp_path: Path
+) -> None:
+    rest = ["odd", "--references", "."] if command == "inspect" else ["."]
+    done = vmad(command, tiny_bundle, *rest, "--station", tmp_path, cwd=parts)
+    assert done.returncode == 2
+    assert "broken/broken.png: not a readable image" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_report(tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path) -> None:
     done = vmad("inspect", tiny_bundle, ".", "--station", station, "--report", tmp_path / "report", cwd=parts)
     assert done.returncode == 1, done.stderr

@@ -63,6 +63,16 @@ def test_review(inspector: Inspector) -> None:
     assert {"ltc_projector", "prefill", "decode", "review"} <= set(result.timings_ms)
 
 
+@pytest.mark.parametrize(
+    "question,says", [("why? " * 5000, "the prompt is too long"), ("Is there a <seg>?", "special token")]
+)
+def test_question_that_cannot_be_asked(inspector: Inspector, question: str, says: str) -> None:
+    result = inspector.inspect(image(0), question=question)
+    assert result.verdict is Verdict.UNCERTAIN
+    assert "review failed" in (result.reason or "") and says in (result.reason or "")
+    assert inspector.inspect(image(0)).p_yes is not None  # the next review is none the worse
+
+
 def test_review_streams_its_text(inspector: Inspector) -> None:
     screened = inspector.inspect(image(0), review=False)
     handle = inspector.review(screened, answer="full")
