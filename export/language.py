@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoTokenizer
 
 from vmad_edge.runtime.errors import CheckpointError
@@ -49,11 +52,12 @@ def export_language(language: Path, adapter: Path, target: Path, quantization: Q
     """Write `language` with `adapter` merged into the GGUF file `target`.
 
     Args:
-        language: folder of a LlamaForCausalLM (safetensors, one file or shards) with a SentencePiece tokenizer.model.
+        language: folder of a LlamaForCausalLM (safetensors, one file or shards) with its tokenizer: SentencePiece's
+            tokenizer.model, or BPE over bytes in a tokenizer.json.
         adapter: folder of a PEFT LoRA.
         quantization: f32 and f16 are written directly (vectors stay F32); q8_0 and q4_k_m are made by llama.cpp from
-            an F16 file beside `target`, which is removed. Rows that are no multiple of the block size keep a type
-            of llama.cpp's choice.
+            an F16 file beside `target`, which is removed. Rows that are no multiple of the block size get a type
+            of llama.cpp's choice: `type_mix` tells which.
 
     Raises:
         CheckpointError: a missing or wrong part, or one that this export cannot carry over.
@@ -70,6 +74,11 @@ def export_language(language: Path, adapter: Path, target: Path, quantization: Q
         _quantize(f16, target, _FTYPE[quantization])
     finally:
         f16.unlink(missing_ok=True)
+
+
+def type_mix(path: Path) -> dict[str, int]:
+    """How many tensors of the GGUF file at `path` have each type ("Q4_K", "F32"), the most frequent first."""
+    return dict(Counter(tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors).most_common())
 
 
 def merged_tensors(language: Path, adapter: Path) -> Iterator[tuple[str, Array]]:
@@ -307,13 +316,19 @@ def _by_pattern(pattern: dict[str, Any] | None, module: str, default: float) -> 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer in GGUF's terms; the lists are parallel and may be shorter than the embedding."""
+    """A tokenizer in GGUF's terms; the lists of tokens, scores and types are parallel."""
 
-    model: Literal["llama"]
-    """GGUF's name of the algorithm: "llama" is SentencePiece's BPE with byte fallback."""
+    model: Literal["llama", "gpt2"]
+    """GGUF's name of the algorithm: "llama" is SentencePiece's BPE with byte fallback, "gpt2" is BPE over bytes."""
+    pre: str
+    """GGUF's name of the rule that splits a text before BPE."""
     tokens: list[str]
+    """Perhaps fewer than the embedding has rows."""
     scores: list[float]
+    """SentencePiece's; they mean nothing to gpt2."""
     types: list[gguf.TokenType]
+    merges: list[str]
+    """Of gpt2, the first to be applied first."""
     special_ids: dict[str, int]
     """Of "bos", "eos", "unk", "pad", those that there are."""
     add_bos: bool
@@ -321,26 +336,27 @@ class Vocabulary:
 
 
 def read_vocabulary(language: Path) -> Vocabulary:
-    """The tokenizer as transformers applies it, with SentencePiece's scores.
+    """The tokenizer as transformers applies it, with SentencePiece's scores or BPE's merges.
 
     Special added tokens become CONTROL, other added tokens (`<seg>` of LISA's kind) USER_DEFINED, as in llama.cpp's
     converter: both get their id from text that is parsed for special tokens, as in transformers.
 
     Raises:
-        CheckpointError: not a SentencePiece BPE tokenizer with byte fallback, or files that contradict each other.
+        CheckpointError: a tokenizer that llama.cpp does not have, or files that contradict each other.
     """
-    path = language / "tokenizer.model"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} is missing: only SentencePiece tokenizers can be exported. transformers 5 does not save this "
-            "file with the tokenizer: copy it from the base model."
-        )
     try:
-        pieces = SentencePieceProcessor(model_file=str(path))
         tokenizer = AutoTokenizer.from_pretrained(language, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{language}: the tokenizer cannot be read ({error}).") from None
+    path = language / "tokenizer.model"
+    return _read_sentencepiece(path, tokenizer) if path.is_file() else _read_bpe(language / "tokenizer.json", tokenizer)
 
+
+def _read_sentencepiece(path: Path, tokenizer: Any) -> Vocabulary:
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: the tokenizer cannot be read ({error}).") from None
     tokens, scores, types = [], [], []
     for token_id in range(pieces.vocab_size()):
         tokens.append(pieces.id_to_piece(token_id))
@@ -351,42 +367,137 @@ def read_vocabulary(language: Path) -> Vocabulary:
     for token_id, added in sorted(tokenizer.added_tokens_decoder.items()):
         if token_id < len(tokens) and tokens[token_id] == added.content:
             continue
-        while len(tokens) <= token_id:
-            _append_unused(tokens, scores, types)
-        tokens[token_id], scores[token_id] = added.content, -1000.0
-        types[token_id] = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
+        _put(tokens, scores, types, token_id, added.content, _added_type(added))
     for token_id in range(len(tokens)):
         if types[token_id] != gguf.TokenType.UNUSED and tokenizer.convert_ids_to_tokens(token_id) != tokens[token_id]:
             raise CheckpointError(
                 f"{path}: token {token_id} is {tokens[token_id]!r}, but {tokenizer.convert_ids_to_tokens(token_id)!r} "
                 "in the other tokenizer files. Copy tokenizer.model from the model that was trained."
             )
-    ids = tokenizer("a").input_ids
-    if ids[-1] == tokenizer.eos_token_id:
-        raise CheckpointError(f"{language}: the tokenizer ends every text with EOS; set add_eos_token to false.")
-    add_bos = ids[0] == tokenizer.bos_token_id
-    # transformers 4 adds BOS unless told otherwise; 5 forgets the setting when it saves, and then adds none.
-    if add_bos != _read_json(language / "tokenizer_config.json").get("add_bos_token", True):
+    return Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=tokens,
+        scores=scores,
+        types=types,
+        merges=[],
+        special_ids=_special_ids(path, tokenizer),
+        # transformers 4 adds BOS unless told otherwise; 5 forgets the setting when it saves, and then adds none.
+        add_bos=_adds_bos(path, tokenizer, default=True),
+        add_space_prefix=tokenizer.tokenize("a")[0].startswith("▁"),
+    )
+
+
+def _byte_level(*, use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}
+
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+    "smollm": [{"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)],
+    "llama-bpe": [
+        {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
+        _byte_level(use_regex=False),
+    ],
+}
+"""tokenizer.json's steps by llama.cpp's name for them (src/llama-vocab.cpp): those whose ids were seen to be equal."""
+
+
+def _read_bpe(path: Path, tokenizer: Any) -> Vocabulary:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: expected it, or SentencePiece's tokenizer.model.")
+    applied = json.loads(tokenizer.backend_tokenizer.to_str())
+    stored = json.loads(Tokenizer.from_file(str(path)).to_str())
+    for part in ("normalizer", "pre_tokenizer", "model"):
+        if applied[part] != stored[part]:
+            raise CheckpointError(
+                f"{path}: transformers does not apply its {part}, but rebuilds it for {type(tokenizer).__name__}. "
+                'With "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json it takes the file as it is.'
+            )
+    model, pre = applied["model"], _pre_tokenizer(path, applied)
+    on = {"ignore_merges"} if pre == "llama-bpe" else set()
+    for key in ("ignore_merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if bool(model[key]) != (key in on):
+            raise CheckpointError(f"{path}: model.{key} is {model[key]!r}, which llama.cpp's {pre} does otherwise.")
+
+    tokens: list[str] = []
+    scores: list[float] = []
+    types: list[gguf.TokenType] = []
+    added = tokenizer.added_tokens_decoder
+    alphabet = set(ByteLevel.alphabet())
+    for token, token_id in model["vocab"].items():
+        if token_id not in added and not alphabet.issuperset(token):
+            raise CheckpointError(f"{path}: token {token_id} is {token!r}, which is no string of bytes.")
+        _put(tokens, scores, types, token_id, token, gguf.TokenType.NORMAL)
+    for token_id, token in added.items():
+        if token.lstrip or token.rstrip or token.single_word:
+            raise CheckpointError(
+                f"{path}: {token.content} has lstrip, rstrip or single_word on, which llama.cpp does not know."
+            )
+        _put(tokens, scores, types, token_id, token.content, _added_type(token))
+    return Vocabulary(
+        model="gpt2",
+        pre=pre,
+        tokens=tokens,
+        scores=scores,
+        types=types,
+        merges=[" ".join(pair) for pair in model["merges"]],
+        special_ids=_special_ids(path, tokenizer),
+        add_bos=_adds_bos(path, tokenizer, default=None),
+        add_space_prefix=False,
+    )
+
+
+def _pre_tokenizer(path: Path, applied: dict[str, Any]) -> str:
+    """llama.cpp's name of it."""
+    found = applied["pre_tokenizer"] or {}
+    steps = [
+        {key: value for key, value in step.items() if key != "trim_offsets"}
+        for step in found.get("pretokenizers", [found])
+    ]
+    name = next((name for name, expected in _PRE_TOKENIZERS.items() if steps == expected), None)
+    if name is None:
         raise CheckpointError(
-            f"{language}: the tokenizer adds {'a' if add_bos else 'no'} BOS, which tokenizer_config.json contradicts. "
-            "Load it with add_bos_token=True and save it again; for a model trained without BOS write "
-            '"add_bos_token": false into tokenizer_config.json.'
+            f"{path}: pre_tokenizer {json.dumps(found, ensure_ascii=False)} is none that can be exported "
+            f"({', '.join(_PRE_TOKENIZERS)}). A SentencePiece tokenizer needs its tokenizer.model, which "
+            "transformers 5 does not save: copy it from the base model."
         )
-    special_ids = {
+    if applied["normalizer"] is not None:
+        raise CheckpointError(f"{path}: normalizer {applied['normalizer']['type']}, which llama.cpp's {name} has not.")
+    if applied["model"]["type"] != "BPE":
+        raise CheckpointError(f"{path}: expected a model of type 'BPE', found {applied['model']['type']!r}.")
+    return name
+
+
+def _special_ids(path: Path, tokenizer: Any) -> dict[str, int]:
+    ids = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "unk": tokenizer.unk_token_id,
         "pad": tokenizer.pad_token_id,
     }
-    return Vocabulary(
-        model="llama",
-        tokens=tokens,
-        scores=scores,
-        types=types,
-        special_ids={kind: token_id for kind, token_id in special_ids.items() if token_id is not None},
-        add_bos=add_bos,
-        add_space_prefix=tokenizer.tokenize("a")[0].startswith("▁"),
-    )
+    if ids["eos"] is None:  # llama.cpp would take some token for it
+        raise CheckpointError(f"{path}: the tokenizer has no EOS token; name the model's: eos_token.")
+    return {kind: token_id for kind, token_id in ids.items() if token_id is not None}
+
+
+def _adds_bos(path: Path, tokenizer: Any, default: bool | None) -> bool:
+    """Whether texts begin with BOS; tokenizer_config.json, or `default` where it is silent, must agree."""
+    ids = tokenizer("a").input_ids
+    if ids[-1] == tokenizer.eos_token_id:
+        raise CheckpointError(f"{path}: the tokenizer ends every text with EOS; set add_eos_token to false.")
+    add_bos: bool = ids[0] == tokenizer.bos_token_id
+    said = _read_json(path.with_name("tokenizer_config.json")).get("add_bos_token", default)
+    if said not in (None, add_bos):
+        raise CheckpointError(
+            f"{path}: the tokenizer adds {'a' if add_bos else 'no'} BOS, which tokenizer_config.json contradicts. "
+            "Load it with add_bos_token=True and save it again; for a model trained without BOS write "
+            '"add_bos_token": false into tokenizer_config.json.'
+        )
+    return add_bos
 
 
 def _piece_type(pieces: SentencePieceProcessor, token_id: int) -> gguf.TokenType:
@@ -399,6 +510,24 @@ def _piece_type(pieces: SentencePieceProcessor, token_id: int) -> gguf.TokenType
     if pieces.is_byte(token_id):
         return gguf.TokenType.BYTE
     return gguf.TokenType.NORMAL
+
+
+def _added_type(token: Any) -> gguf.TokenType:
+    return gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
+
+
+def _put(
+    tokens: list[str],
+    scores: list[float],
+    types: list[gguf.TokenType],
+    token_id: int,
+    token: str,
+    kind: gguf.TokenType,
+) -> None:
+    """Set a token that SentencePiece does not know, after as many unused ones as its id asks for."""
+    while len(tokens) <= token_id:
+        _append_unused(tokens, scores, types)
+    tokens[token_id], scores[token_id], types[token_id] = token, -1000.0, kind
 
 
 def _append_unused(tokens: list[str], scores: list[float], types: list[gguf.TokenType]) -> None:
@@ -464,10 +593,13 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) 
         _append_unused(tokens, scores, types)
     writer.add_vocab_size(rows)
     writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(tokens)
-    writer.add_token_scores(scores)
     writer.add_token_types(types)
+    if vocabulary.model == "gpt2":
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores(scores)
     for kind, token_id in vocabulary.special_ids.items():
         getattr(writer, f"add_{kind}_token_id")(token_id)
     writer.add_add_bos_token(vocabulary.add_bos)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from sentencepiece import SentencePieceTrainer
-from transformers import AddedToken, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+from transformers import AddedToken, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # more are slower on models as small as this
 
@@ -30,10 +37,11 @@ def write_language(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "1GB",
     spare_rows: int = 3,
+    write_tokenizer: Callable[[Path], Any] | None = None,
     **config: Any,
 ) -> LlamaForCausalLM:
     """Write a LlamaForCausalLM with tokenizer (added token `<seg>`, `spare_rows` embedding rows that it lacks)."""
-    tokenizer = write_tokenizer(folder)
+    tokenizer = (write_tokenizer or write_sentencepiece)(folder)
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer) + spare_rows,
         "hidden_size": WIDTH,
@@ -44,8 +52,8 @@ def write_language(
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "initializer_range": 0.08,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -58,7 +66,7 @@ def write_language(
     return model
 
 
-def write_tokenizer(folder: Path) -> LlamaTokenizer:
+def write_sentencepiece(folder: Path) -> LlamaTokenizer:
     """LLaMA's kind: SentencePiece BPE, byte fallback, no normalisation, a space before the text; plus `<seg>`."""
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
@@ -78,6 +86,40 @@ def write_tokenizer(folder: Path) -> LlamaTokenizer:
     tokenizer.add_tokens([AddedToken(SEG, special=False, normalized=False)])
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def write_smollm(folder: Path) -> PreTrainedTokenizerFast:
+    """SmolLM2's kind: BPE over bytes, digits apart, no BOS; plus `<seg>`."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    return _write_bpe(folder, tokenizer)
+
+
+def write_llama_bpe(folder: Path) -> PreTrainedTokenizerFast:
+    """LLaMA 3's kind: BPE over bytes, up to three digits together, whole words before merges, BOS; plus `<seg>`."""
+    split = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer = Tokenizer(BPE(ignore_merges=True))
+    bytes_alone = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = Sequence([Split(Regex(split), "isolated"), bytes_alone])
+    tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    return _write_bpe(folder, tokenizer)
+
+
+def _write_bpe(folder: Path, tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES * 5, trainer)
+    unk, bos, eos = special
+    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unk, bos_token=bos, eos_token=eos)
+    saved.add_tokens([AddedToken(SEG, special=False, normalized=False)])
+    saved.save_pretrained(folder)
+    return saved
 
 
 def write_adapter(

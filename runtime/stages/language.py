@@ -105,6 +105,7 @@ class LanguageModel:
             raise BundleError(f"{gguf}: llama.cpp cannot load it ({llama_messages()}). Export the bundle again.")
         try:
             self._vocab = llama.llama_model_get_vocab(self._model)
+            self._bpe = llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_BPE
             self._check(gguf)
             self._context = self._open_context(threads or len(os.sched_getaffinity(0)), exact)
         except BaseException:
@@ -149,6 +150,8 @@ class LanguageModel:
             question.encode()
         except UnicodeEncodeError as error:
             raise VmadError(f"the question is not text: {error}.") from None
+        if self._bpe and b"".join(map(self._piece, self._tokenize(question))) != question.encode():
+            raise VmadError("the question holds a character that the model has no token for. Use plain text.")
         before, after = (part.replace("{question}", question) for part in (self._before, self._after))
         return self._tokenize(before, first=True), self._tokenize(after)
 
@@ -379,9 +382,9 @@ class LanguageModel:
     def _tokenize(self, text: str, *, first: bool = False) -> list[int]:
         """Ids as transformers makes them; BOS, where the model has it, only with `first`.
 
-        transformers puts ▁ before a text unless it starts with one (or a space); llama.cpp always does.
+        SentencePiece: transformers puts ▁ before a text unless it starts with one (or a space); llama.cpp always does.
         """
-        if text[:1] in (" ", "▁"):
+        if not self._bpe and text[:1] in (" ", "▁"):
             text = text[1:]
         data = text.encode()
         ids = (ctypes.c_int32 * (len(data) + 2))()  # at most one a byte, BOS and ▁
