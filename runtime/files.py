@@ -20,6 +20,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write or replace a text file, never leaving half of it."""
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(text, "utf-8")
+    scratch.replace(path)
+
+
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place, synced to disk, when the block ends well.

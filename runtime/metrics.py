@@ -109,10 +109,10 @@ def _thinned(x: Floats, y: Floats) -> list[tuple[float, float]]:
     return [(float(x[i]), float(y[i])) for i in kept]
 
 
-def _steps(parts: Sequence[Scores]) -> Iterator[tuple[Floats, Floats, Floats]]:
+def _steps(parts: Sequence[Scores]) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
     """From the highest score down, for each distinct one: how many are normal, how many defective, shares' sum."""
     for high, low in _ranges(parts):
-        found: list[tuple[Floats, Floats, Floats, Floats]] = []
+        found: list[tuple[NDArray[Any], ...]] = []
         for part in parts:
             distinct, count = np.unique(part.normal[_between(part.normal, low, high)], return_counts=True)
             nothing = np.zeros(len(distinct))

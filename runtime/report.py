@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from vmad_edge.runtime.files import write_whole
 from vmad_edge.runtime.inspection import Inspection, Verdict
 
 Pixels = NDArray[np.uint8]
@@ -57,15 +58,13 @@ class Report:
         page = _PAGE.read_text("utf-8")
         for mark, text in (
             ("{{facts}}", html.escape(" ".join(facts))),
-            ("{{scale}}", _data_uri(Image.fromarray(scale))),
+            ("{{scale}}", data_uri(Image.fromarray(scale))),
             ("{{heat_top}}", f"{self._heat_top:.3g}"),
             ("{{rows}}", "\n".join(self._rows)),
         ):
             page = page.replace(mark, text, 1)
         target = self._folder / "index.html"
-        scratch = target.with_suffix(".part")
-        scratch.write_text(page, "utf-8")
-        scratch.replace(target)
+        write_whole(target, page)
         return target
 
 
@@ -92,11 +91,11 @@ def _panels(inspection: Inspection, heat_top: float) -> dict[str, Image.Image]:
     """Small pictures by their title."""
     panels = {}
     if inspection.frame.pixels.size:
-        panels["frame"] = _fit(_outlined(inspection))
+        panels["frame"] = fit(_outlined(inspection))
     if inspection.map is not None:
-        panels["anomaly map"] = _fit(heat(inspection, heat_top))
+        panels["anomaly map"] = fit(heat(inspection, heat_top))
     if inspection.nearest_normal is not None:
-        panels["most similar normal place"] = _fit(inspection.nearest_normal.picture)
+        panels["most similar normal place"] = fit(inspection.nearest_normal.picture)
     return panels
 
 
@@ -113,7 +112,8 @@ def _outlined(inspection: Inspection) -> Pixels:
     return shown
 
 
-def _fit(pixels: Pixels) -> Image.Image:
+def fit(pixels: Pixels) -> Image.Image:
+    """As small as a panel of the page."""
     image = Image.fromarray(pixels)
     scale = _SIDE / max(image.size)
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
@@ -153,7 +153,7 @@ def _words(inspection: Inspection) -> str:
 
 def _row(inspection: Inspection, name: str, panels: dict[str, Image.Image]) -> str:
     pictures = [
-        f'<img alt="{title}" src="{_data_uri(panels[title])}">' if title in panels else ""
+        f'<img alt="{title}" src="{data_uri(panels[title])}">' if title in panels else ""
         for title in ("frame", "anomaly map", "most similar normal place")
     ]
     nearest = inspection.nearest_normal
@@ -190,7 +190,7 @@ def _time(timings_ms: dict[str, float], total: float) -> str:
     return f'{total:.0f} ms<div class="time">{bar}</div><div class="small">{words}</div>'
 
 
-def _data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image) -> str:
     target = io.BytesIO()
     image.save(target, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(target.getvalue()).decode()
