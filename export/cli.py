@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
 
 from vmad_edge.runtime.bundle import Bundle, Language
+from vmad_edge.runtime.engines.onnxruntime import Device
 from vmad_edge.runtime.errors import VmadError
+from vmad_edge.runtime.frame import list_images
 
 _QUANTIZATIONS = get_args(Language.model_fields["quantization"].annotation)
 
@@ -22,8 +25,8 @@ def add_export(subcommands: Any) -> None:
         help="make a bundle out of a trained checkpoint",
         description="Make a bundle, which `vmad inspect` runs without torch, out of a trained checkpoint: four ONNX "
         "graphs, the language model as GGUF with its LoRA merged, the normal features, and a manifest. The export is "
-        "then compared with the checkpoint, stage by stage, on real images; the figures are printed and kept in the "
-        "bundle's parity.json.",
+        "then compared with the checkpoint, stage by stage, on real images: past a limit nothing is written. The "
+        "figures are printed and kept in the bundle, in parity.json and, with pictures, in parity.html.",
         epilog="Example: vmad export my-checkpoint my-bundle --llm q4_k_m --parity-images photographs",
     )
     parser.add_argument(
@@ -46,24 +49,46 @@ def add_export(subcommands: Any) -> None:
     parser.set_defaults(run=lambda args: _run(parser, args))
 
 
+def add_parity(subcommands: Any) -> None:
+    """Register `vmad parity` with argparse's subparsers."""
+    parser = subcommands.add_parser(
+        "parity",
+        help="compare a bundle with the checkpoint that it was made of",
+        description="Compare a bundle, on this machine, with the checkpoint that it was made of: stage by stage, on "
+        "real images, as `vmad export` does.",
+        epilog="Exit status: 0 within all limits; 1 past one; 2 usage, bundle or checkpoint error.",
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a folder made by `vmad export`")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="what it was made of")
+    parser.add_argument(
+        "images", type=Path, metavar="DIR", nargs="?", help="real images (default: the checkpoint's own)"
+    )
+    parser.add_argument("--device", choices=get_args(Device), default="auto", help="default: %(default)s")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="write the figures and pictures of both sides as HTML"
+    )
+    parser.set_defaults(run=lambda args: _with_extra("parity", _parity, args))
+
+
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.bundle is None and not args.check:
         parser.error("BUNDLE is missing: name the folder to write, or --check to write nothing")
+    return _with_extra("export", _check if args.check else _export, args)
+
+
+def _with_extra(command: str, run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     try:
-        if args.check:
-            _check(args.checkpoint)
-        else:
-            _export(args)
+        return run(args)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("vmad_edge"):
             raise
-        raise VmadError(f"vmad export needs {error.name}: pip install 'vmad-edge[cpu,export]'") from None
-    return 0
+        raise VmadError(f"vmad {command} needs {error.name}: pip install 'vmad-edge[cpu,export]'") from None
 
 
-def _check(path: Path) -> None:
+def _check(args: argparse.Namespace) -> int:
     from vmad_edge.export.checkpoint import Checkpoint
 
+    path = args.checkpoint
     checkpoint = Checkpoint.open(path)
     config = checkpoint.config
     print(
@@ -76,26 +101,58 @@ def _check(path: Path) -> None:
         f"  SAM        {checkpoint.sam.size} px\n"
         f"  weights    {config.weights.origin} ({config.weights.licence})"
     )
+    return 0
 
 
-def _export(args: argparse.Namespace) -> None:
-    from transformers.utils.logging import disable_progress_bar
-
-    from vmad_edge.export.parity import Parity
+def _export(args: argparse.Namespace) -> int:
+    from vmad_edge.export.parity import Parity, ParityError
     from vmad_edge.export.pipeline import export
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers to itself
-    with Console(stderr=True).status("") as status:
-        export(
-            args.checkpoint,
-            args.bundle,
-            quantization=args.llm,
-            parity_images=args.parity_images,
-            progress=lambda step: status.update(f"export: {step}"),
-        )
+    _silence_transformers()
+    try:
+        with Console(stderr=True).status("") as status:
+            export(
+                args.checkpoint,
+                args.bundle,
+                quantization=args.llm,
+                parity_images=args.parity_images,
+                progress=lambda step: status.update(f"export: {step}"),
+            )
+    except ParityError as error:
+        Console(stderr=True).print(error.parity.table())
+        raise
     bundle = Bundle.open(args.bundle)
     parity = Parity.model_validate_json(bundle.file("parity.json").read_bytes())
     Console().print(parity.table())
     size = sum(path.stat().st_size for path in args.bundle.iterdir())
     print(f"{args.bundle}: {size / 1e6:.1f} MB, hash {bundle.hash[:16]}…")
+    return 0
+
+
+def _parity(args: argparse.Namespace) -> int:
+    from vmad_edge.export.checkpoint import Checkpoint
+    from vmad_edge.export.parity import measure
+    from vmad_edge.export.parity_page import ParityPage
+    from vmad_edge.export.pipeline import own_images
+
+    _silence_transformers()
+    bundle = Bundle.open(args.bundle)
+    checkpoint = Checkpoint.open(args.checkpoint)
+    images = list_images([str(args.images or own_images(checkpoint))])
+    page = ParityPage()
+    with Console(stderr=True).status("") as status:
+        parity = measure(
+            checkpoint, bundle, images, device=args.device, progress=lambda step: status.update(step), each=page.add
+        )
+    if args.page is not None:
+        page.write(args.page, parity)
+    Console().print(parity.table())
+    print(parity.failure or "within all limits")
+    return 1 if parity.failure else 0
+
+
+def _silence_transformers() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.simplefilter("ignore", FutureWarning)  # to itself

@@ -1,53 +1,164 @@
-"""Source against export, stage by stage, on real images.
+"""Source against export, stage by stage, on real images; past its limit a stage fails the export.
 
-Each side goes its own way from the frame to the mask: transformers and the checkpoint's torch modules on one, the
-bundle's files through the runtime's stages on the other. Both are asked the manifest's question and given its short
-answer, so that every position of prompt and answer can be compared.
+Each side goes its own way from the frame to mask and verdict: transformers and the checkpoint's torch modules, with
+the formulas of map and score written out, on one; the bundle's files through what the runtime runs on the other. Both
+are asked the manifest's question. States are compared at every position of prompt and answer, where the export is
+given the source's answer, so that one other token does not move all that follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from rich.table import Table
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoTokenizer, CLIPImageProcessorPil, SamImageProcessorPil
 
 from vmad_edge.export.checkpoint import Checkpoint
-from vmad_edge.runtime.bundle import Manifest, Record
-from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from vmad_edge.export.language import type_mix
+from vmad_edge.runtime.bundle import Bundle, Manifest, Record
+from vmad_edge.runtime.engines.onnxruntime import Device, OnnxRuntimeEngine
+from vmad_edge.runtime.errors import CheckpointError
 from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.inspection import Verdict
+from vmad_edge.runtime.inspector import verdict_of
 from vmad_edge.runtime.stages.language import LanguageModel
 from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
+from vmad_edge.runtime.stages.segmentation import mask_logits
+from vmad_edge.runtime.stages.similarity import NormalFeatures
+from vmad_edge.runtime.systems.vmad import Screen
+from vmad_edge.runtime.timing import Stopwatch
 
 Array = NDArray[Any]
-States = TypeVar("States", Array, Tensor)
 Stages = dict[str, Array]
-"""One frame's arrays by the name of their stage, in the order in which they come about."""
+"""One frame's arrays by the name of their stage."""
+Measure = Literal["equal", "cosine", "max_abs_error", "max_relative_error", "iou", "rank_correlation"]
+
+LADDER = (
+    "clip_pixels",
+    "sam_pixels",
+    "prompt_ids",
+    "patches",
+    "patches_multi",
+    "image_embeddings",
+    "visual_tokens",
+    "hidden_states",
+    "logits",
+    "p_yes",
+    "answer",
+    "h_seg",
+    "h_seg_full",
+    "low_res_masks",
+    "mask",
+    "score",
+    "map",
+    "verdict",
+)
+"""The stages in the order in which one needs another: the first that breaks is where the fault sits."""
+
+PRECISION_LIMITS = {
+    # FP32 rounds at 6e-8; sums of thousands of terms in another order, layer upon layer, reach a few 1e-6.
+    "fp32": 1e-5,
+}
+"""Of the graphs' outputs: the largest max relative error that passes."""
+
+QUANTIZATION_LIMITS = {
+    # As FP32 in the graphs, and RoPE's sines come from another library.
+    "f32": 2e-5,
+    # FP16 rounds weights and, in llama.cpp's products, activations at 5e-4; layers add up and random weights amplify.
+    "f16": 1e-2,
+    # A block of 32 weights is rounded to 1/127 of its largest, and so are llama.cpp's activations: 0.5% of each.
+    "q8_0": 0.15,
+    # 4 bits a weight: about 7% of each (ggml's block_q4_K; block_q6_K in the most sensitive matrices).
+    "q4_k_m": 0.8,
+}
+"""Of what the language model touches: the same. Random weights, which cancel no error, come to 2e-6, 2e-3, 0.06 and
+0.5 after two layers; a trained model stays below. A fault such as RoPE's order passes the first three limits."""
+
+
+def limits(manifest: Manifest) -> dict[str, dict[Measure, float]]:
+    """What each stage of a bundle must keep; a measure of error is a largest value, any other a smallest one.
+
+    Only what the language model touches is as loose as its quantization.
+    """
+    vision = PRECISION_LIMITS["fp32"]
+    language = max(vision, QUANTIZATION_LIMITS[manifest.language.quantization])
+    # A score is a softmax over temperature: it multiplies an error of either of its two cosines.
+    score = 2 * vision / min(1.0, manifest.similarity.temperature)
+    strict: dict[Measure, float] = {"max_relative_error": vision}
+    # Where the largest error may be `language`, the mean one must be smaller: cos = 1 − ε² / 2.
+    loose: dict[Measure, float] = {"max_relative_error": language, "cosine": 1 - language**2 / 4}
+    equal: dict[Measure, float] = {"equal": 1}
+    return {
+        "clip_pixels": equal,
+        "sam_pixels": strict,
+        "prompt_ids": equal,
+        "patches": strict,
+        "patches_multi": strict,
+        "image_embeddings": strict,
+        "visual_tokens": strict,
+        "hidden_states": loose,
+        "logits": loose,
+        "h_seg": loose,
+        "h_seg_full": loose,
+        # dp = p(1 − p) d(logit) ≤ d(logit) / 4, of logits up to 10.
+        "p_yes": {"max_abs_error": min(0.5, 2.5 * language)},
+        # Coarser weights may choose another word where two are as good; the report gives the share.
+        "answer": equal if language <= 1e-4 else {},
+        "low_res_masks": loose,
+        "mask": {"iou": 1 - min(0.5, max(1e-3, 2 * language))},
+        "score": {"max_relative_error": score},
+        # OpenCV places samples to 1/32 pixel.
+        "map": {"max_relative_error": max(score, 5e-3), "rank_correlation": 0.999},
+        "verdict": equal,
+    }
 
 
 class StageParity(Record):
-    """The worst over all images."""
+    """The worst over all images; a measure that says nothing about a stage is None. NaN is past every limit."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
     stage: str
-    cosine: float
+    equal: float
+    """Share of images on which both sides are equal to the last bit: text agreement, verdicts that did not flip."""
+    cosine: float | None = None
     """Of the two flattened arrays."""
-    max_relative_error: float
-    """max |source − export| / max |source|; infinite where the shapes differ."""
-    exact: bool
-    """Equal to the last bit."""
+    max_abs_error: float | None = None
+    max_relative_error: float | None = None
+    """max |source − export| / max |source|; infinite where the shapes differ or the export gave nothing."""
     iou: float | None = None
-    """Of the masks (logit > 0); only for masks."""
+    """Of masks."""
+    rank_correlation: float | None = None
+    """Spearman's, of maps, over their inspected pixels."""
+    fault: str | None = None
+    """Why the export gave nothing."""
+    worst_image: str = ""
+    limits: dict[Measure, float] = Field(default_factory=dict)
+
+    @property
+    def broken(self) -> str | None:
+        """The first measure past its limit, in words."""
+        for measure, limit in self.limits.items():
+            value: float | None = getattr(self, measure)
+            if value is None or not (value <= limit if measure in _ERRORS else value >= limit):
+                side = "at most" if measure in _ERRORS else "at least"
+                found = self.fault or ("nothing" if value is None else f"{value:.3g}")
+                return f"{measure.replace('_', ' ')} {found}, expected {side} {limit:.10g}"
+        return None
+
+
+_ERRORS = ("max_abs_error", "max_relative_error")
 
 
 class Parity(Record):
@@ -55,72 +166,193 @@ class Parity(Record):
 
     images: tuple[str, ...]
     question: str
+    quantization: str
+    tensor_types: dict[str, int]
+    """How many of the language model's tensors have each type: rows that do not fit a type's blocks keep another."""
     stages: tuple[StageParity, ...]
 
+    @property
+    def failure(self) -> str | None:
+        """The first stage that broke, with its figure, its limit and its worst image; None within all limits."""
+        for row in self.stages:
+            if row.broken:
+                return f"{row.stage} is the first stage that differs: {row.broken} (worst image: {row.worst_image})"
+        return None
+
+    @property
+    def tensors_in_words(self) -> str:
+        return ", ".join(f"{count} tensors {name}" for name, count in self.tensor_types.items())
+
     def table(self) -> Table:
-        table = Table(title=f"source against export, worst of {len(self.images)} images", title_justify="left")
+        title = (
+            f"source against export, {self.quantization} ({self.tensors_in_words}), worst of {len(self.images)} images"
+        )
+        table = Table(title=title, title_justify="left")
         table.add_column("stage")
-        for column in ("cosine", "max rel. error", "exact", "mask IoU"):
+        for column in COLUMNS:
             table.add_column(column, justify="right")
         for row in self.stages:
-            iou = "" if row.iou is None else f"{row.iou:.4f}"
-            exact = "yes" if row.exact else ""
-            table.add_row(row.stage, f"{row.cosine:.7f}", f"{row.max_relative_error:.1e}", exact, iou)
+            table.add_row(row.stage, *cells(row, len(self.images)), style="bold red" if row.broken else None)
         return table
+
+
+COLUMNS = ("equal", "cosine", "max abs", "max rel. error", "IoU", "rank corr.", "limit")
+
+
+def cells(row: StageParity, images: int) -> list[str]:
+    """`row` in words, a text for each of COLUMNS."""
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    sign = {measure: "≤" if measure in _ERRORS else "≥" for measure in row.limits}
+    return [
+        f"{round(row.equal * images)}/{images}",
+        number(row.cosine, ".7f"),
+        number(row.max_abs_error, ".1e"),
+        number(row.max_relative_error, ".1e"),
+        number(row.iou, ".4f"),
+        number(row.rank_correlation, ".5f"),
+        ", ".join(f"{measure.replace('_', ' ')} {sign[measure]} {limit:.10g}" for measure, limit in row.limits.items()),
+    ]
+
+
+class ParityError(CheckpointError):
+    """The export computes something else than the checkpoint; `parity` says where and by how much."""
+
+    def __init__(self, message: str, parity: Parity) -> None:
+        super().__init__(message)
+        self.parity = parity
 
 
 def measure(
     checkpoint: Checkpoint,
-    folder: Path,
-    manifest: Manifest,
+    bundle: Bundle,
     images: Sequence[str],
+    *,
+    device: Device = "cpu",
     progress: Callable[[str], None] = lambda step: None,
+    each: Callable[[Frame, Stages, Stages], None] = lambda frame, source, exported: None,
 ) -> Parity:
-    """Run `checkpoint` and the exported files in `folder` on `images`, side by side.
+    """Run `checkpoint` in torch on the CPU and `bundle` on `device` on `images`, side by side.
+
+    The language model runs with F32 KV and without flash attention, so that its weights alone make the difference.
+
+    Args:
+        each: gets every frame with both sides' arrays.
 
     Raises:
         FrameError: an image that cannot be read.
-        BundleError: an exported file that its engine refuses.
+        BundleError: a file of the bundle that its engine refuses.
     """
+    manifest = bundle.manifest
     question = manifest.conversation.question.replace("{object}", manifest.conversation.object)
     found: dict[str, list[StageParity]] = {}
     source = Source(checkpoint)
-    with Exported(folder, manifest) as exported:
+    with Exported(bundle, device) as exported:
         for number, path in enumerate(images, 1):
             progress(f"parity: image {number} of {len(images)}")
             frame = Frame.read(path)
-            ours = exported.run(frame, question, source.short_answer_ids)
-            for stage, array in source.run(frame, question).items():
-                found.setdefault(stage, []).append(compare(stage, array, ours[stage]))
-    names = tuple(Path(path).name for path in images)
-    return Parity(images=names, question=question, stages=tuple(_worst(rows) for rows in found.values()))
+            theirs = source.run(frame, question)
+            ours: Stages = {}
+            fault = None
+            try:
+                for stage, array in exported.run(frame, question, theirs["answer"]):
+                    ours[stage] = array
+            except Exception as error:  # whatever stops the export is a difference from the source, at that stage
+                fault = f"{type(error).__name__}: {error}"
+            if not np.array_equal(theirs["answer"], ours.get("answer", theirs["answer"])):
+                del theirs["h_seg_full"]  # after other words it is another state
+            for stage, array in theirs.items():
+                row = compare(stage, array, ours[stage]) if stage in ours else _nothing(stage, fault)
+                found.setdefault(stage, []).append(row.model_copy(update={"worst_image": Path(path).name}))
+            each(frame, theirs, ours)
+    allowed = limits(manifest)
+    return Parity(
+        images=tuple(Path(path).name for path in images),
+        question=question,
+        quantization=manifest.language.quantization,
+        tensor_types=type_mix(bundle.file("llm.gguf")),
+        stages=tuple(_worst(found[stage], allowed[stage]) for stage in LADDER if stage in found),
+    )
 
 
 def compare(stage: str, source: Array, exported: Array) -> StageParity:
-    """One stage on one image. NaN stays NaN."""
+    """One stage on one image. Masks (bool) are compared by IoU, ids (integers) by being equal."""
+    equal = float(np.array_equal(source, exported, equal_nan=source.dtype.kind == "f"))
+    if source.dtype.kind == "i":
+        return StageParity(stage=stage, equal=equal)
     if source.shape != exported.shape:
-        return StageParity(stage=stage, cosine=0.0, max_relative_error=float("inf"), exact=False)
+        return _nothing(stage, f"shape {exported.shape} instead of {source.shape}")
+    if source.dtype.kind == "b":
+        union = (source | exported).sum()
+        return StageParity(stage=stage, equal=equal, iou=float((source & exported).sum() / union) if union else 1.0)
     a, b = source.astype(np.float64).ravel(), exported.astype(np.float64).ravel()
-    iou = None
-    if stage == "low_res_masks":
-        union = ((a > 0) | (b > 0)).sum()
-        iou = float(((a > 0) & (b > 0)).sum() / union) if union else 1.0
-    if np.array_equal(source, exported):  # all zeros too, which have no cosine
-        return StageParity(stage=stage, cosine=1.0, max_relative_error=0.0, exact=True, iou=iou)
+    rank = None
+    if stage == "map":
+        inspected = ~(np.isnan(a) & np.isnan(b))
+        a, b = a[inspected], b[inspected]
+        rank = _cosine(*(ranks - ranks.mean() for ranks in map(_ranks, (a, b))))
+    error = float(np.abs(a - b).max())
     with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = float(a @ b / np.sqrt((a @ a) * (b @ b)))
-        error = float(np.abs(a - b).max() / np.abs(a).max())
-    return StageParity(stage=stage, cosine=cosine, max_relative_error=error, exact=False, iou=iou)
-
-
-def _worst(rows: list[StageParity]) -> StageParity:
-    ious = [row.iou for row in rows if row.iou is not None]
+        relative = float(error / np.abs(a).max()) if error else 0.0  # all zeros on both sides
     return StageParity(
-        stage=rows[0].stage,
-        cosine=float(np.min([row.cosine for row in rows])),
-        max_relative_error=float(np.max([row.max_relative_error for row in rows])),
-        exact=all(row.exact for row in rows),
-        iou=min(ious) if ious else None,
+        stage=stage,
+        equal=equal,
+        cosine=_cosine(a, b) if source.ndim else None,
+        max_abs_error=error,
+        max_relative_error=relative,
+        rank_correlation=rank,
+    )
+
+
+def _nothing(stage: str, fault: str | None) -> StageParity:
+    """Of a stage that the export did not reach, or gave in another shape."""
+    return StageParity(
+        stage=stage,
+        equal=0,
+        cosine=0,
+        max_abs_error=np.inf,
+        max_relative_error=np.inf,
+        iou=0,
+        rank_correlation=0,
+        fault=fault,
+    )
+
+
+def _cosine(a: Array, b: Array) -> float:
+    if np.array_equal(a, b):  # all zeros too, which have none
+        return 1.0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def _ranks(values: Array) -> Array:
+    """Of each value among all; equal ones share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+
+
+def _worst(rows: list[StageParity], allowed: dict[Measure, float]) -> StageParity:
+    def values(measure: str) -> Array:
+        return np.array([getattr(row, measure) for row in rows if getattr(row, measure) is not None], float)
+
+    worst: dict[str, float | None] = {"equal": float(values("equal").mean())}
+    for measure, extreme in (
+        ("cosine", np.min),
+        ("max_abs_error", np.max),
+        ("max_relative_error", np.max),
+        ("iou", np.min),
+        ("rank_correlation", np.min),
+    ):
+        worst[measure] = float(extreme(values(measure))) if values(measure).size else None
+    # NaN counts as the largest error, and as the smallest likeness.
+    decisive = next(iter(allowed), "equal")
+    badness = values(decisive) if decisive in _ERRORS else -values(decisive)
+    image = rows[int(np.argmax(np.nan_to_num(badness, nan=np.inf)))].worst_image
+    fault = next((row.fault for row in rows if row.fault), None)
+    return StageParity.model_validate(
+        {"stage": rows[0].stage, **worst, "fault": fault, "worst_image": image, "limits": allowed}
     )
 
 
@@ -129,6 +361,9 @@ class Source:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._config = checkpoint.config
+        self._clip_size, self._grid, self._sam_size = checkpoint.clip.size, checkpoint.grid, checkpoint.sam.size
+        self._cuts = checkpoint.clip.resize == "shortest_edge"
+        self._pads = self._config.image_aspect_ratio == "pad"
         self._seg_token_id = checkpoint.seg_token_id
         self._clip_processor = CLIPImageProcessorPil.from_pretrained(checkpoint.path / "vision")
         side = checkpoint.sam.size
@@ -145,11 +380,7 @@ class Source:
         self._language = checkpoint.language()
         self._sam = checkpoint.segmenter()
         self._seg_projection = checkpoint.seg_projection()
-
-    @property
-    def short_answer_ids(self) -> list[int]:
-        """Of the short answer, `<seg>` included."""
-        return [*self._ids(self._config.conversation.short_answer), self._seg_token_id]
+        self._features = load_file(checkpoint.path / "similarity.safetensors")
 
     @torch.no_grad()
     def run(self, frame: Frame, question: str) -> Stages:
@@ -157,47 +388,67 @@ class Source:
         image = Image.fromarray(frame.pixels)
         stages["clip_pixels"] = self._clip_processor(self._squared(image), return_tensors="pt").pixel_values
         stages["sam_pixels"] = self._sam_processor(image, return_tensors="pt").pixel_values.float()
-
         seen = self._vision(stages["clip_pixels"], output_hidden_states=True)
         stages["patches"] = seen.hidden_states[self._config.patches_level][:, 1:]
         stages["patches_multi"] = torch.stack([seen.hidden_states[i][:, 1:] for i in self._config.levels], 1)
-        stages["cls"] = seen.pooler_output
         stages["visual_tokens"] = self._projector(stages["patches"], stages["patches_multi"])
         stages["image_embeddings"] = self._sam.get_image_embeddings(stages["sam_pixels"])
-
-        before, after = (
-            part.replace("{question}", question) for part in self._config.conversation.template.split("<image>")
-        )
-        first = self._tokenizer(before).input_ids
-        last = self._ids(after)
-        stages["prompt_ids"] = torch.tensor(first + last)
-        answered = last + self.short_answer_ids
-        embed = self._language.get_input_embeddings()
-        prompt = [embed(torch.tensor([first])), stages["visual_tokens"], embed(torch.tensor([answered]))]
-        answer = self._language(inputs_embeds=torch.cat(prompt, 1), output_hidden_states=True)
-        stages["hidden_states"] = answer.hidden_states[-1][0]
-        stages["logits"] = answer.logits[0]
-
-        stages["h_seg"] = h_seg(stages["hidden_states"], self._config.seg_state)
-        dense = self._sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        masks, _ = self._sam.mask_decoder(
-            image_embeddings=stages["image_embeddings"],
-            image_positional_embeddings=self._sam.get_image_wide_positional_embeddings(),  # type: ignore[no-untyped-call]
-            sparse_prompt_embeddings=self._seg_projection(stages["h_seg"])[None, :, None],
-            dense_prompt_embeddings=dense.expand_as(stages["image_embeddings"]),
-            multimask_output=False,
-        )
-        stages["low_res_masks"] = masks[0]
+        stages |= self._answers(stages["visual_tokens"], question)
+        stages |= self._masks(stages["image_embeddings"], stages["h_seg"], image.size)
+        stages |= self._screen(stages["patches"][0], image.size)
         return {name: tensor.numpy() for name, tensor in stages.items()}
 
-    def _ids(self, text: str) -> list[int]:
-        """Of a text that does not begin the prompt: no BOS."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
-        return ids
+    # ------------------------------------------------------------------------------------------ screen
+
+    def _screen(self, patches: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        """`patches` [N,D] → score [], map [h,w], verdict []; `size` is (width, height)."""
+        spec, side, grid = self._config.similarity, self._clip_size, self._grid
+        normal = self._largest_cosine(patches, "visual_normal")
+        score = 1 - normal
+        if "visual_abnormal" in self._features:
+            both = torch.stack([normal, self._largest_cosine(patches, "visual_abnormal")])
+            score = (both / spec.temperature).softmax(0)[1]
+
+        axes = [self._axis(length, size) for length in size]
+        centres = (torch.arange(grid) + 0.5) * side / grid
+        on_x, on_y = (
+            ((centres - shift) / scale > 0) & ((centres - shift) / scale < length)
+            for (scale, shift), length in zip(axes, size, strict=True)
+        )
+        inspected = score[(on_y[:, None] & on_x).flatten()]
+        count = 1 if spec.score_rule == "max" else max(1, len(inspected) // 100)
+        total = inspected.topk(count).values.mean()
+
+        fine = functional.interpolate(score.reshape(1, 1, grid, grid), size=(side, side), mode="bilinear")
+        x, y = ((torch.arange(length) + 0.5) * scale + shift for (scale, shift), length in zip(axes, size, strict=True))
+        where = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None] * 2 / side - 1
+        smooth = _gaussian(fine, spec.smoothing_sigma)
+        heat = functional.grid_sample(smooth, where, padding_mode="border", align_corners=False)[0, 0]
+        heat[(y < 0) | (y > side), :] = torch.nan
+        heat[:, (x < 0) | (x > side)] = torch.nan
+
+        verdict = Verdict.UNCERTAIN
+        if spec.thresholds is not None and total < spec.thresholds.good_below:
+            verdict = Verdict.GOOD
+        elif spec.thresholds is not None and total >= spec.thresholds.defect_above:
+            verdict = Verdict.DEFECT
+        return {"score": total, "map": heat, "verdict": torch.tensor(_VERDICTS.index(verdict))}
+
+    def _largest_cosine(self, patches: Tensor, name: str) -> Tensor:
+        """[N,D] → [N]."""
+        features = functional.normalize(self._features[name].float(), dim=-1)
+        return (functional.normalize(patches, dim=-1) @ features.T).amax(1)
+
+    def _axis(self, length: int, size: tuple[int, int]) -> tuple[float, float]:
+        """(scale, shift) from a frame's place along an axis to `clip_pixels`': padded, resized, cut in the middle."""
+        whole, shorter = (max(size),) * 2 if self._pads else (length, min(size))
+        resized = int(self._clip_size * whole / shorter) if self._cuts else self._clip_size
+        scale = resized / whole
+        return scale, (whole - length) // 2 * scale - (resized - self._clip_size) // 2
 
     def _squared(self, image: Image.Image) -> Image.Image:
         """LLaVA's image_aspect_ratio "pad", which transformers' processor does not know."""
-        if self._config.image_aspect_ratio != "pad":
+        if not self._pads:
             return image
         side = max(image.size)
         colour = tuple(int(value * 255) for value in self._clip_processor.image_mean)
@@ -205,17 +456,101 @@ class Source:
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
 
+    # ------------------------------------------------------------------------------------------ review
+
+    def _answers(self, visual_tokens: Tensor, question: str) -> dict[str, Tensor]:
+        conversation = self._config.conversation
+        before, after = (part.replace("{question}", question) for part in conversation.template.split("<image>"))
+        first, last = self._tokenizer(before).input_ids, self._ids(after)
+        prompt = torch.cat([self._embed(first), visual_tokens, self._embed(last)], 1)
+        answer, states, logits = self._greedy(prompt)
+        short = self._embed([*self._ids(conversation.short_answer), self._seg_token_id])
+        out = self._language(inputs_embeds=torch.cat([prompt, short], 1), output_hidden_states=True)
+        yes, no = (
+            logits[prompt.shape[1] - 1].softmax(-1)[list(ids)].sum()
+            for ids in (self._config.yes_token_ids, self._config.no_token_ids)
+        )
+        return {
+            "prompt_ids": torch.tensor(first + last),
+            "hidden_states": states,
+            "logits": logits,
+            "p_yes": yes / (yes + no),
+            "answer": torch.tensor(answer),
+            "h_seg": self._h_seg(out.hidden_states[-1][0]),
+            "h_seg_full": self._h_seg(states),
+        }
+
+    def _greedy(self, prompt: Tensor) -> tuple[list[int], Tensor, Tensor]:
+        """The full answer's ids up to `<seg>`, and states [T,H] and logits [T,V] of `prompt` [1,P,H] and answer."""
+        ids, states, logits, cache, step = list[int](), [], [], None, prompt
+        while True:
+            out = self._language(inputs_embeds=step, past_key_values=cache, use_cache=True, output_hidden_states=True)
+            states.append(out.hidden_states[-1][0])
+            logits.append(out.logits[0])
+            if ids and ids[-1] == self._seg_token_id:
+                return ids, torch.cat(states), torch.cat(logits)
+            scores = out.logits[0, -1].clone()
+            scores[self._tokenizer.eos_token_id] = -torch.inf
+            last = len(ids) + 1 == self._config.max_new_tokens
+            ids.append(self._seg_token_id if last else int(scores.argmax()))
+            cache, step = out.past_key_values, self._embed(ids[-1:])
+
+    def _h_seg(self, states: Tensor) -> Tensor:
+        """[T,H], `<seg>` at the last position → [1,H]: its state, or that of the step before, which emits it."""
+        return states[-1:] if self._config.seg_state == "token" else states[-2:-1]
+
+    def _masks(self, image_embeddings: Tensor, h_seg: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        dense = self._sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        masks, _ = self._sam.mask_decoder(
+            image_embeddings=image_embeddings,
+            image_positional_embeddings=self._sam.get_image_wide_positional_embeddings(),  # type: ignore[no-untyped-call]
+            sparse_prompt_embeddings=self._seg_projection(h_seg)[None, :, None],
+            dense_prompt_embeddings=dense.expand_as(image_embeddings),
+            multimask_output=False,
+        )
+        scale = self._sam_size / max(size)
+        width, height = (int(length * scale + 0.5) for length in size)
+        full = functional.interpolate(masks[0], size=(self._sam_size,) * 2, mode="bilinear")[:, :, :height, :width]
+        logits = functional.interpolate(full, size=size[::-1], mode="bilinear")
+        return {"low_res_masks": masks[0], "mask": logits[0, 0] > 0}
+
+    def _embed(self, ids: list[int]) -> Tensor:
+        """[1,n,H]."""
+        embedded: Tensor = self._language.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
+        return embedded
+
+    def _ids(self, text: str) -> list[int]:
+        """Of a text that does not begin the prompt: no BOS."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+
+_VERDICTS = list(Verdict)
+
+
+def _gaussian(image: Tensor, sigma: float) -> Tensor:
+    """[1,1,h,w]; cut off at 4 sigma, borders repeated."""
+    if sigma == 0:
+        return image
+    radius = round(sigma * 8 + 1) // 2
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    padded = functional.pad(image, (radius,) * 4, mode="replicate")
+    return functional.conv2d(functional.conv2d(padded, kernel[None, None, None]), kernel[None, None, :, None])
+
 
 class Exported:
-    """The bundle's files in ONNX Runtime and llama.cpp, on the CPU, through the runtime's stages."""
+    """The bundle through what the runtime runs: the screen whole, the review's engines and stages one by one."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._manifest = manifest
+    def __init__(self, bundle: Bundle, device: Device) -> None:
+        self._manifest = manifest = bundle.manifest
+        self._screen = Screen(bundle, device)
+        self._normal = NormalFeatures(bundle.file("similarity.safetensors"), manifest.similarity)
         self._engines = {
-            name: OnnxRuntimeEngine(folder / f"{name}.onnx")
-            for name in ("clip_encoder", "ltc_projector", "sam_encoder", "mask_decoder")
+            name: OnnxRuntimeEngine(bundle.file(f"{name}.onnx"), device)
+            for name in ("ltc_projector", "sam_encoder", "mask_decoder")
         }
-        self._language = LanguageModel(folder / "llm.gguf", manifest.language, manifest.conversation, exact=True)
+        self._language = LanguageModel(bundle.file("llm.gguf"), manifest.language, manifest.conversation, exact=True)
 
     def __enter__(self) -> Exported:
         return self
@@ -225,26 +560,48 @@ class Exported:
     ) -> None:
         self._language.close()
 
-    def run(self, frame: Frame, question: str, answer_ids: Sequence[int]) -> Stages:
-        stages: Stages = {}
-        stages["clip_pixels"], _ = clip_pixels(frame, self._manifest.clip)
-        stages["sam_pixels"], _ = sam_pixels(frame, self._manifest.sam)
-        for engine, names in (
-            ("clip_encoder", ("clip_pixels",)),
-            ("ltc_projector", ("patches", "patches_multi")),
-            ("sam_encoder", ("sam_pixels",)),
-        ):
-            stages |= self._engines[engine].run({name: stages[name] for name in names})
+    def run(self, frame: Frame, question: str, answer_ids: Array) -> Iterator[tuple[str, Array]]:
+        """Each stage's name and array as it comes about. `answer_ids` are the source's, `<seg>` included."""
+        manifest = self._manifest
+        pixels, _ = clip_pixels(frame, manifest.clip)
+        yield "clip_pixels", pixels
+        pixels, covered = sam_pixels(frame, manifest.sam)
+        yield "sam_pixels", pixels
         before, after = self._language.prompt_ids(question)
-        stages["prompt_ids"] = np.array(before + after)
-        stages["hidden_states"], stages["logits"] = self._language.hidden_states(
-            stages["visual_tokens"][0], question, answer_ids
-        )
-        stages["h_seg"] = h_seg(stages["hidden_states"], self._manifest.language.seg_state)
-        stages |= self._engines["mask_decoder"].run({name: stages[name] for name in ("image_embeddings", "h_seg")})
-        return stages
+        yield "prompt_ids", np.array(before + after)
+
+        screening = self._screen.run(frame, self._normal, Stopwatch())
+        features = {
+            "patches": screening.features.patches[None],
+            "patches_multi": screening.features.patches_multi[None],
+        }
+        yield from features.items()
+        yield "score", np.array(screening.score, np.float32)
+        yield "map", screening.map
+        yield "verdict", np.array(_VERDICTS.index(verdict_of(screening.score, self._normal.thresholds)))
+
+        image_embeddings = self._engines["sam_encoder"].run({"sam_pixels": pixels})["image_embeddings"]
+        yield "image_embeddings", image_embeddings
+        visual_tokens = self._engines["ltc_projector"].run(features)["visual_tokens"]
+        yield "visual_tokens", visual_tokens
+
+        states, logits = self._language.hidden_states(visual_tokens[0], question, answer_ids.tolist())
+        yield "hidden_states", states
+        yield "logits", logits
+        full = self._language.answer(visual_tokens[0], question, mode="full", mask_from=0)
+        yield "p_yes", np.array(full.p_yes, np.float32)
+        yield "answer", np.array(full.token_ids)
+        yield "h_seg_full", _given(full.h_seg)
+        h_seg = _given(self._language.answer(visual_tokens[0], question, mode="short", mask_from=0).h_seg)
+        yield "h_seg", h_seg
+
+        decoded = self._engines["mask_decoder"].run({"image_embeddings": image_embeddings, "h_seg": h_seg})
+        yield "low_res_masks", decoded["low_res_masks"]
+        size = frame.pixels.shape[0], frame.pixels.shape[1]
+        yield "mask", mask_logits(decoded["low_res_masks"][0, 0], covered, manifest.sam.size, size) > 0
 
 
-def h_seg(hidden_states: States, seg_state: Literal["emitting", "token"]) -> States:
-    """[T,H], `<seg>` at the last position → [1,H]: the state of `<seg>`, or of the step before it, which emits it."""
-    return hidden_states[-1:] if seg_state == "token" else hidden_states[-2:-1]
+def _given(h_seg: Array | None) -> Array:
+    if h_seg is None:
+        raise ValueError("the answer ended without an h_seg")
+    return h_seg

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from safetensors.torch import load_file
 from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.graphs import clip_encoder, ltc_projector, mask_decoder, sam_encoder
 from vmad_edge.export.language import Quantization, export_language
-from vmad_edge.export.parity import measure
-from vmad_edge.runtime.bundle import MANIFEST, Language, Manifest, Vision, seal
+from vmad_edge.export.parity import ParityError, measure
+from vmad_edge.export.parity_page import ParityPage
+from vmad_edge.runtime.bundle import MANIFEST, Bundle, Language, Manifest, Vision, seal
 from vmad_edge.runtime.errors import BundleError, CheckpointError
 from vmad_edge.runtime.files import sha256, whole_folder
 from vmad_edge.runtime.frame import list_images
@@ -41,13 +44,14 @@ def export(
 
     Raises:
         CheckpointError: the checkpoint cannot be exported, or there are no images to compare on.
-        BundleError: something else than a bundle is at `bundle`.
+        ParityError: the export is past a limit of parity.
+        BundleError: something else than a bundle is at `bundle`, or there is no room for one.
     """
     _refuse_other_folder(bundle)
     progress("checkpoint")
     source = Checkpoint.open(checkpoint)
-    images = list_images([str(parity_images or _own_images(source))])
-    with whole_folder(bundle) as folder:
+    images = list_images([str(parity_images or own_images(source))])
+    with _told_when_full(bundle), whole_folder(bundle) as folder:
         for graph in (clip_encoder, ltc_projector, sam_encoder, mask_decoder):
             name = graph.__name__.rpartition(".")[2]
             progress(name)
@@ -55,13 +59,35 @@ def export(
         progress("language model")
         export_language(source.path / "language", source.path / "adapter", folder / "llm.gguf", quantization)
         _export_similarity(source, folder / "similarity.safetensors")
-        manifest = _manifest(source, quantization)
-        parity = measure(source, folder, manifest, images, progress)
+        manifest = _with_files(_manifest(source, quantization), folder)
+        page = ParityPage()
+        unsealed = Bundle(folder, "not sealed yet", manifest)
+        parity = measure(source, unsealed, images, progress=progress, each=page.add)
+        if parity.failure:
+            raise ParityError(f"{bundle} was not written. {parity.failure}", parity)
         (folder / "parity.json").write_text(parity.model_dump_json(indent=2) + "\n")
-        files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        manifest = manifest.model_copy(update={"files": files})
+        page.write(folder / "parity.html", parity)
+        manifest = _with_files(manifest, folder)
         seal(folder, manifest)
     return manifest
+
+
+@contextmanager
+def _told_when_full(bundle: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise BundleError(
+            f"{bundle} was not written: {error.strerror}. Make room there, or name another place."
+        ) from None
+
+
+def _with_files(manifest: Manifest, folder: Path) -> Manifest:
+    """With every file in `folder`, hashed unless it is listed already."""
+    hashed = {path.name: manifest.files.get(path.name) or sha256(path) for path in sorted(folder.iterdir())}
+    return manifest.model_copy(update={"files": hashed})
 
 
 def _refuse_other_folder(bundle: Path) -> None:
@@ -70,7 +96,12 @@ def _refuse_other_folder(bundle: Path) -> None:
         raise BundleError(f"{bundle} exists and is no bundle: expected a new path, or a bundle to replace")
 
 
-def _own_images(source: Checkpoint) -> Path:
+def own_images(source: Checkpoint) -> Path:
+    """The folder of real images that came with the checkpoint.
+
+    Raises:
+        CheckpointError: none did.
+    """
     images = source.path / "parity_images"
     if not images.is_dir():
         raise CheckpointError(

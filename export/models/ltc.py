@@ -6,7 +6,6 @@ module; this one follows TokenPacker (CircleRadon/TokenPacker, multimodal_projec
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 

@@ -1,0 +1,387 @@
+"""Parity: equal sides pass, and each known way to export something else is caught at the stage where it sits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import gguf
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+from scipy.stats import spearmanr
+
+from vmad_edge.export import parity, pipeline
+from vmad_edge.export.checkpoint import Checkpoint
+from vmad_edge.export.language import export_language
+from vmad_edge.export.parity import LADDER, Parity, StageParity, compare, limits, measure
+from vmad_edge.runtime.bundle import Bundle, Manifest, seal
+from vmad_edge.runtime.cli import main
+from vmad_edge.runtime.errors import BundleError
+from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.stages import preprocess
+from vmad_edge.runtime.stages.language import LanguageModel
+from vmad_edge.runtime.stages.preprocess import View
+from vmad_edge.runtime.systems import vmad
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: Patch) -> None:
+    """llama.cpp's threads wait for each other in a busy loop: on a loaded machine one is faster."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+
+
+@dataclass
+class Export:
+    """A checkpoint and the files that were made of it, to be doctored."""
+
+    checkpoint: Path
+    folder: Path
+    manifest: Manifest
+
+    def edit(self, part: str, **changes: object) -> None:
+        """Of the manifest's `part`."""
+        changed = getattr(self.manifest, part).model_copy(update=changes)
+        self.manifest = self.manifest.model_copy(update={part: changed})
+
+    def edit_checkpoint(self, file: str, **changes: object) -> None:
+        path = self.checkpoint / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def measure(self) -> Parity:
+        bundle = Bundle(self.folder, "", self.manifest)
+        return measure(Checkpoint.open(self.checkpoint), bundle, [str(self.checkpoint / "parity_images" / "wide.png")])
+
+
+@pytest.fixture
+def export(tiny: Path, bundle: Bundle, tmp_path: Path) -> Export:
+    checkpoint = shutil.copytree(tiny, tmp_path / "checkpoint")
+    return Export(checkpoint, shutil.copytree(bundle.path, tmp_path / "bundle"), bundle.manifest)
+
+
+def crop(export: Export) -> None:
+    """Make the checkpoint one that cuts the middle out of each image, as LLaVA-v1 does."""
+    size = export.manifest.clip.size
+    changes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}, "do_center_crop": True}
+    export.edit_checkpoint("vision/preprocessor_config.json", **changes)
+
+
+def pad(export: Export) -> None:
+    export.edit_checkpoint("config.json", image_aspect_ratio="pad")
+
+
+# ---------------------------------------------------------------------------------------------- equal sides
+
+
+@pytest.mark.parametrize("geometry", [crop, pad], ids=["crop", "pad"])
+def test_equal_sides_pass(export: Export, geometry: Callable[[Export], None]) -> None:
+    """The screen's formulas in torch agree with the runtime also where a frame is not shown whole, or with borders."""
+    geometry(export)
+    export.manifest = export.manifest.model_copy(update={"clip": Checkpoint.open(export.checkpoint).clip})
+    found = export.measure()
+    assert found.failure is None
+    assert [row.stage for row in found.stages] == list(LADDER)
+
+
+def test_exported_bundle_says_what_was_measured(bundle: Bundle) -> None:
+    found = Parity.model_validate_json(bundle.file("parity.json").read_bytes())
+    assert found.images == ("high.png", "wide.png")
+    assert [row.stage for row in found.stages] == list(LADDER)
+    assert all(row.limits and row.worst_image in found.images for row in found.stages)
+    assert found.tensor_types == {"F32": 21}
+    page = bundle.file("parity.html").read_text()
+    assert all(f"<th>{stage}</th>" in page for stage in LADDER)
+    assert page.count("<img") == 10  # two frames, each with two maps and two masks
+    assert not re.search(r"src=\"(?!data:)|href=|url\(", page)
+
+
+# ---------------------------------------------------------------------------------------------- planted faults
+
+
+def llm(export: Export) -> Any:
+    """The tensors of llm.gguf by name, to be written to."""
+    reader = gguf.GGUFReader(export.folder / "llm.gguf", "r+")
+    return {tensor.name: tensor.data for tensor in reader.tensors}
+
+
+def q_proj_not_permuted(export: Export, monkeypatch: Patch) -> None:
+    heads = 4
+    for name, rows in llm(export).items():
+        if name.endswith("attn_q.weight"):
+            halves = rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2)
+            rows[:] = halves.reshape(rows.shape).copy()
+
+
+def lora_alpha_ignored(export: Export, monkeypatch: Patch) -> None:
+    rank = json.loads((export.checkpoint / "adapter/adapter_config.json").read_text())["r"]
+    trained = shutil.copytree(export.checkpoint / "adapter", export.folder.parent / "adapter")
+    export.edit_checkpoint("adapter/adapter_config.json", lora_alpha=rank)
+    export_language(export.checkpoint / "language", export.checkpoint / "adapter", export.folder / "llm.gguf", "f32")
+    shutil.copytree(trained, export.checkpoint / "adapter", dirs_exist_ok=True)
+
+
+def lm_head_not_exported(export: Export, monkeypatch: Patch) -> None:
+    base = load_file(export.checkpoint / "language/model.safetensors")
+    llm(export)["output.weight"][:] = base["lm_head.weight"]
+
+
+def space_after_the_image(export: Export, monkeypatch: Patch) -> None:
+    """▁ before the text after the image."""
+    tokenize = LanguageModel._tokenize
+
+    def wrong(self: LanguageModel, text: str, *, first: bool = False) -> list[int]:
+        return tokenize(self, text if first else f"  {text}", first=first)
+
+    monkeypatch.setattr(LanguageModel, "_tokenize", wrong)
+
+
+def bos_twice(export: Export, monkeypatch: Patch) -> None:
+    """Before each part of the prompt."""
+    tokenize = LanguageModel._tokenize
+    monkeypatch.setattr(LanguageModel, "_tokenize", lambda self, text, first=False: tokenize(self, text, first=True))
+
+
+def antialias_off(export: Export, monkeypatch: Patch) -> None:
+    def wrong(frame: Frame, spec: Any) -> tuple[NDArray[np.float32], View]:
+        small = cv2.resize(frame.pixels, (spec.size, spec.size), interpolation=cv2.INTER_CUBIC)
+        return preprocess.clip_pixels(Frame(small, ""), spec)[0], preprocess.clip_pixels(frame, spec)[1]
+
+    monkeypatch.setattr(parity, "clip_pixels", wrong)
+    monkeypatch.setattr(vmad, "clip_pixels", wrong)
+
+
+def crop_instead_of_pad(export: Export, monkeypatch: Patch) -> None:
+    pad(export)
+    export.edit("clip", resize="shortest_edge", pad_to_square=False)
+
+
+def pad_instead_of_crop(export: Export, monkeypatch: Patch) -> None:
+    crop(export)
+    export.edit("clip", resize="exact", pad_to_square=True)
+
+
+def map_not_put_back_where_it_was_cut(export: Export, monkeypatch: Patch) -> None:
+    """The map of the middle stretched over the whole frame."""
+    crop(export)
+    export.edit("clip", resize="shortest_edge")
+
+    def wrong(frame: Frame, spec: Any) -> tuple[NDArray[np.float32], View]:
+        height, width = frame.pixels.shape[:2]
+        return preprocess.clip_pixels(frame, spec)[0], View(0, 0, width, height)
+
+    monkeypatch.setattr(vmad, "clip_pixels", wrong)
+
+
+def patches_level_off_by_one(export: Export, monkeypatch: Patch) -> None:
+    export.edit_checkpoint("config.json", patches_level=-3)
+
+
+def levels_off_by_one(export: Export, monkeypatch: Patch) -> None:
+    export.edit_checkpoint("config.json", levels=[-2, -3, 0])
+
+
+def h_seg_one_step_late(export: Export, monkeypatch: Patch) -> None:
+    export.edit("language", seg_state="token")
+
+
+def h_seg_one_step_late_in_the_full_answer(export: Export, monkeypatch: Patch) -> None:
+    answer = LanguageModel.answer
+
+    def wrong(self: LanguageModel, *args: Any, mode: str, **options: Any) -> Any:
+        right = self._language
+        self._language = right.model_copy(update={"seg_state": "token"}) if mode == "full" else right
+        found = answer(self, *args, mode=mode, **options)
+        self._language = right
+        return found
+
+    monkeypatch.setattr(LanguageModel, "answer", wrong)
+
+
+def masks_with_align_corners(export: Export, monkeypatch: Patch) -> None:
+    def wrong(
+        low: NDArray[np.float32], covered: tuple[int, int], size: int, frame_size: tuple[int, int]
+    ) -> NDArray[np.float32]:
+        def resize(image: torch.Tensor, to: tuple[int, int]) -> torch.Tensor:
+            return torch.nn.functional.interpolate(image, to, mode="bilinear", align_corners=True)
+
+        full = resize(torch.from_numpy(low)[None, None], (size, size))[:, :, : covered[0], : covered[1]]
+        return resize(full, frame_size)[0, 0].numpy()
+
+    monkeypatch.setattr(parity, "mask_logits", wrong)
+
+
+def softmax_in_fp16_on_large_activations(export: Export, monkeypatch: Patch) -> None:
+    """Scores beyond FP16's 65,504. A constant more on each leaves FP32's softmax as it was."""
+    path = export.folder / "clip_encoder.onnx"
+    model = onnx.load(path)
+    nodes = model.graph.node
+    large = onnx.helper.make_tensor("large", onnx.TensorProto.FLOAT, [], [70_000.0])
+    model.graph.initializer.append(large)
+    for place, node in reversed([(i, node) for i, node in enumerate(nodes) if node.op_type == "Softmax"]):
+        name, scores, out = node.name, node.input[0], node.output[0]
+        node.input[0], node.output[0] = f"{name}.half", f"{name}.out"
+        nodes.insert(place + 1, onnx.helper.make_node("Cast", [f"{name}.out"], [out], to=onnx.TensorProto.FLOAT))
+        nodes.insert(
+            place, onnx.helper.make_node("Cast", [f"{name}.sum"], [f"{name}.half"], to=onnx.TensorProto.FLOAT16)
+        )
+        nodes.insert(place, onnx.helper.make_node("Add", [scores, "large"], [f"{name}.sum"]))
+    onnx.save(model, path)
+
+
+FAULTS = {
+    # the fault: the stage where it sits
+    antialias_off: "clip_pixels",
+    crop_instead_of_pad: "clip_pixels",
+    pad_instead_of_crop: "clip_pixels",
+    space_after_the_image: "prompt_ids",
+    bos_twice: "prompt_ids",
+    patches_level_off_by_one: "patches",
+    softmax_in_fp16_on_large_activations: "patches",
+    levels_off_by_one: "patches_multi",
+    q_proj_not_permuted: "hidden_states",
+    lora_alpha_ignored: "hidden_states",
+    lm_head_not_exported: "logits",
+    h_seg_one_step_late: "h_seg",
+    h_seg_one_step_late_in_the_full_answer: "h_seg_full",
+    masks_with_align_corners: "mask",
+    map_not_put_back_where_it_was_cut: "map",
+}
+
+
+@pytest.mark.parametrize(("plant", "stage"), FAULTS.items(), ids=[fault.__name__ for fault in FAULTS])
+def test_planted_fault_is_caught_where_it_sits(
+    export: Export, monkeypatch: Patch, plant: Callable[[Export, Patch], None], stage: str
+) -> None:
+    plant(export, monkeypatch)
+    failure = export.measure().failure
+    assert failure is not None
+    assert failure.startswith(f"{stage} is the first stage that differs: ")
+
+
+def test_token_list_shorter_than_the_embedding_is_refused(export: Export, monkeypatch: Patch) -> None:
+    add = gguf.GGUFWriter.add_token_list
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_list", lambda writer, tokens: add(writer, tokens[:-1]))
+    export_language(export.checkpoint / "language", export.checkpoint / "adapter", export.folder / "llm.gguf", "f32")
+    with pytest.raises(BundleError, match=r"llm\.gguf"):
+        export.measure()
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def test_past_a_limit_there_is_no_bundle(
+    export: Export, tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm_head_not_exported(export, monkeypatch)
+    for graph in ("clip_encoder", "ltc_projector", "sam_encoder", "mask_decoder"):
+        made = export.folder / f"{graph}.onnx"
+        monkeypatch.setattr(
+            getattr(pipeline, graph), "export", lambda checkpoint, path, made=made: shutil.copy(made, path)
+        )
+    monkeypatch.setattr(
+        pipeline, "export_language", lambda a, b, target, q: shutil.copy(export.folder / "llm.gguf", target)
+    )
+    target = tmp_path / "target"
+    assert main(["export", str(export.checkpoint), str(target), "--llm", "f32"]) == 2
+    err = capsys.readouterr().err
+    assert f"vmad: {target} was not written. logits is the first stage that differs: max relative error" in err
+    assert "expected at most 2e-05" in err
+    assert re.search(r"hidden_states .* 2e-05", err)  # the whole table
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "checkpoint"]
+
+
+def test_parity_command(export: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle, checkpoint, page = str(export.folder), str(export.checkpoint), tmp_path / "page.html"
+    assert main(["parity", bundle, checkpoint, "--device", "cpu", "--page", str(page)]) == 0
+    assert "within all limits" in capsys.readouterr().out
+    assert "All stages within their limits on 2 images" in page.read_text()
+    assert main(["parity", bundle, checkpoint, str(tmp_path / "none")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+    export.edit("language", seg_state="token")
+    seal(export.folder, export.manifest)
+    assert main(["parity", bundle, checkpoint, "--device", "cpu"]) == 1
+    assert "h_seg is the first stage that differs" in capsys.readouterr().out
+
+    (export.folder / "llm.gguf").write_bytes(b"")
+    assert main(["parity", bundle, checkpoint]) == 2
+    assert "was changed" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+ONE = np.array([[3.0, -4.0]], np.float32)
+PAIRS = {
+    # case: (exported, cosine, max absolute error, max relative error); the source is ONE
+    "equal": (ONE, 1, 0, 0),
+    "twice as large": (2 * ONE, 1, 4, 1),
+    "opposite": (-ONE, -1, 8, 2),
+    "half of it gone": (np.array([[3, 0]], np.float32), 0.6, 4, 1),
+    "another shape": (ONE[:, :1], 0, np.inf, np.inf),
+    "not a number": (np.full_like(ONE, np.nan), np.nan, np.nan, np.nan),
+}
+
+
+@pytest.mark.parametrize(("exported", "cosine", "absolute", "relative"), PAIRS.values(), ids=PAIRS)
+def test_compare(exported: NDArray[Any], cosine: float, absolute: float, relative: float) -> None:
+    row = compare("patches", ONE, exported)
+    found = (row.cosine, row.max_abs_error, row.max_relative_error)
+    assert found == pytest.approx((cosine, absolute, relative), nan_ok=True)
+    assert row.equal == (exported is ONE)
+
+
+def test_compare_masks_by_iou() -> None:
+    source, exported = np.array([True, True, True, False]), np.array([True, True, False, True])
+    assert compare("mask", source, exported).iou == 0.5
+    assert compare("mask", source & False, exported & False).iou == 1  # both empty
+
+
+def test_compare_maps_by_rank_where_they_were_inspected() -> None:
+    random = np.random.default_rng(0)
+    source = random.integers(0, 20, (9, 9)).astype(np.float32)  # with ties
+    exported = source + random.normal(size=(9, 9)).astype(np.float32)
+    source[:, :2] = exported[:, :2] = np.nan
+    row = compare("map", source, exported)
+    assert row.rank_correlation == pytest.approx(spearmanr(source[:, 2:].ravel(), exported[:, 2:].ravel()).statistic)
+    exported[0, 5] = np.nan  # one side alone
+    assert np.isnan(compare("map", source, exported).max_abs_error or 0)
+
+
+LIMITS = {
+    # case: (a stage's figures, its limits, whether it is past them)
+    "small error": ({"max_abs_error": 0.1}, {"max_abs_error": 0.1}, False),
+    "large error": ({"max_abs_error": 0.2}, {"max_abs_error": 0.1}, True),
+    "high likeness": ({"iou": 0.9}, {"iou": 0.9}, False),
+    "low likeness": ({"iou": 0.8}, {"iou": 0.9}, True),
+    "not a number": ({"cosine": float("nan")}, {"cosine": 0.1}, True),
+    "not measured": ({}, {"cosine": 0.1}, True),
+    "second of two": ({"cosine": 1, "max_abs_error": 2}, {"cosine": 1, "max_abs_error": 1}, True),
+    "no limit": ({"cosine": 0}, {}, False),
+}
+
+
+@pytest.mark.parametrize(("figures", "allowed", "broken"), LIMITS.values(), ids=LIMITS)
+def test_limits(figures: dict[str, float], allowed: dict[str, float], broken: bool) -> None:
+    row = StageParity.model_validate({"stage": "s", "equal": 0, **figures, "limits": allowed})
+    assert bool(row.broken) == broken
+    assert bool(StageParity.model_validate_json(row.model_dump_json()).broken) == broken
+
+
+def test_only_what_the_language_model_touches_is_looser_when_quantized(bundle: Bundle) -> None:
+    language = bundle.manifest.language.model_copy(update={"quantization": "q4_k_m"})
+    strict, loose = limits(bundle.manifest), limits(bundle.manifest.model_copy(update={"language": language}))
+    changed = {stage for stage in LADDER if strict[stage] != loose[stage]}
+    assert changed == {"hidden_states", "logits", "p_yes", "answer", "h_seg", "h_seg_full", "low_res_masks", "mask"}
