@@ -18,13 +18,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vmad_edge.runtime.bundle import Answer
+from vmad_edge.runtime.bundle import Answer, Bundle
 from vmad_edge.runtime.engines.onnxruntime import Device
 from vmad_edge.runtime.errors import VmadError
+from vmad_edge.runtime.evaluate import Figures, Shots, compare, evaluate, read_evaluation
+from vmad_edge.runtime.evaluate_page import warnings, write_page
 from vmad_edge.runtime.frame import list_images
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.report import Report, file_stem
+from vmad_edge.runtime.station import Station
 
 Subcommands = Any  # argparse's type for this is private
 _STYLE = {
@@ -108,8 +111,45 @@ def add_info(subcommands: Subcommands) -> None:
     parser.set_defaults(run=_info)
 
 
-def _add_bundle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by `vmad export`")
+def add_evaluate(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "evaluate",
+        help="measure a bundle on a labelled data set, or compare two such measurements",
+        description="Inspect the test frames of a data set in MVTec AD's or VisA's layout; measure AUROC, AP, F1 and "
+        "AUPRO. What an interrupted run left in --out is not inspected again.",
+        epilog="Exit status: 0 done; 2 usage, bundle or data set error; 3 done, but some frames were NOT_INSPECTED.",
+    )
+    _add_bundle(parser, nargs="?")
+    parser.add_argument("dataset", metavar="DATASET", nargs="?", type=Path, help="a category's folder, or one of them")
+    parser.add_argument(
+        "--shots",
+        metavar="N",
+        type=_shots,
+        default=0,
+        help="normal frames to enroll a category, or all; default: 0, the bundle's own normal features",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of those frames; default: %(default)s")
+    parser.add_argument("--categories", nargs="+", metavar="NAME", default=[], help="these only")
+    parser.add_argument(
+        "--review",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="ask the language model about every frame too and measure P(yes); default: the screen alone",
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, help="results and page; default: in the station")
+    parser.add_argument("--compare", nargs=2, metavar="OUT", type=Path, help="two finished --out folders, nothing else")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_evaluate, usage_error=parser.error)
+
+
+def _shots(text: str) -> Shots:
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number or all, got {text!r}")
+    return "all" if text == "all" else int(text)
+
+
+def _add_bundle(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE", nargs=nargs, help="a folder made by `vmad export`")
     parser.add_argument("--station", metavar="DIR", help="the device's own folder (default: your user data folder)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
 
@@ -230,6 +270,72 @@ def _info(args: argparse.Namespace) -> int:
     _print_facts(facts, args.json)
     if manifest.clip.resize == "shortest_edge":
         _err.print("warning: this checkpoint crops the centre of each frame; what lies outside counts as not inspected")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if args.compare is not None:
+        return _compare(args.compare[0], args.compare[1], args.json)
+    if args.dataset is None:
+        args.usage_error("expected BUNDLE and DATASET, or --compare with two --out folders")
+    bundle = Bundle.open(args.bundle)
+    station = Station(None if args.station is None else Path(args.station), bundle)
+    out = args.out or station.path / "results" / args.dataset.resolve().name
+    evaluation = evaluate(
+        bundle,
+        args.dataset,
+        out,
+        shots=args.shots,
+        seed=args.seed,
+        review=args.review,
+        categories=args.categories,
+        device=cast(Device, args.device),
+        progress=lambda frames, name: track(frames, name, console=_err, transient=True),
+    )
+    page = write_page(evaluation, out)
+    for warning in warnings(evaluation):
+        _err.print(f"warning: {warning}", markup=False)
+    rows = {category.name: category.figures for category in evaluation.categories}
+    if args.json:
+        facts = {
+            category.name: {
+                **category.figures.model_dump(),
+                "enrolled": category.enrolled,
+                "frames": len(category.frames),
+                "not_inspected": category.not_inspected,
+                "without_mask": category.unmarked,
+            }
+            for category in evaluation.categories
+        }
+        whole = {"settings": evaluation.settings.model_dump(), "page": str(page)}
+        print(json.dumps({"categories": facts, "mean": evaluation.mean.model_dump(), **whole}, indent=2))
+    else:
+        Console().print(_figures({**rows, "mean": evaluation.mean}))
+        _err.print(f"{'with reviews' if args.review else 'the screen alone'}; page: {page}", soft_wrap=True)
+    return 3 if any(category.not_inspected for category in evaluation.categories) else 0
+
+
+def _figures(rows: dict[str, Figures]) -> Table:
+    table = Table("category", *(name.replace("_", " ") for name in Figures.model_fields), pad_edge=False)
+    for name, figures in rows.items():
+        table.add_row(name, *("" if value is None else f"{value:.4f}" for value in figures.model_dump().values()))
+    return table
+
+
+def _compare(first: Path, second: Path, as_json: bool) -> int:
+    compared = compare(read_evaluation(first), read_evaluation(second))
+    if as_json:
+        print(json.dumps({"categories": {c.name: c.model_dump(mode="json") for c in compared}}, indent=2))
+        return 0
+    table = Table("category", *(name.replace("_", " ") for name in Figures.model_fields), "flipped", pad_edge=False)
+    for c in compared:
+        changes = ("" if value is None else f"{value:+.4f}" for value in c.difference.values())
+        table.add_row(c.name, *changes, f"{len(c.flipped)} of {c.frames}")
+    Console().print(table)
+    for c in compared:
+        for flip in c.flipped:
+            kind = "defective" if flip.defective else "good"
+            print(f"{c.name}: {flip.frame} ({kind}): {flip.before.value} → {flip.after.value}")
     return 0
 
 

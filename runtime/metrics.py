@@ -7,7 +7,7 @@ chunks of about `_CHUNK` scores, so no curve and no set of pixels is ever held w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
@@ -31,19 +31,22 @@ class Scores:
 
     normal: Floats
     defective: Floats
-    share: Floats | None = None
+    share: Floats = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Fractions from 0 to 1. `aupro` is None without regions. `roc` and `pro`: (false positive rate, rate), thinned."""
+    """Fractions from 0 to 1; None and empty where there is nothing to tell apart, or (`aupro`, `pro`) no region.
 
-    auroc: float
-    ap: float
-    f1_max: float
-    aupro: float | None
-    roc: tuple[tuple[float, float], ...]
-    pro: tuple[tuple[float, float], ...]
+    `roc` and `pro`: (false positive rate, true positive rate or overlap), thinned.
+    """
+
+    auroc: float | None = None
+    ap: float | None = None
+    f1_max: float | None = None
+    aupro: float | None = None
+    roc: tuple[tuple[float, float], ...] = ()
+    pro: tuple[tuple[float, float], ...] = ()
 
 
 def pixel_scores(anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_]) -> tuple[Scores, int]:
@@ -60,15 +63,15 @@ def pixel_scores(anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_]) -> t
     return Scores(np.sort(scores[~mask]), defective[order], share), count - 1
 
 
-def measure(parts: Sequence[Scores], regions: int = 0) -> Measured | None:
+def measure(parts: Sequence[Scores], regions: int = 0) -> Measured:
     """AUROC, AP (the step-wise sum, without interpolation), the largest F1, and AUPRO of all `parts` together.
 
-    Ties move a curve in one step. None if nothing is normal or nothing is defective.
+    Ties move a curve in one step.
     """
     normals = sum(len(part.normal) for part in parts)
     defects = sum(len(part.defective) for part in parts)
     if not normals or not defects:
-        return None
+        return Measured()
     auroc = ap = f1_max = aupro = 0.0
     fp, tp, overlap = (np.zeros(1) for _ in range(3))
     roc, pro = [(0.0, 0.0)], [(0.0, 0.0)]
@@ -120,7 +123,7 @@ def _steps(parts: Sequence[Scores]) -> Iterator[tuple[NDArray[Any], NDArray[Any]
             inside = _between(part.defective, low, high)
             distinct, place, count = np.unique(part.defective[inside], return_inverse=True, return_counts=True)
             nothing = np.zeros(len(distinct))
-            share = nothing if part.share is None else np.bincount(place, part.share[inside], len(distinct))
+            share = nothing if not len(part.share) else np.bincount(place, part.share[inside], len(distinct))
             found.append((distinct, nothing, count, share))
         keys, *weights = (np.concatenate(column) for column in zip(*found, strict=True))
         distinct, place = np.unique(keys, return_inverse=True)

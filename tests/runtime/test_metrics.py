@@ -7,7 +7,7 @@ from scipy.ndimage import label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from vmad_edge.runtime import metrics
-from vmad_edge.runtime.metrics import Scores, measure, pixel_scores
+from vmad_edge.runtime.metrics import Measured, Scores, measure, pixel_scores
 
 Map = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -62,7 +62,7 @@ def test_pixels_as_in_scikit_learn_and_by_definition(levels: int, chunk: int, mo
     measured = measure(parts, sum(counts))
     score = np.concatenate([heat.ravel() for heat in maps])
     positive = np.concatenate([mask.ravel() for mask in masks])
-    assert measured is not None and sum(counts) == 4
+    assert sum(counts) == 4
     assert measured.auroc == pytest.approx(roc_auc_score(positive, score), abs=1e-9)
     assert measured.ap == pytest.approx(average_precision_score(positive, score), abs=1e-9)
     assert measured.f1_max == pytest.approx(f1_max(positive, score), abs=1e-9)
@@ -88,7 +88,6 @@ def test_a_million_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
         for high, low in metrics._ranges(parts)
     ]
     assert max(sizes) < 2 * metrics._CHUNK and sum(sizes) == (~masks).sum()  # memory stays bounded
-    assert measured is not None
     assert measured.auroc == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-9)
     assert measured.ap == pytest.approx(average_precision_score(masks.ravel(), maps.ravel()), abs=1e-9)
 
@@ -98,7 +97,7 @@ def test_image_scores() -> None:
     good, bad = np.sort(rng.normal(size=40).round(1)), np.sort(rng.normal(0.8, 1, size=30).round(1))
     measured = measure([Scores(good, bad)])
     positive, score = np.arange(70) >= 40, np.concatenate([good, bad])
-    assert measured is not None and measured.aupro is None
+    assert measured.aupro is None
     assert measured.auroc == pytest.approx(roc_auc_score(positive, score), abs=1e-12)
     assert measured.ap == pytest.approx(average_precision_score(positive, score), abs=1e-12)
     assert measured.f1_max == pytest.approx(f1_max(positive, score), abs=1e-12)
@@ -106,7 +105,7 @@ def test_image_scores() -> None:
 
 @pytest.mark.parametrize("good,bad", [([], [1.0]), ([1.0], []), ([], [])])
 def test_nothing_to_tell_apart(good: list[float], bad: list[float]) -> None:
-    assert measure([Scores(np.array(good), np.array(bad))]) is None
+    assert measure([Scores(np.array(good), np.array(bad))]) == Measured()
 
 
 def test_what_was_not_inspected_is_never_found() -> None:
@@ -116,4 +115,4 @@ def test_what_was_not_inspected_is_never_found() -> None:
     mask[0] = True  # the whole defect lies on the border that was cropped away
     part, regions = pixel_scores(heat, mask)
     measured = measure([part], regions)
-    assert measured is not None and measured.auroc == 0 and measured.aupro == 0
+    assert measured.auroc == 0 and measured.aupro == 0

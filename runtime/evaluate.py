@@ -1,0 +1,378 @@
+"""`vmad evaluate`: how well a bundle tells the defective frames of a labelled data set from the good ones.
+
+OUT/
+  settings.json                 of the run; another run's folder is refused
+  CATEGORY/frames/NAME/         a frame's result.json, panel.jpg and scores.npy: whole or absent, so a run can go on
+  CATEGORY/result.json          written last; the frames' scores.npy (4 bytes a pixel) go then
+  results.json  index.html      all categories
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO, Literal, TypeAlias, TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vmad_edge.runtime.bundle import Bundle, Record
+from vmad_edge.runtime.dataset import Category, LabelledFrame, read_dataset
+from vmad_edge.runtime.engines.onnxruntime import Device
+from vmad_edge.runtime.errors import VmadError
+from vmad_edge.runtime.files import sha256, whole_folder, write_whole
+from vmad_edge.runtime.inspection import Inspection, Verdict
+from vmad_edge.runtime.inspector import Inspector
+from vmad_edge.runtime.metrics import Scores, measure, pixel_scores
+from vmad_edge.runtime.report import fit, heat
+from vmad_edge.runtime.station import Station
+
+Shots: TypeAlias = int | Literal["all"]
+Progress = Callable[[Sequence[LabelledFrame], str], Iterable[LabelledFrame]]
+"""Gives the frames on, one by one, with a description to show."""
+_MASK = (255, 0, 255)
+_R = TypeVar("_R", bound=Record)
+
+
+class Settings(Record):
+    bundle: str
+    """Its hash."""
+    dataset: str
+    shots: Shots
+    seed: int
+    review: bool
+
+
+class FrameResult(Record):
+    name: str
+    defective: bool
+    marked: bool
+    """False: defective, but no mask says where. Such a frame counts for the image figures alone."""
+    verdict: Verdict
+    score: float | None
+    p_yes: float | None
+    reason: str | None
+    regions: int
+    """Of its mask."""
+    pixels: tuple[int, int]
+    """How many normal and defective ones scores.npy has."""
+    made_of: tuple[str, str, str]
+    """SHA-256 of the frame, of its mask (or nothing), and of all that was enrolled before it."""
+
+
+class Figures(Record):
+    """The columns of VMAD's Table I and two more, as fractions; None where there is nothing to tell apart."""
+
+    image_auroc: float | None
+    image_ap: float | None
+    image_f1_max: float | None
+    pixel_auroc: float | None
+    pixel_ap: float | None
+    pixel_f1_max: float | None
+    aupro: float | None
+    p_yes_auroc: float | None
+    """Of P(yes) alone; None without reviews."""
+
+
+Curve = tuple[tuple[float, float], ...]
+
+
+class CategoryResult(Record):
+    name: str
+    enrolled: int
+    figures: Figures
+    image_roc: Curve
+    pixel_roc: Curve
+    pro: Curve
+    frames: tuple[FrameResult, ...]
+
+    @property
+    def not_inspected(self) -> int:
+        return sum(frame.verdict is Verdict.NOT_INSPECTED for frame in self.frames)
+
+    @property
+    def unmarked(self) -> int:
+        return sum(frame.defective and not frame.marked for frame in self.frames)
+
+
+class Evaluation(Record):
+    settings: Settings
+    categories: tuple[CategoryResult, ...]
+
+    @property
+    def mean(self) -> Figures:
+        """Each figure's mean over the categories that have it."""
+        columns = {name: [getattr(c.figures, name) for c in self.categories] for name in Figures.model_fields}
+        there = {name: [value for value in column if value is not None] for name, column in columns.items()}
+        return Figures(**{name: float(np.mean(column)) if column else None for name, column in there.items()})
+
+
+def evaluate(
+    bundle: Bundle,
+    dataset: Path,
+    out: Path,
+    *,
+    shots: Shots = 0,
+    seed: int = 0,
+    review: bool = False,
+    categories: Iterable[str] = (),
+    device: Device = "auto",
+    progress: Progress = lambda frames, _: frames,
+) -> Evaluation:
+    """Inspect the frames to test of every category, keep what was found in `out`, and measure it.
+
+    What an earlier run with the same settings left in `out` is not inspected again. A station's own references and
+    calibration play no part.
+
+    Args:
+        shots: normal frames to enroll before a category, drawn with `seed`; 0 compares with the bundle's features.
+        review: ask the language model about every frame too.
+
+    Raises:
+        VmadError: `out` belongs to another run, or a category has fewer normal frames than `shots`.
+        FrameError: the data set is not readable, see `read_dataset` and `LabelledFrame.read_mask`.
+    """
+    settings = Settings(bundle=bundle.hash, dataset=str(dataset.resolve()), shots=shots, seed=seed, review=review)
+    found = read_dataset(dataset, categories)
+    out.mkdir(parents=True, exist_ok=True)
+    earlier = _kept(out / "settings.json", Settings)
+    if earlier != settings and any(out.iterdir()):
+        raise VmadError(f"{out} {_difference(earlier, settings)}; choose another --out, or remove this one")
+    write_whole(out / "settings.json", settings.model_dump_json(indent=2))
+    with (
+        tempfile.TemporaryDirectory() as nothing,
+        Inspector(bundle, Station(Path(nothing), bundle), device) as inspector,
+    ):
+        results = [
+            _evaluate_category(inspector, category, settings, out / category.name, progress) for category in found
+        ]
+    evaluation = Evaluation(settings=settings, categories=tuple(results))
+    write_whole(out / "results.json", evaluation.model_dump_json(indent=2))
+    return evaluation
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """What `evaluate` wrote.
+
+    Raises:
+        VmadError: it is not there, or not complete.
+    """
+    if (found := _kept(folder / "results.json", Evaluation)) is None:
+        raise VmadError(f"{folder} has no results.json of `vmad evaluate`; let it run to its end first")
+    return found
+
+
+def _evaluate_category(
+    inspector: Inspector, category: Category, settings: Settings, folder: Path, progress: Progress
+) -> CategoryResult:
+    references = _drawn(category, settings)
+    enrolled = hashlib.sha256("".join(map(sha256, references)).encode()).hexdigest()
+    made_of = {
+        frame.name: (sha256(frame.path), sha256(frame.mask) if frame.mask else "", enrolled) for frame in category.test
+    }
+    before = _kept(folder / "result.json", CategoryResult)
+    if before is not None and {frame.name: frame.made_of for frame in before.frames} == made_of:
+        return before
+    name = category.name.replace("_", " ")
+    ready = not references
+    for frame in progress(category.test, category.name):
+        place = folder / "frames" / frame.name
+        kept = _kept(place / "result.json", FrameResult)
+        if kept is not None and kept.made_of == made_of[frame.name] and (place / "scores.npy").exists():
+            continue
+        if not ready:
+            inspector.enroll(references, object=name, keep=False)
+            ready = True
+        inspection = inspector.inspect(frame.path, object=name, review=False)
+        if settings.review and inspection.features is not None:
+            inspection = inspector.review(inspection).wait()
+        _keep_frame(place, frame, inspection, made_of[frame.name], inspector.heat_top(name))
+    results = [
+        FrameResult.model_validate_json((folder / "frames" / frame.name / "result.json").read_text("utf-8"))
+        for frame in category.test
+    ]
+    result = _measured(category.name, len(references), results, folder)
+    write_whole(folder / "result.json", result.model_dump_json())
+    for frame in category.test:
+        (folder / "frames" / frame.name / "scores.npy").unlink()
+    return result
+
+
+def _drawn(category: Category, settings: Settings) -> list[Path]:
+    """The normal frames to enroll: for a seed, more shots include those of fewer."""
+    count = len(category.train) if settings.shots == "all" else settings.shots
+    if count > len(category.train):
+        raise VmadError(
+            f"{category.name} has {len(category.train)} normal frames to enroll; --shots {count} asks for more"
+        )
+    order = np.random.default_rng(settings.seed).permutation(len(category.train))
+    return [category.train[i] for i in sorted(order[:count])]
+
+
+def _keep_frame(
+    place: Path, frame: LabelledFrame, inspection: Inspection, made_of: tuple[str, str, str], heat_top: float
+) -> None:
+    scores, regions, mask = np.zeros(0, np.float32), 0, None
+    pixels = 0, 0
+    if inspection.map is not None:
+        mask = frame.read_mask(inspection.map.shape)
+        if mask is not None:
+            found, regions = pixel_scores(inspection.map, mask)
+            pixels = len(found.normal), len(found.defective)
+            scores = np.concatenate([found.normal, found.defective, found.share], dtype=np.float32)
+    result = FrameResult(
+        name=frame.name,
+        defective=frame.defective,
+        marked=mask is not None and frame.defective,
+        verdict=inspection.verdict,
+        score=inspection.score,
+        p_yes=inspection.p_yes,
+        reason=inspection.reason,
+        regions=regions,
+        pixels=pixels,
+        made_of=made_of,
+    )
+    with whole_folder(place) as folder:
+        np.save(folder / "scores.npy", scores)
+        if inspection.map is not None:
+            _panel(inspection, mask, heat_top).save(folder / "panel.jpg", quality=85)
+        (folder / "result.json").write_text(result.model_dump_json(indent=2), "utf-8")
+
+
+def _panel(inspection: Inspection, mask: NDArray[np.bool_] | None, heat_top: float) -> Image.Image:
+    """The frame with its true mask's outline, and the anomaly map."""
+    shown = inspection.frame.pixels.copy()
+    if mask is not None:
+        outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(shown, outlines, -1, _MASK, max(1, round(max(shown.shape[:2]) / 250)))
+    left, right = fit(shown), fit(heat(inspection, heat_top))
+    sheet = Image.new("RGB", (left.width + right.width + 4, left.height), "white")
+    sheet.paste(left, (0, 0))
+    sheet.paste(right, (left.width + 4, 0))
+    return sheet
+
+
+def _measured(name: str, enrolled: int, frames: Sequence[FrameResult], folder: Path) -> CategoryResult:
+    image = measure([_image_scores(frames, lambda frame: frame.score)])
+    p_yes = measure([_image_scores(frames, lambda frame: frame.p_yes)])
+    marked = [frame for frame in frames if sum(frame.pixels)]
+    with tempfile.TemporaryFile(dir=folder) as scratch:
+        pixel = measure(_pixel_scores(marked, folder, scratch), sum(frame.regions for frame in marked))
+    figures = Figures(
+        image_auroc=image.auroc,
+        image_ap=image.ap,
+        image_f1_max=image.f1_max,
+        pixel_auroc=pixel.auroc,
+        pixel_ap=pixel.ap,
+        pixel_f1_max=pixel.f1_max,
+        aupro=pixel.aupro,
+        p_yes_auroc=p_yes.auroc,
+    )
+    return CategoryResult(
+        name=name,
+        enrolled=enrolled,
+        figures=figures,
+        image_roc=image.roc,
+        pixel_roc=pixel.roc,
+        pro=pixel.pro,
+        frames=tuple(frames),
+    )
+
+
+def _image_scores(frames: Sequence[FrameResult], value: Callable[[FrameResult], float | None]) -> Scores:
+    good, bad = (
+        np.sort(
+            np.array([value(frame) for frame in frames if frame.defective is side and value(frame) is not None], float)
+        )
+        for side in (False, True)
+    )
+    return Scores(good, bad)
+
+
+def _pixel_scores(frames: Sequence[FrameResult], folder: Path, scratch: IO[bytes]) -> list[Scores]:
+    """All frames' scores in one file and not in memory, read through one map of it."""
+    if not frames:
+        return []
+    lengths = [(normal, defective, defective) for normal, defective in (frame.pixels for frame in frames)]
+    pixels = np.memmap(scratch, np.float32, "w+", shape=(sum(map(sum, lengths)),))
+    parts, start = [], 0
+    for frame, three in zip(frames, lengths, strict=True):
+        stored = np.load(folder / "frames" / frame.name / "scores.npy")
+        pixels[start : start + len(stored)] = stored
+        ends = start + np.cumsum(three)
+        parts.append(Scores(*np.split(pixels[start : ends[-1]], ends[:-1] - start)))
+        start = int(ends[-1])
+    return parts
+
+
+def _kept(path: Path, kind: type[_R]) -> _R | None:
+    """What an earlier run wrote, if it is there and whole."""
+    try:
+        return kind.model_validate_json(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _difference(earlier: Settings | None, settings: Settings) -> str:
+    if earlier is None:
+        return "is not empty and holds no evaluation"
+    pairs = zip(Settings.model_fields, vars(earlier).values(), vars(settings).values(), strict=True)
+    return "holds another evaluation: " + ", ".join(f"{name} {a}, now {b}" for name, a, b in pairs if a != b)
+
+
+class Flip(Record):
+    frame: str
+    defective: bool
+    before: Verdict
+    after: Verdict
+
+
+class Comparison(Record):
+    """Of two evaluations, for one category: figures, the second's minus the first's, and verdicts that changed."""
+
+    name: str
+    frames: int
+    first: Figures
+    second: Figures
+    difference: dict[str, float | None]
+    flipped: tuple[Flip, ...]
+
+
+def compare(first: Evaluation, second: Evaluation) -> list[Comparison]:
+    """What changed between two bundles on the same frames, in the categories that both evaluations have.
+
+    Raises:
+        VmadError: no category in common, or one whose frames or masks are not the same.
+    """
+    others = {category.name: category for category in second.categories}
+    pairs = [(category, others[category.name]) for category in first.categories if category.name in others]
+    if not pairs:
+        raise VmadError("expected two evaluations with a category in common, found none")
+    return [_compared(*pair) for pair in pairs]
+
+
+def _compared(first: CategoryResult, second: CategoryResult) -> Comparison:
+    if {f.name: f.made_of[:2] for f in first.frames} != {f.name: f.made_of[:2] for f in second.frames}:
+        raise VmadError(f"{first.name}: the two evaluations saw different frames or masks; evaluate both again")
+    difference: dict[str, float | None] = {}
+    for name in Figures.model_fields:
+        a, b = getattr(first.figures, name), getattr(second.figures, name)
+        difference[name] = None if a is None or b is None else b - a
+    after = {frame.name: frame.verdict for frame in second.frames}
+    flipped = tuple(
+        Flip(frame=frame.name, defective=frame.defective, before=frame.verdict, after=after[frame.name])
+        for frame in first.frames
+        if after[frame.name] is not frame.verdict
+    )
+    return Comparison(
+        name=first.name,
+        frames=len(first.frames),
+        first=first.figures,
+        second=second.figures,
+        difference=difference,
+        flipped=flipped,
+    )
