@@ -37,6 +37,7 @@ _STYLE = {
     Verdict.NOT_INSPECTED: "magenta",
 }
 _err = Console(stderr=True)
+_out = Console(width=None if sys.stdout.isatty() else 160)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -192,7 +193,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([inspection.to_json() for inspection in done], indent=2, allow_nan=False))
     else:
-        Console().print(_table(done))
+        _out.print(_table(done))
     verdicts = {inspection.verdict for inspection in done}
     if Verdict.DEFECT in verdicts:
         return 1
@@ -217,7 +218,7 @@ def _report_facts(done: list[Inspection], args: argparse.Namespace) -> list[str]
 
 
 def _table(done: list[Inspection]) -> Table:
-    table = Table("frame", "verdict", "score", "P(yes)", "ms", "explanation or reason", pad_edge=False)
+    table = Table("frame", "verdict", "score", "P(yes)", "ms screen + review", "explanation or reason")
     for inspection in done:
         table.add_row(
             Path(inspection.frame.path or inspection.frame.id).name,
@@ -227,7 +228,6 @@ def _table(done: list[Inspection]) -> Table:
             f"{inspection.timings_ms.get('screen', 0):.0f} + {inspection.timings_ms.get('review', 0):.0f}",
             " ".join(filter(None, (inspection.explanation, inspection.reason))),
         )
-    table.columns[4].header = "ms screen + review"
     return table
 
 
@@ -310,7 +310,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         whole = {"settings": evaluation.settings.model_dump(), "page": str(page)}
         print(json.dumps({"categories": facts, "mean": evaluation.mean.model_dump(), **whole}, indent=2))
     else:
-        Console().print(_figures({**rows, "mean": evaluation.mean}))
+        _out.print(_figures({**rows, "mean": evaluation.mean}))
         _err.print(f"{'with reviews' if args.review else 'the screen alone'}; page: {page}", soft_wrap=True)
     return 3 if any(category.not_inspected for category in evaluation.categories) else 0
 
@@ -331,7 +331,7 @@ def _compare(first: Path, second: Path, as_json: bool) -> int:
     for c in compared:
         changes = ("" if value is None else f"{value:+.4f}" for value in c.difference.values())
         table.add_row(c.name, *changes, f"{len(c.flipped)} of {c.frames}")
-    Console().print(table)
+    _out.print(table)
     for c in compared:
         for flip in c.flipped:
             kind = "defective" if flip.defective else "good"
@@ -346,7 +346,7 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
     table = Table(box=None, show_header=False)
     for name, value in facts.items():
         table.add_row(f"[bold]{name}[/]", str(value))
-    Console().print(table)
+    _out.print(table)
 
 
 if __name__ == "__main__":
