@@ -6,7 +6,7 @@ checkpoint/
   language/                   LlamaForCausalLM + tokenizer
   adapter/                    PEFT LoRA
   projector.safetensors       LTC (models/ltc.py)
-  segmenter/                  SamModel
+  segmenter/                  SamModel, or MobileSAM with its published names (models/mobile_sam.py)
   seg_projection.safetensors  Γ (models/seg_projection.py)
   similarity.safetensors      visual_normal [P,D], optional visual_abnormal [P',D], semantic_normal [1,H]
   parity_images/              optional: real images to compare source and export on
@@ -32,11 +32,13 @@ if TYPE_CHECKING:  # torch takes seconds to import, and reading a config does no
     from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, SamModel
 
     from vmad_edge.export.models.ltc import LtcProjector
+    from vmad_edge.export.models.mobile_sam import MobileSamConfig
     from vmad_edge.export.models.seg_projection import SegProjection
 
 Shapes = dict[str, tuple[int, ...]]
 Model = TypeVar("Model", bound="PreTrainedModel")
 Module = TypeVar("Module", bound="torch.nn.Module")
+Settings = TypeVar("Settings", bound=Record)
 
 PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 PROMPT_WIDTH = 256
@@ -98,10 +100,10 @@ class Checkpoint:
         """
         folder = Path(path)
         _refuse_pickles(folder)
-        config = _read_config(folder / "config.json")
+        config = _validate(Config, folder / "config.json", _read_json(folder / "config.json"))
         vision = _check_model(folder / "vision")
         language, vocabulary = _check_language(folder)
-        segmenter = _check_model(folder / "segmenter")
+        segmenter = _check_segmenter(folder / "segmenter")
         width, language_width, grid = vision.hidden_size, language.hidden_size, vision.image_size // vision.patch_size
         _check_levels(folder / "config.json", config, vision.num_hidden_layers)
         _check_ltc(folder, config, grid, width, language_width)
@@ -140,7 +142,11 @@ class Checkpoint:
     def segmenter(self) -> SamModel:
         from transformers import SamModel
 
-        return _load(SamModel, self.path / "segmenter")
+        from vmad_edge.export.models.mobile_sam import load_mobile_sam
+
+        folder = self.path / "segmenter"
+        mobile = _mobile_sam_config(folder)
+        return load_mobile_sam(mobile, folder / "model.safetensors") if mobile else _load(SamModel, folder)
 
     def seg_projection(self) -> SegProjection:
         from vmad_edge.export.models.seg_projection import SegProjection
@@ -200,9 +206,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_config(path: Path) -> Config:
+def _validate(kind: type[Settings], path: Path, data: Mapping[str, Any]) -> Settings:
     try:
-        return Config.model_validate(_read_json(path))
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
@@ -227,7 +233,8 @@ def _check_model(folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     data = _read_json(path)
     found_type = data.get("model_type")
-    _expect(path, "model_type", f'"{model_type}"', found_type, ok=found_type == model_type)
+    wanted = ('"mobile_sam" or ' if folder.name == "segmenter" else "") + f'"{model_type}"'
+    _expect(path, "model_type", wanted, found_type, ok=found_type == model_type)
     try:
         config: PretrainedConfig = config_class.from_dict(data)
         with torch.device("meta"):
@@ -240,6 +247,32 @@ def _check_model(folder: Path) -> PretrainedConfig:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _check_shapes(folder, expected, found, optional=model.all_tied_weights_keys)
     return config
+
+
+def _check_segmenter(folder: Path) -> PretrainedConfig:
+    """SAM's config, MobileSAM's in its form."""
+    import torch
+
+    from vmad_edge.export.models.mobile_sam import CLASSIFIER, mobile_sam, upstream_name
+
+    mobile = _mobile_sam_config(folder)
+    if mobile is None:
+        return _check_model(folder)
+    with torch.device("meta"):
+        sam = mobile_sam(mobile)
+    expected = {upstream_name(name): tuple(tensor.shape) for name, tensor in sam.state_dict().items()}
+    found = {name: shape for name, shape in read_shapes(folder).items() if not CLASSIFIER.match(name)}
+    _check_shapes(folder, expected, found, reason="MobileSAM's")
+    return sam.config
+
+
+def _mobile_sam_config(folder: Path) -> MobileSamConfig | None:
+    """None for another segmenter."""
+    from vmad_edge.export.models.mobile_sam import MobileSamConfig
+
+    path = folder / "config.json"
+    data = _read_json(path)
+    return _validate(MobileSamConfig, path, data) if data.get("model_type") == "mobile_sam" else None
 
 
 def _check_module(path: Path, module: torch.nn.Module, reason: str) -> None:

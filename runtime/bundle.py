@@ -27,6 +27,7 @@ MANIFEST_HASH = "manifest.sha256"
 Triple = tuple[float, float, float]
 Positive = Annotated[int, Field(gt=0)]
 Answer = Literal["full", "short"]
+Precision = Literal["fp32", "fp16"]
 
 
 class Record(BaseModel):
@@ -142,6 +143,8 @@ class Manifest(Record):
     conversation: Conversation
     language: Language
     similarity: Similarity
+    precision: dict[str, Precision] = Field(default_factory=dict)
+    """Of the graphs, by name; one that is not named computes in FP32."""
     files: dict[str, str]
     """Every other file of the bundle (relative, plain names) and its SHA-256."""
 

@@ -50,6 +50,10 @@ def export_onnx(
     model = program.model
     _clear_metadata(model)
     _store_exact_weights_in_fp16(model.graph)
+    save_model(model, path)
+
+
+def save_model(model: ir.Model, path: Path) -> None:
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
 
