@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from vmad_edge.runtime.bundle import Bundle, Language
+from vmad_edge.runtime.bundle import Bundle, Language, Precision
 from vmad_edge.runtime.engines.onnxruntime import Device
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import list_images
@@ -41,6 +41,12 @@ def add_export(subcommands: Any) -> None:
         default="q8_0",
         help="weights of the language model: f16, q8_0 at half its size (the default), q4_k_m at less than a third; "
         "what each costs in fidelity is printed at the end",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="fp32",
+        help="of the graphs (default: %(default)s). One that FP16 moves too far stays FP32, and the figures say so",
     )
     parser.add_argument(
         "--parity-images", type=Path, metavar="DIR", help="compare on these images (default: the checkpoint's own)"
@@ -115,6 +121,7 @@ def _export(args: argparse.Namespace) -> int:
                 args.checkpoint,
                 args.bundle,
                 quantization=args.llm,
+                precision=args.precision,
                 parity_images=args.parity_images,
                 progress=lambda step: status.update(f"export: {step}"),
             )

@@ -18,7 +18,8 @@ from vmad_edge.export.graphs import clip_encoder, ltc_projector, mask_decoder, s
 from vmad_edge.export.language import Quantization, export_language
 from vmad_edge.export.parity import ParityError, measure
 from vmad_edge.export.parity_page import ParityPage
-from vmad_edge.runtime.bundle import MANIFEST, Bundle, Language, Manifest, Vision, seal
+from vmad_edge.export.precision import lower
+from vmad_edge.runtime.bundle import MANIFEST, Bundle, Language, Manifest, Precision, Vision, seal
 from vmad_edge.runtime.errors import BundleError, CheckpointError
 from vmad_edge.runtime.files import sha256, whole_folder
 from vmad_edge.runtime.frame import list_images
@@ -31,6 +32,7 @@ def export(
     bundle: Path,
     *,
     quantization: Quantization = "q8_0",
+    precision: Precision = "fp32",
     parity_images: Path | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Manifest:
@@ -39,6 +41,7 @@ def export(
     Args:
         quantization: of the language model. q8_0 halves F16, and its blocks of 32 fit nearly every model's rows;
             q4_k_m is smaller still, but wants rows that are multiples of 256.
+        precision: of the graphs. A graph that FP16 would move too far stays FP32; the manifest says which.
         parity_images: real images to compare source and export on; None takes the checkpoint's own.
         progress: gets the name of each step as it begins.
 
@@ -59,7 +62,10 @@ def export(
         progress("language model")
         export_language(source.path / "language", source.path / "adapter", folder / "llm.gguf", quantization)
         _export_similarity(source, folder / "similarity.safetensors")
-        manifest = _with_files(_manifest(source, quantization), folder)
+        manifest = _manifest(source, quantization)
+        if precision == "fp16":
+            manifest = manifest.model_copy(update={"precision": lower(folder, manifest, images, progress)})
+        manifest = _with_files(manifest, folder)
         page = ParityPage()
         unsealed = Bundle(folder, "not sealed yet", manifest)
         parity = measure(source, unsealed, images, progress=progress, each=page.add)

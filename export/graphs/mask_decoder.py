@@ -13,18 +13,14 @@ from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.graphs.onnx_export import export_onnx
 
 
-class MaskDecoder(nn.Module):
-    """`image_embeddings` [1,256,h,w], `h_seg` [n,H] → `low_res_masks` [n,1,4h,4w] (logits), `iou` [n,1].
-
-    As in LISA: Γ(h_seg) is the only sparse prompt, there is no mask prompt, one mask comes out for each `<seg>`.
-    """
+class PromptedDecoder(nn.Module):
+    """`image_embeddings` [1,256,h,w], `sparse` [n,T,256] → `low_res_masks` [n,1,4h,4w] (logits), `iou` [n,1]."""
 
     position: Tensor
     no_mask: Tensor
 
-    def __init__(self, seg_projection: nn.Module, sam: SamModel) -> None:
+    def __init__(self, sam: SamModel) -> None:
         super().__init__()
-        self.seg_projection = seg_projection
         self.decoder = sam.mask_decoder
         # Without multimask output only the first mask token's head is read: the others need not be computed.
         self.decoder.num_mask_tokens = 1
@@ -32,15 +28,31 @@ class MaskDecoder(nn.Module):
         self.register_buffer("position", position.detach())
         self.register_buffer("no_mask", sam.prompt_encoder.no_mask_embed.weight.detach().reshape(1, -1, 1, 1))
 
-    def forward(self, image_embeddings: Tensor, h_seg: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image_embeddings: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
         masks, iou = self.decoder(
             image_embeddings=image_embeddings,
             image_positional_embeddings=self.position,
-            sparse_prompt_embeddings=self.seg_projection(h_seg)[None, :, None],
+            sparse_prompt_embeddings=sparse[None],
             dense_prompt_embeddings=self.no_mask,
             multimask_output=False,
         )
         return masks[0], iou[0]
+
+
+class MaskDecoder(nn.Module):
+    """As PromptedDecoder, from `h_seg` [n,H].
+
+    As in LISA: Γ(h_seg) is the only sparse prompt, there is no mask prompt, one mask comes out for each `<seg>`.
+    """
+
+    def __init__(self, seg_projection: nn.Module, sam: SamModel) -> None:
+        super().__init__()
+        self.seg_projection = seg_projection
+        self.prompted = PromptedDecoder(sam)
+
+    def forward(self, image_embeddings: Tensor, h_seg: Tensor) -> tuple[Tensor, Tensor]:
+        masks: tuple[Tensor, Tensor] = self.prompted(image_embeddings, self.seg_projection(h_seg)[:, None])
+        return masks
 
 
 def export(checkpoint: Checkpoint, path: Path) -> None:
