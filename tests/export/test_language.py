@@ -17,10 +17,10 @@ import torch
 from gguf.quants import dequantize
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_language import SEG, WIDTH, write_adapter, write_language
+from tiny_language import SEG, WIDTH, write_adapter, write_language, write_llama_bpe, write_smollm
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaTokenizer
 
-from vmad_edge.export.language import export_language, merged_tensors
+from vmad_edge.export.language import export_language, merged_tensors, read_vocabulary, type_mix
 from vmad_edge.runtime.errors import CheckpointError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -143,14 +143,20 @@ def _value(reader: gguf.GGUFReader, key: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("quantization", "kind", "error"),
-    [("q8_0", gguf.GGMLQuantizationType.Q8_0, 0.01), ("q4_k_m", gguf.GGMLQuantizationType.Q4_K, 0.1)],
+    ("quantization", "kind", "error", "mix"),
+    [
+        ("q8_0", gguf.GGMLQuantizationType.Q8_0, 0.01, {"Q8_0": 16, "F32": 5}),  # 2 × 7 matrices and the vocabulary's
+        ("q4_k_m", gguf.GGMLQuantizationType.Q4_K, 0.1, {"Q4_K": 11, "Q6_K": 5, "F32": 5}),
+    ],
 )
-def test_quantized(checkpoint: Path, tmp_path: Path, quantization: Any, kind: Any, error: float) -> None:
+def test_quantized(
+    checkpoint: Path, tmp_path: Path, quantization: Any, kind: Any, error: float, mix: dict[str, int]
+) -> None:
     """llama.cpp's quantization of what peft merged; the F16 file in between is gone."""
     target = tmp_path / "llm.gguf"
     export_language(checkpoint / "language", checkpoint / "adapter", target, quantization)
     assert [path.name for path in tmp_path.iterdir()] == ["llm.gguf"]
+    assert type_mix(target) == mix
     expected = merged_by_peft(checkpoint / "language", checkpoint / "adapter").state_dict()
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
     assert tensors["blk.0.ffn_up.weight"].tensor_type == kind
@@ -280,6 +286,69 @@ def test_language_folder_that_cannot_be_exported(copy: Path, change: Callable[[P
     change(copy / "language")
     with pytest.raises(CheckpointError, match=names):
         export_language(copy / "language", copy / "adapter", copy / "llm.gguf", "f16")
+
+
+def _change_json(name: str, *keys: str | int, value: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        place = content
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
+def _bpe(*keys: str | int, value: Any) -> Callable[[Path], None]:
+    return _change_json("tokenizer.json", *keys, value=value)
+
+
+def _config(key: str, value: Any) -> Callable[[Path], None]:
+    return _change_json("tokenizer_config.json", key, value=value)
+
+
+@pytest.mark.parametrize("write", [write_smollm, write_llama_bpe])
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        pytest.param(_without("tokenizer.json"), "tokenizer", id="no tokenizer"),
+        pytest.param(_bpe("pre_tokenizer", value=None), "pre_tokenizer", id="no pre-tokenizer"),
+        pytest.param(_bpe("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", value=True), "pre_tok", id="prefix"),
+        pytest.param(_bpe("pre_tokenizer", value={"type": "Whitespace"}), "Whitespace", id="another pre-tokenizer"),
+        pytest.param(_bpe("normalizer", value={"type": "NFC"}), "normalizer NFC", id="a normalizer"),
+        pytest.param(_bpe("model", "dropout", value=0.1), "dropout", id="dropout"),
+        pytest.param(_bpe("model", "vocab", "a b", value=500), "'a b'", id="not bytes"),
+        pytest.param(_bpe("added_tokens", 1, "lstrip", value=True), "lstrip", id="a token that takes spaces"),
+        pytest.param(_config("eos_token", None), "no EOS", id="no EOS"),
+        pytest.param(_config("tokenizer_class", "GPT2Tokenizer"), "does not apply", id="rebuilt by transformers"),
+    ],
+)
+def test_bpe_tokenizer_that_cannot_be_exported(
+    write: Callable[[Path], object], change: Callable[[Path], None], names: str, tmp_path: Path
+) -> None:
+    write(tmp_path)
+    change(tmp_path)
+    with pytest.raises(CheckpointError, match=names):
+        read_vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("write", "change", "names"),
+    [
+        pytest.param(write_smollm, _bpe("model", "ignore_merges", value=True), "ignore_merges", id="no merges"),
+        pytest.param(write_llama_bpe, _bpe("model", "ignore_merges", value=False), "ignore_merges", id="merges"),
+        pytest.param(write_smollm, _config("add_bos_token", True), "no BOS", id="BOS in the config alone"),
+        pytest.param(write_llama_bpe, _config("add_bos_token", False), "BOS", id="BOS in tokenizer.json alone"),
+    ],
+)
+def test_bpe_tokenizer_that_contradicts_itself(
+    write: Callable[[Path], object], change: Callable[[Path], None], names: str, tmp_path: Path
+) -> None:
+    write(tmp_path)
+    change(tmp_path)
+    with pytest.raises(CheckpointError, match=names):
+        read_vocabulary(tmp_path)
 
 
 def test_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from smollm2 import SEG, package_file, read_weights, write_smollm2
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vmad_edge.export.language import export_language
+from vmad_edge.export.language import export_language, type_mix
 from vmad_edge.runtime.bundle import Conversation, Language
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.stages.language import LanguageModel
@@ -91,6 +91,14 @@ def test_tensors_are_the_packages(exported: Exported) -> None:
     for name, data in found.items():
         expected = exported.weights[name].astype(data.dtype)
         np.testing.assert_array_equal(data[: len(expected)], expected, err_msg=name)
+
+
+def test_q4_k_m_falls_back_where_rows_do_not_fit(exported: Exported, tmp_path: Path) -> None:
+    """Rows are 576 wide, no multiple of 256, but those of the 30 ffn_down, which are 1536; 61 norms stay F32."""
+    export_language(exported.folder / "language", exported.folder / "adapter", tmp_path / "llm.gguf", "q4_k_m")
+    mix = type_mix(tmp_path / "llm.gguf")
+    assert sum(count for kind, count in mix.items() if kind.endswith("_K")) == 30
+    assert mix["F32"] == 61 and sum(mix.values()) == len(exported.weights)
 
 
 def test_tokenizer_equals_llama_cpps_converter(exported: Exported, converter: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_language import SEG, WIDTH, write_adapter, write_language
+from tiny_language import SEG, WIDTH, write_adapter, write_language, write_llama_bpe, write_smollm
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -42,8 +43,8 @@ class Source:
     language: Language
 
     @staticmethod
-    def write(folder: Path, **config: Any) -> Source:
-        write_language(folder / "language", **config)
+    def write(folder: Path, **changes: Any) -> Source:
+        write_language(folder / "language", **changes)
         write_adapter(folder / "adapter", modules_to_save=None)
         return Source.read(folder)
 
@@ -74,11 +75,8 @@ class Source:
 
     def prompt_ids(self, template: str, question: str) -> tuple[list[int], list[int]]:
         """LLaVA's tokenizer_image_token: every part apart, BOS before the first only."""
-        before, after = (
-            self.tokenizer(part.replace("{question}", question)).input_ids for part in template.split("<image>")
-        )
-        assert after[0] == self.tokenizer.bos_token_id
-        return before, after[1:]
+        before, after = (part.replace("{question}", question) for part in template.split("<image>"))
+        return self.tokenizer(before).input_ids, self.tokenizer(after, add_special_tokens=False).input_ids
 
     def run(self, answer_ids: list[int]) -> tuple[Tensor, Tensor]:
         """States after the final norm and logits of prompt, VISUAL and `answer_ids`."""
@@ -159,8 +157,57 @@ QUESTIONS = [
 
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_prompt_ids_equal_transformers(source: Source, question: str) -> None:
+    before, after = source.prompt_ids(TEMPLATE, question)
+    assert before[0] == source.tokenizer.bos_token_id and source.tokenizer.bos_token_id not in after
     with source.open() as model:
-        assert model.prompt_ids(question) == source.prompt_ids(TEMPLATE, question)
+        assert model.prompt_ids(question) == (before, after)
+
+
+@pytest.fixture(scope="module", params=[write_smollm, write_llama_bpe])
+def bpe(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Source:
+    return Source.write(tmp_path_factory.mktemp("bpe"), write_tokenizer=request.param)
+
+
+BPE_TEMPLATE = "<|im_start|>user\n<image>\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def bpe_model(bpe: Source) -> Iterator[LanguageModel]:
+    with bpe.open(conversation(BPE_TEMPLATE)) as model:
+        yield model
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        *QUESTIONS,
+        pytest.param("12345 pieces, 3.3 and 33..3 ½ ٣ ²", id="digits"),
+        pytest.param("We'll see it's THE INSPECTOR'S, they'RE 'ſ", id="contractions"),
+        pytest.param("\r\n \r\n\n  \u00a0\u3000 x  ", id="white space"),
+        pytest.param("under_score(s) != {'a': [1]};;;...", id="punctuation"),
+    ],
+)
+def test_prompt_ids_of_bpe_equal_transformers(bpe: Source, bpe_model: LanguageModel, question: str) -> None:
+    assert bpe_model.prompt_ids(question) == bpe.prompt_ids(BPE_TEMPLATE, question)
+
+
+@settings(max_examples=150, deadline=None)
+@given(question=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n\r'sSlL09<|_"), min_size=1))
+def test_prompt_ids_of_bpe_of_any_text(bpe: Source, bpe_model: LanguageModel, question: str) -> None:
+    assume("<|" not in question and SEG not in question)
+    assert bpe_model.prompt_ids(question) == bpe.prompt_ids(BPE_TEMPLATE, question)
+
+
+def test_short_answer_of_bpe(bpe: Source) -> None:
+    """States over the whole prompt, and text out of tokens that are parts of characters."""
+    short_answer = "Yes é 😀 ok"
+    best, worst = (int(i) for i in bpe.run([])[1][-1].topk(2).indices)
+    ids = bpe.tokenizer(short_answer, add_special_tokens=False).input_ids
+    with bpe.open(conversation(short_answer=short_answer), yes_token_ids=(best,), no_token_ids=(worst,)) as model:
+        answer = model.answer(VISUAL, QUESTION, mode="short")
+    assert answer.text == short_answer and answer.token_ids == (*ids, bpe.language.seg_token_id)
+    assert answer.h_seg is not None
+    assert relative_error(answer.h_seg[0], bpe.run(ids)[0][-1]) <= 1e-5
 
 
 @pytest.fixture(scope="module", params=[TEMPLATE, "<image> {question}", "{question}\n<image> A:"])
@@ -202,6 +249,27 @@ def test_full_answer_equals_greedy_decoding(source: Source) -> None:
     assert not answer.seg_forced and answer.stopped is None
     assert again.token_ids == answer.token_ids and again.p_yes == answer.p_yes
     np.testing.assert_array_equal(again.h_seg, answer.h_seg)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "{question} <image>"], ids=["text last", "image last"])
+def test_full_answer_after_a_short_one(
+    source: Source, sure: Ids, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is that of a fresh prompt, and decodes one token of it."""
+    decoded: list[int] = []
+    decode = LanguageModel._decode
+    monkeypatch.setattr(
+        LanguageModel, "_decode", lambda *args, **kwargs: decoded.append(len(args[1])) or decode(*args, **kwargs)
+    )
+    with source.open(conversation(template), **vars(sure)) as model:
+        fresh = model.answer(VISUAL, QUESTION, mode="full")
+        model.answer(VISUAL[::-1], QUESTION, mode="full")
+        short = model.answer(VISUAL, QUESTION, mode="short")
+        decoded.clear()
+        full = model.answer(VISUAL, QUESTION, mode="full")
+    assert decoded == [1] * len(full.token_ids)  # the prompt's last, and all of the answer but <seg>
+    assert (full.token_ids, full.p_yes) == (fresh.token_ids, fresh.p_yes) and full.p_yes == short.p_yes
+    np.testing.assert_array_equal(full.h_seg, fresh.h_seg)
 
 
 def test_p_yes_sums_over_ids(source: Source) -> None:
@@ -331,6 +399,49 @@ def test_wrong_visual_tokens(source: Source, visual: np.ndarray) -> None:
 def test_manifest_that_does_not_fit_the_file(source: Source, changes: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match=r"llm\.gguf"):
         source.open(**changes)
+
+
+def _rewrite(source: Path, target: Path, change: Callable[[list[str]], list[str]]) -> None:
+    """Copy a GGUF file with other tokens; scores and types are cut to their number."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, "llama")
+    tokens = change(reader.fields["tokenizer.ggml.tokens"].contents())
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture":
+            continue
+        value = tokens if key == "tokenizer.ggml.tokens" else field.contents()
+        is_list = field.types[0] == GGUFValueType.ARRAY
+        value = value[: len(tokens)] if is_list else value
+        writer.add_key_value(key, value, field.types[0], field.types[-1] if is_list else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_rewritten_file_of_the_same_tokens(source: Source, tmp_path: Path) -> None:
+    """So that the refusals below are the tokens' fault."""
+    _rewrite(source.gguf, tmp_path / "llm.gguf", lambda tokens: tokens)
+    with replace(source, gguf=tmp_path / "llm.gguf").open() as model:
+        assert model.prompt_ids(QUESTION) == source.prompt_ids(TEMPLATE, QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        pytest.param(lambda tokens: ["<sag>" if t == SEG else t for t in tokens], SEG, id="no <seg>"),
+        pytest.param(lambda tokens: tokens[:-1], "cannot load it", id="one token short of the embedding"),
+        pytest.param(lambda tokens: tokens[:-4], "cannot load it", id="as short as without <seg>"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(
+    source: Source, change: Callable[[list[str]], list[str]], names: str, tmp_path: Path
+) -> None:
+    _rewrite(source.gguf, tmp_path / "llm.gguf", change)
+    with pytest.raises(BundleError, match=names):
+        replace(source, gguf=tmp_path / "llm.gguf").open()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"GGUF", b"not a model" * 100, 200_000], ids=str)
