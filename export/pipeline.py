@@ -70,7 +70,11 @@ def export(
         unsealed = Bundle(folder, "not sealed yet", manifest)
         parity = measure(source, unsealed, images, progress=progress, each=page.add)
         if parity.failure:
-            raise ParityError(f"{bundle} was not written. {parity.failure}", parity)
+            raise ParityError(
+                f"{bundle} was not written. {parity.failure}. A finer --llm or --precision tells whether rounding alone "
+                "does it; if it stays, the export computes something else than the checkpoint: please report it.",
+                parity,
+            )
         (folder / "parity.json").write_text(parity.model_dump_json(indent=2) + "\n")
         page.write(folder / "parity.html", parity)
         manifest = _with_files(manifest, folder)

@@ -36,8 +36,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    new, old = scratch / "new", scratch / "old"
     try:
-        new = scratch / "new"
         new.mkdir()
         yield new
         for path in [*new.rglob("*"), new]:
@@ -47,7 +47,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
             finally:
                 os.close(descriptor)
         if target.exists():
-            target.rename(scratch / "old")
+            target.rename(old)
         new.rename(target)
     finally:
+        if old.exists() and not target.exists():  # stopped between the two renames
+            old.rename(target)
         shutil.rmtree(scratch, ignore_errors=True)

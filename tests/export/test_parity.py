@@ -138,11 +138,11 @@ def lm_head_not_exported(export: Export, monkeypatch: Patch) -> None:
 
 
 def space_after_the_image(export: Export, monkeypatch: Patch) -> None:
-    """▁ before the text after the image."""
+    """▁ before the text after the image, which begins with a line break."""
     tokenize = LanguageModel._tokenize
 
     def wrong(self: LanguageModel, text: str, *, first: bool = False) -> list[int]:
-        return tokenize(self, text if first else f"  {text}", first=first)
+        return tokenize(self, f"  {text}" if text.startswith("\n") else text, first=first)
 
     monkeypatch.setattr(LanguageModel, "_tokenize", wrong)
 
@@ -150,7 +150,11 @@ def space_after_the_image(export: Export, monkeypatch: Patch) -> None:
 def bos_twice(export: Export, monkeypatch: Patch) -> None:
     """Before each part of the prompt."""
     tokenize = LanguageModel._tokenize
-    monkeypatch.setattr(LanguageModel, "_tokenize", lambda self, text, first=False: tokenize(self, text, first=True))
+
+    def wrong(self: LanguageModel, text: str, *, first: bool = False) -> list[int]:
+        return tokenize(self, text, first=first or text.startswith("\n"))
+
+    monkeypatch.setattr(LanguageModel, "_tokenize", wrong)
 
 
 def antialias_off(export: Export, monkeypatch: Patch) -> None:
@@ -223,19 +227,23 @@ def masks_with_align_corners(export: Export, monkeypatch: Patch) -> None:
 
 
 def softmax_in_fp16_on_large_activations(export: Export, monkeypatch: Patch) -> None:
-    """Scores beyond FP16's 65,504. A constant more on each leaves FP32's softmax as it was."""
+    """Scores beyond FP16's range: a constant more on each would leave FP32's softmax as it was.
+
+    The range is put in by hand: on the CPU ONNX Runtime computes FP16's softmax in FP32.
+    """
     path = export.folder / "clip_encoder.onnx"
     model = onnx.load(path)
     nodes = model.graph.node
-    large = onnx.helper.make_tensor("large", onnx.TensorProto.FLOAT, [], [70_000.0])
-    model.graph.initializer.append(large)
-    for place, node in reversed([(i, node) for i, node in enumerate(nodes) if node.op_type == "Softmax"]):
-        name, scores, out = node.name, node.input[0], node.output[0]
-        node.input[0], node.output[0] = f"{name}.half", f"{name}.out"
-        nodes.insert(place + 1, onnx.helper.make_node("Cast", [f"{name}.out"], [out], to=onnx.TensorProto.FLOAT))
-        nodes.insert(
-            place, onnx.helper.make_node("Cast", [f"{name}.sum"], [f"{name}.half"], to=onnx.TensorProto.FLOAT16)
-        )
+    for name, value in {"large": 70_000.0, "half_max": 65_504.0, "infinity": np.inf}.items():
+        model.graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [], [value]))
+    places = [place for place, node in enumerate(nodes) if node.op_type == "Softmax"]
+    assert places
+    for place in reversed(places):
+        node = nodes[place]
+        scores, name = node.input[0], node.output[0]
+        node.input[0] = f"{name}.half"
+        nodes.insert(place, onnx.helper.make_node("Where", [f"{name}.over", "infinity", f"{name}.sum"], node.input))
+        nodes.insert(place, onnx.helper.make_node("Greater", [f"{name}.sum", "half_max"], [f"{name}.over"]))
         nodes.insert(place, onnx.helper.make_node("Add", [scores, "large"], [f"{name}.sum"]))
     onnx.save(model, path)
 

@@ -17,6 +17,7 @@ from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.graphs import clip_encoder, ltc_projector, mask_decoder, sam_encoder
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.cli import main
+from vmad_edge.runtime.files import whole_folder
 
 
 def test_bundle_holds_the_whole_checkpoint(tiny: Path, bundle: Bundle) -> None:
@@ -96,6 +97,7 @@ import resource, sys, time
 from pathlib import Path
 from vmad_edge.export import pipeline
 from vmad_edge.runtime.cli import main
+from vmad_edge.runtime.files import whole_folder
 
 checkpoint, bundle, started, room = sys.argv[1:]
 for graph in (pipeline.clip_encoder, pipeline.ltc_projector, pipeline.sam_encoder, pipeline.mask_decoder):
@@ -146,6 +148,23 @@ def test_killed_export(
     assert found == left
     if older:
         assert Bundle.open(target).hash == Bundle.open(tiny_bundle).hash
+
+
+def test_a_folder_stopped_between_its_renames_is_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "bundle"
+    target.mkdir()
+    (target / "old").touch()
+    rename = Path.rename
+
+    def stop(path: Path, to: Path) -> Path:
+        if path.name == "new":
+            raise SystemExit(143)  # what SIGTERM raises
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(SystemExit), whole_folder(target) as folder:
+        (folder / "new").touch()
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("bundle"), Path("bundle/old")]
 
 
 def test_export_on_a_full_disk(tiny: Path, tmp_path: Path) -> None:
