@@ -71,8 +71,8 @@ def export(
         parity = measure(source, unsealed, images, progress=progress, each=page.add)
         if parity.failure:
             raise ParityError(
-                f"{bundle} was not written. {parity.failure}. A finer --llm or --precision tells whether rounding alone "
-                "does it; if it stays, the export computes something else than the checkpoint: please report it.",
+                f"{bundle} was not written. {parity.failure}. A finer --llm or --precision tells whether rounding "
+                "alone does it; if it stays, the export computes something else than the checkpoint: please report it.",
                 parity,
             )
         (folder / "parity.json").write_text(parity.model_dump_json(indent=2) + "\n")
