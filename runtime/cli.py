@@ -19,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vmad_edge.runtime.bundle import Answer, Bundle
+from vmad_edge.runtime.calibrate import Targets, calibrate
 from vmad_edge.runtime.engines.onnxruntime import Device
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.evaluate import Figures, Shots, compare, evaluate, read_evaluation
@@ -27,7 +28,7 @@ from vmad_edge.runtime.frame import list_images
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.report import Report, file_stem
-from vmad_edge.runtime.station import Station
+from vmad_edge.runtime.station import Calibration, Station
 
 Subcommands = Any  # argparse's type for this is private
 _STYLE = {
@@ -143,6 +144,33 @@ def add_evaluate(subcommands: Subcommands) -> None:
     parser.set_defaults(run=_evaluate, usage_error=parser.error)
 
 
+def add_calibrate(subcommands: Subcommands) -> None:
+    targets = Targets()
+    parser = subcommands.add_parser(
+        "calibrate",
+        help="set an object's two thresholds from frames of the line",
+        description="Set the thresholds of GOOD and DEFECT and keep them in the station. From good frames alone: "
+        "--overkill and --suspects are promised for all parts with --confidence. With --defects: --escape and "
+        "--overkill are met on these frames, and what that promises for all parts is said.",
+    )
+    _add_bundle(parser)
+    parser.add_argument("--good", required=True, metavar="DIR", help="frames of normal parts, none of them enrolled")
+    parser.add_argument("--defects", metavar="DIR", help="frames of defective parts")
+    parser.add_argument("--object", metavar="NAME", help="the part's name, as it was enrolled")
+    for name, meaning in (
+        ("escape", "of defective parts: called GOOD"),
+        ("overkill", "of good parts: called DEFECT"),
+        ("suspects", "of good parts: not called GOOD (without --defects)"),
+        ("confidence", "that a promise for all parts holds"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=float, metavar="SHARE", default=getattr(targets, name), help=f"{meaning}; %(default)s"
+        )
+    parser.add_argument("--by", metavar="NAME", help="who answers for it; default: this account and machine")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_calibrate)
+
+
 def _shots(text: str) -> Shots:
     if text != "all" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a number or all, got {text!r}")
@@ -242,7 +270,10 @@ def _enroll(args: argparse.Namespace) -> int:
             "thresholds": None if thresholds is None else thresholds.model_dump(),
             "station": str(inspector.station.path),
         }
+        outdated = [why for why in inspector.station.calibrated().values() if isinstance(why, str)]
     _print_facts(facts, args.json)
+    for why in outdated:
+        _err.print(f"warning: {why}", markup=False)
     if thresholds is None:
         _err.print("fewer than three frames: no thresholds, so every verdict is UNCERTAIN until more are enrolled")
     return 0
@@ -264,6 +295,7 @@ def _info(args: argparse.Namespace) -> int:
             "made_with": manifest.made_with,
             "station": str(inspector.station.path),
             "enrolled": inspector.station.enrolled(),
+            "calibrated": {n: _calibration_facts(found) for n, found in inspector.station.calibrated().items()},
             "provider": inspector.provider,
             "cuda_kernels": "not in this build",
         }
@@ -315,10 +347,39 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 3 if any(category.not_inspected for category in evaluation.categories) else 0
 
 
+def _calibrate(args: argparse.Namespace) -> int:
+    targets = Targets(args.escape, args.overkill, args.suspects, args.confidence)
+    good = list_images([args.good])
+    defects = [] if args.defects is None else list_images([args.defects])
+    with Inspector.open(args.bundle, args.station, cast(Device, args.device), calibrated=False) as inspector:
+        calibration = calibrate(
+            inspector,
+            track(good, "good frames", console=_err, transient=True),
+            track(defects, "defects", console=_err, transient=True, disable=not defects),
+            object=args.object,
+            targets=targets,
+            by=args.by,
+        )
+        facts = {**_calibration_facts(calibration), "station": str(inspector.station.path)}
+    _print_facts(facts, args.json)
+    return 0
+
+
+def _calibration_facts(calibration: Calibration | str) -> dict[str, Any]:
+    if isinstance(calibration, str):
+        return {"refused": calibration}
+    return {
+        **calibration.model_dump(include={"object", "thresholds", "promise", "by", "when"}),
+        "bank": calibration.bank or "the bundle's normal features",
+        "frames": len(calibration.frames),
+    }
+
+
 def _figures(rows: dict[str, Figures]) -> Table:
-    table = Table("category", *(name.replace("_", " ") for name in Figures.model_fields), pad_edge=False)
+    table = Table("%", *(name.replace("_", " ") for name in Figures.model_fields), box=None)
     for name, figures in rows.items():
-        table.add_row(name, *("" if value is None else f"{value:.4f}" for value in figures.model_dump().values()))
+        values = figures.model_dump().values()
+        table.add_row(name, *("–" if value is None else f"{100 * value:.1f}" for value in values))
     return table
 
 
@@ -327,9 +388,9 @@ def _compare(first: Path, second: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"categories": {c.name: c.model_dump(mode="json") for c in compared}}, indent=2))
         return 0
-    table = Table("category", *(name.replace("_", " ") for name in Figures.model_fields), "flipped", pad_edge=False)
+    table = Table("change, %", *(name.replace("_", " ") for name in Figures.model_fields), "flipped", box=None)
     for c in compared:
-        changes = ("" if value is None else f"{value:+.4f}" for value in c.difference.values())
+        changes = ("–" if value is None else f"{100 * value:+.2f}" for value in c.difference.values())
         table.add_row(c.name, *changes, f"{len(c.flipped)} of {c.frames}")
     _out.print(table)
     for c in compared:

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -61,27 +62,31 @@ class Inspector:
     Thread-safe: several threads may inspect at once; their reviews queue for the one review process.
     """
 
-    def __init__(self, bundle: Bundle, station: Station, device: Device) -> None:
+    def __init__(self, bundle: Bundle, station: Station, device: Device, calibrated: bool = True) -> None:
         self.bundle = bundle
         self.station = station
         self._screen = Screen(bundle, device)
         self._normal = NormalFeatures(bundle.file("similarity.safetensors"), bundle.manifest.similarity)
-        self._references: dict[str, References | None] = {}
+        self._calibrated = calibrated
+        self._sources: dict[str, SimilaritySource] = {}
         self._lock = threading.Lock()
         self._reviews = ReviewProcess(bundle.path, device)
 
     @staticmethod
-    def open(bundle: Path | str, station: Path | str | None = None, device: Device = "auto") -> Inspector:
+    def open(
+        bundle: Path | str, station: Path | str | None = None, device: Device = "auto", calibrated: bool = True
+    ) -> Inspector:
         """Verify the bundle and make its screen ready; the review's models load when they are first needed.
 
         Args:
             station: the device's own folder; None takes the user's data folder.
+            calibrated: use the station's calibrations; False leaves the bundle's and the references' thresholds.
 
         Raises:
             BundleError: the bundle must not be used.
         """
         opened = Bundle.open(bundle)
-        return Inspector(opened, Station(None if station is None else Path(station), opened), device)
+        return Inspector(opened, Station(None if station is None else Path(station), opened), device, calibrated)
 
     def __enter__(self) -> Inspector:
         return self
@@ -114,6 +119,9 @@ class Inspector:
         """Screen one frame and, if it is suspect, review it.
 
         Never raises for what is wrong with the frame or the screen: that is NOT_INSPECTED with its reason.
+
+        Raises:
+            BundleError: the object's references or calibration in the station must not be used.
 
         Args:
             frame: an RGB array [h,w,3] uint8 (or grey, or RGBA), a path, an encoded image, or a Frame.
@@ -184,7 +192,7 @@ class Inspector:
         if keep:
             self.station.save_references(name, references)
         with self._lock:
-            self._references[name] = references
+            self._sources[name] = references
         return references
 
     def heat_top(self, object: str | None = None) -> float:
@@ -197,9 +205,13 @@ class Inspector:
 
     def _source(self, object: str) -> SimilaritySource:
         with self._lock:
-            if object not in self._references:
-                self._references[object] = self.station.load_references(object)
-            return self._references[object] or self._normal
+            if object not in self._sources:
+                source = self.station.load_references(object) or copy(self._normal)
+                calibration = self.station.load_calibration(object) if self._calibrated else None
+                if calibration is not None:
+                    source.thresholds = calibration.thresholds
+                self._sources[object] = source
+            return self._sources[object]
 
     def _screened(self, source: FrameSource, object: str, deadline: float | None, bit_depth: int | None) -> Inspection:
         watch = Stopwatch()

@@ -1,12 +1,16 @@
-"""The device's own folder beside a bundle: what it enrolled. Keyed by the bundle's hash.
+"""The device's own folder beside a bundle: what it enrolled and calibrated. Keyed by the bundle's hash.
 
 station/<first 16 of the bundle's hash>/banks/<object>/
   bank.safetensors   features, patch numbers, pictures; what they are in the file's metadata
   bank.sha256        checked before bank.safetensors is parsed
+station/<the same>/calibrations/<object>/
+  calibration.json   the Calibration below
+  calibration.sha256
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -40,6 +44,27 @@ class _BankRecord(Record):
     object: str
     frames: tuple[_FrameRecord, ...]
     thresholds: Thresholds | None
+
+
+class CalibrationFrame(Record):
+    path: str
+    sha256: str
+    defective: bool
+    score: float
+
+
+class Calibration(Record):
+    """Thresholds for one object, and what they rest on."""
+
+    bundle: str
+    bank: str | None
+    """Hash of the reference bank that the frames were compared with; None: the bundle's normal features."""
+    object: str
+    thresholds: Thresholds
+    promise: str
+    by: str
+    when: str
+    frames: tuple[CalibrationFrame, ...]
 
 
 class Station:
@@ -115,7 +140,70 @@ class Station:
         """Folder names of the banks that are there."""
         return sorted(path.name for path in (self.path / "banks").glob("[!.]*"))
 
+    def bank_hash(self, object: str) -> str | None:
+        """Hash of the bank of `object`, or None if none was enrolled."""
+        path = self._bank(object) / "bank.sha256"
+        return path.read_text().strip() if path.exists() else None
+
+    def save_calibration(self, calibration: Calibration) -> Path:
+        """Write it, whole or not at all, in place of an earlier one of its object."""
+        target = self._calibration(calibration.object)
+        with whole_folder(target) as folder:
+            (folder / "calibration.json").write_text(calibration.model_dump_json(indent=2), "utf-8")
+            (folder / "calibration.sha256").write_text(sha256(folder / "calibration.json") + "\n")
+        return target
+
+    def load_calibration(self, object: str) -> Calibration | None:
+        """The calibration of `object`, or None if there is none.
+
+        Raises:
+            BundleError: it was changed, is incomplete, or was made with another bundle or reference bank.
+        """
+        folder = self._calibration(object)
+        return self._read_calibration(folder, object) if folder.exists() else None
+
+    def calibrated(self) -> dict[str, Calibration | str]:
+        """By folder name: the calibrations that are there, or why one is refused."""
+        folders = sorted((self.path / "calibrations").glob("[!.]*"))
+        return {folder.name: self._calibration_or_reason(folder) for folder in folders}
+
+    def _calibration_or_reason(self, folder: Path) -> Calibration | str:
+        try:
+            return self._read_calibration(folder, folder.name)
+        except BundleError as error:
+            return str(error)
+
+    def _read_calibration(self, folder: Path, object: str) -> Calibration:
+        path = folder / "calibration.json"
+        advice = f"Calibrate {object!r} again, or remove {folder}."
+        try:
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() != (folder / "calibration.sha256").read_text().strip():
+                raise BundleError(f"{path} was changed since it was calibrated. {advice}")
+            found = Calibration.model_validate_json(data)
+        except (OSError, ValidationError) as error:
+            raise BundleError(f"{path} is not a complete calibration ({error}). {advice}") from None
+        if _folder_name(found.object) != folder.name:
+            raise BundleError(f"{path} is the calibration of {found.object!r}. {advice}")
+        for what, then, now in (
+            ("bundle", found.bundle, self._bundle.hash),
+            ("reference bank", found.bank, self.bank_hash(found.object)),
+        ):
+            if then != now:
+                old, new = (hash[:16] if hash else "none" for hash in (then, now))
+                raise BundleError(
+                    f"the calibration of {found.object!r} ({found.when}, by {found.by}) was made with another {what} "
+                    f"({old}, now {new}). {advice}"
+                )
+        return found
+
     def _bank(self, object: str) -> Path:
-        """Two objects never share a folder: what a file name should not hold is written as its code point."""
-        name = re.sub(r"[^a-z0-9-]", lambda match: f"_{ord(match[0]):x}_", object)
-        return self.path / "banks" / (name or "_")
+        return self.path / "banks" / _folder_name(object)
+
+    def _calibration(self, object: str) -> Path:
+        return self.path / "calibrations" / _folder_name(object)
+
+
+def _folder_name(object: str) -> str:
+    """Two objects never share a folder: what a file name should not hold is written as its code point."""
+    return re.sub(r"[^a-z0-9-]", lambda match: f"_{ord(match[0]):x}_", object) or "_"

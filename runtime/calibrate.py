@@ -1,0 +1,202 @@
+"""`vmad calibrate`: two thresholds from a line's own frames, with what they promise."""
+
+from __future__ import annotations
+
+import getpass
+import math
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmad_edge.runtime.bundle import Thresholds
+from vmad_edge.runtime.errors import FrameError, VmadError
+from vmad_edge.runtime.files import sha256
+from vmad_edge.runtime.inspector import Inspector
+from vmad_edge.runtime.station import Calibration, CalibrationFrame
+
+_SAME = 1e-5
+"""A frame that scores below this against references is one of them."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Shares of parts, from 0 to 1."""
+
+    escape: float = 0.01
+    """Of defective parts: called GOOD. Needs labelled defects."""
+    overkill: float = 0.02
+    """Of good parts: called DEFECT."""
+    suspects: float = 0.10
+    """Of good parts: not called GOOD. Used where there are no labelled defects."""
+    confidence: float = 0.95
+    """That a share promised for all parts, and not for these frames alone, holds."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < 1:
+                raise VmadError(f"expected {name} between 0 and 1, got {value:g}")
+
+
+def calibrate(
+    inspector: Inspector,
+    good: Iterable[str],
+    defects: Iterable[str] = (),
+    *,
+    object: str | None = None,
+    targets: Targets | None = None,
+    by: str | None = None,
+) -> Calibration:
+    """Screen the frames, set thresholds for `object` from their scores, and write them to the station.
+
+    Args:
+        inspector: one opened with `calibrated=False`, so that an outdated calibration is not in the way.
+        by: who answers for it; None takes the account and the machine.
+
+    Raises:
+        FrameError: a frame cannot be inspected, or is one of the enrolled references.
+        VmadError: too few frames for what is promised.
+    """
+    targets = targets or Targets()
+    name = inspector.bundle.manifest.conversation.object if object is None else object
+    bank = inspector.station.bank_hash(name)
+    frames = [_scored(inspector, path, name, False) for path in good]
+    frames += [_scored(inspector, path, name, True) for path in defects]
+    normal = sorted(frame.score for frame in frames if not frame.defective)
+    defective = sorted(frame.score for frame in frames if frame.defective)
+    if defective:
+        thresholds, promise = from_labels(normal, defective, targets)
+    else:
+        thresholds, promise = from_good(normal, targets)
+    calibration = Calibration(
+        bundle=inspector.bundle.hash,
+        bank=bank,
+        object=name,
+        thresholds=thresholds,
+        promise=promise,
+        by=by or _account(),
+        when=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        frames=tuple(frames),
+    )
+    inspector.station.save_calibration(calibration)
+    return calibration
+
+
+def from_good(scores: Sequence[float], targets: Targets) -> tuple[Thresholds, str]:
+    """Thresholds from independent normal parts' scores in ascending order, and what they promise.
+
+    A score in the list is above the distribution's q-quantile with the stated confidence if enough others lie below
+    it: the order statistics' tolerance bound (Wilks 1941), which supposes nothing about the distribution. Each of the
+    two promises has that confidence by itself.
+
+    Raises:
+        VmadError: too few scores, or targets that contradict each other.
+    """
+    if targets.suspects < targets.overkill:
+        raise VmadError(
+            f"expected suspects (good parts not called GOOD, {targets.suspects:g}) of at least overkill (good parts "
+            f"called DEFECT, {targets.overkill:g})"
+        )
+    good_below = _upper_bound(scores, targets.suspects, targets.confidence)
+    defect_above = _upper_bound(scores, targets.overkill, targets.confidence)
+    promise = (
+        f"of good parts at most {targets.suspects:.2%} not called GOOD, at most {targets.overkill:.2%} called DEFECT, "
+        f"each with {targets.confidence:.1%} confidence, from {len(scores)} good frames"
+    )
+    return Thresholds(good_below=good_below, defect_above=defect_above), promise
+
+
+def from_labels(good: Sequence[float], defective: Sequence[float], targets: Targets) -> tuple[Thresholds, str]:
+    """Thresholds that meet the targets on these scores (in ascending order), and what that says of all parts.
+
+    Where the scores leave a gap in which one threshold would do, the gap is UNCERTAIN.
+
+    Raises:
+        VmadError: no good scores.
+    """
+    if not good:
+        raise VmadError("expected at least one good frame, found none")
+    allowed_escapes = math.floor(targets.escape * len(defective) + 1e-9)
+    allowed_overkill = math.floor(targets.overkill * len(good) + 1e-9)
+    lowest = defective[allowed_escapes]
+    highest = math.nextafter(good[len(good) - 1 - allowed_overkill], math.inf)
+    thresholds = Thresholds(good_below=min(lowest, highest), defect_above=max(lowest, highest))
+    escaped = sum(score < thresholds.good_below for score in defective)
+    killed = sum(score >= thresholds.defect_above for score in good)
+    bounds = [
+        largest_share(count, total, targets.confidence)
+        for count, total in ((escaped, len(defective)), (killed, len(good)))
+    ]
+    promise = (
+        f"{escaped} of {len(defective)} defective frames called GOOD (with {targets.confidence:.1%} confidence at most "
+        f"{bounds[0]:.2%} of all), {killed} of {len(good)} good frames called DEFECT (at most {bounds[1]:.2%})"
+    )
+    return thresholds, promise
+
+
+def frames_needed(share: float, confidence: float) -> int:
+    """How many good frames the bound on `share` takes: the smallest n with 1 − (1 − share)ⁿ ≥ confidence."""
+    return math.ceil(math.log(1 - confidence) / math.log(1 - share))
+
+
+def largest_share(count: int, total: int, confidence: float) -> float:
+    """The one-sided upper bound of Clopper and Pearson (1934) on a share of which `count` of `total` were seen."""
+    if count == total:
+        return 1.0
+    low, high = 0.0, 1.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if at_most(count, total, middle) > 1 - confidence else (low, middle)
+    return high
+
+
+def at_most(count: int, total: int, share: float) -> float:
+    """P(X ≤ count) of a binomial X."""
+    if share <= 0:
+        return 1.0
+    return math.fsum(
+        math.exp(
+            math.lgamma(total + 1)
+            - math.lgamma(k + 1)
+            - math.lgamma(total - k + 1)
+            + k * math.log(share)
+            + (total - k) * math.log1p(-share)
+        )
+        for k in range(count + 1)
+    )
+
+
+def _upper_bound(scores: Sequence[float], share: float, confidence: float) -> float:
+    """A threshold that at most `share` of all normal scores reach or exceed, with `confidence`.
+
+    The k-th smallest score exceeds the (1 − share)-quantile where P(Bin(n, 1 − share) ≤ k − 1) ≥ confidence, which is
+    P(Bin(n, share) ≤ n − k) ≤ 1 − confidence.
+    """
+    n, beyond = len(scores), -1
+    while beyond + 1 < n and at_most(beyond + 1, n, share) <= 1 - confidence:
+        beyond += 1
+    if beyond < 0:
+        raise VmadError(
+            f"{n} good frames are too few to promise at most {share:.2%} with {confidence:.1%} confidence: "
+            f"{frames_needed(share, confidence)} are needed, or a larger share, or less confidence"
+        )
+    return math.nextafter(scores[n - 1 - beyond], math.inf)  # a score equal to it is still below the threshold
+
+
+def _scored(inspector: Inspector, path: str, object: str, defective: bool) -> CalibrationFrame:
+    inspection = inspector.inspect(path, object=object, review=False)
+    if inspection.score is None:
+        raise FrameError(f"{path} cannot be calibrated with: {inspection.reason}")
+    if inspection.compared_with == "references" and inspection.score < _SAME:
+        raise FrameError(
+            f"{path} is one of the enrolled references of {object!r}; calibrate with frames of other parts"
+        )
+    return CalibrationFrame(path=path, sha256=sha256(Path(path)), defective=defective, score=inspection.score)
+
+
+def _account() -> str:
+    try:
+        return f"{getpass.getuser()}@{platform.node()}"
+    except (KeyError, OSError):  # an account without a name
+        return platform.node()

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from examples import MANIFEST
+from scipy.stats import beta, binom
+
+from vmad_edge.runtime.bundle import Bundle, Manifest, Thresholds
+from vmad_edge.runtime.calibrate import (
+    Targets,
+    at_most,
+    calibrate,
+    frames_needed,
+    from_good,
+    from_labels,
+    largest_share,
+)
+from vmad_edge.runtime.cli import main
+from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
+from vmad_edge.runtime.files import sha256
+from vmad_edge.runtime.inspection import Verdict
+from vmad_edge.runtime.inspector import Inspector
+from vmad_edge.runtime.station import Calibration, CalibrationFrame, Station
+
+
+@pytest.mark.parametrize(
+    "count,total,share", [(0, 10, 0.1), (3, 40, 0.02), (40, 40, 0.5), (7, 2000, 0.005), (2, 5, 0.0)]
+)
+def test_binomial(count: int, total: int, share: float) -> None:
+    assert at_most(count, total, share) == pytest.approx(binom.cdf(count, total, share), rel=1e-9)
+
+
+@pytest.mark.parametrize("count,total", [(0, 30), (1, 30), (29, 30), (5, 700)])
+def test_clopper_pearson(count: int, total: int) -> None:
+    assert largest_share(count, total, 0.95) == pytest.approx(beta.ppf(0.95, count + 1, total - count), abs=1e-8)
+
+
+def test_everything_seen_bounds_nothing() -> None:
+    assert largest_share(3, 3, 0.95) == 1
+
+
+def test_frames_needed_are_enough_and_one_less_is_not() -> None:
+    targets = Targets(overkill=0.02, suspects=0.02)
+    needed = frames_needed(0.02, 0.95)
+    assert needed == 149  # 0.98¹⁴⁹ = 0.0493, 0.98¹⁴⁸ = 0.0503
+    scores = np.linspace(0, 1, needed).tolist()
+    thresholds, _ = from_good(scores, targets)
+    assert thresholds.good_below > scores[-1] > 0.999  # the highest score itself
+    with pytest.raises(VmadError, match=r"148 good frames are too few .* 149 are needed"):
+        from_good(scores[1:], targets)
+
+
+def test_the_promise_holds_as_often_as_it_says() -> None:
+    """1000 draws of 100 scores: the true share above each threshold exceeds its bound in at most 10% of them."""
+    rng, targets = np.random.default_rng(0), Targets(overkill=0.05, suspects=0.15, confidence=0.9)
+    broken = np.zeros(2)
+    for _ in range(1000):
+        thresholds, _ = from_good(np.sort(rng.uniform(size=100)).tolist(), targets)
+        broken += 1 - thresholds.defect_above > 0.05, 1 - thresholds.good_below > 0.15
+    # Not needlessly careful either: one score higher would break it in less than 4%.
+    assert (broken / 1000 < 0.1 + 3 * 0.0095).all() and (broken / 1000 > 0.03).all()
+
+
+@pytest.mark.parametrize(
+    "good,defective,escape,overkill,expected",
+    [
+        # the gap between the two kinds is UNCERTAIN
+        pytest.param([0.1, 0.2], [0.8, 0.9], 0.01, 0.02, (0.2, 0.8), id="apart"),
+        # no escape allowed: GOOD ends at the lowest defect; no overkill: DEFECT begins above the highest good one
+        pytest.param([0.1, 0.2, 0.7], [0.4, 0.9], 0.01, 0.02, (0.4, 0.7), id="overlapping"),
+        pytest.param([0.1, 0.2, 0.7], [0.4, 0.6, 0.9], 0.34, 0.02, (0.6, 0.7), id="one escape in three allowed"),
+        pytest.param([0.1, 0.5, 0.7], [0.4, 0.9], 0.01, 0.34, (0.4, 0.5), id="one overkill in three allowed"),
+    ],
+)
+def test_labels(
+    good: list[float], defective: list[float], escape: float, overkill: float, expected: tuple[float, float]
+) -> None:
+    thresholds, promise = from_labels(good, defective, Targets(escape=escape, overkill=overkill))
+    assert (thresholds.good_below, thresholds.defect_above) == pytest.approx(expected)
+    assert np.mean(np.array(defective) < thresholds.good_below) <= escape
+    assert np.mean(np.array(good) >= thresholds.defect_above) <= overkill
+    assert f"of {len(defective)} defective" in promise
+
+
+@pytest.mark.parametrize("wrong", [{"escape": 0.0}, {"overkill": 1.0}, {"confidence": 95.0}])
+def test_refuses_targets(wrong: dict[str, float]) -> None:
+    with pytest.raises(VmadError, match=f"expected {next(iter(wrong))}"):
+        Targets(**wrong)
+
+
+def test_refuses_more_overkill_than_suspects() -> None:
+    with pytest.raises(VmadError, match="expected suspects"):
+        from_good([0.1] * 1000, Targets(overkill=0.2, suspects=0.1))
+
+
+def bundle(hash: str = "ab" * 32) -> Bundle:
+    return Bundle(Path("bundle"), hash, Manifest.model_validate({**MANIFEST, "files": {}}))
+
+
+def calibration(**changes: object) -> Calibration:
+    fields = {
+        "bundle": "ab" * 32,
+        "bank": None,
+        "object": "M3 screw",
+        "thresholds": Thresholds(good_below=0.1, defect_above=0.2),
+        "promise": "none",
+        "by": "somebody",
+        "when": "2026-01-01T00:00:00+0000",
+        "frames": (CalibrationFrame(path="a.png", sha256="00", defective=False, score=0.05),),
+    }
+    return Calibration.model_validate({**fields, **changes})
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    station = Station(tmp_path, bundle())
+    assert station.load_calibration("M3 screw") is None and station.calibrated() == {}
+    station.save_calibration(calibration())
+    assert Station(tmp_path, bundle()).load_calibration("M3 screw") == calibration()
+    assert station.load_calibration("m3 screw") is None
+    assert list(station.calibrated().values()) == [calibration()]
+
+
+@pytest.mark.parametrize(
+    "damage,says",
+    [
+        pytest.param(lambda f: (f / "calibration.json").write_text("{}"), "was changed", id="changed"),
+        pytest.param(lambda f: (f / "calibration.json").unlink(), "not a complete", id="missing"),
+        pytest.param(lambda f: (f / "calibration.sha256").unlink(), "not a complete", id="no hash"),
+        pytest.param(lambda f: empty(f), "not a complete", id="not a calibration, hash right"),
+    ],
+)
+def test_refuses_a_damaged_one(damage: Callable[[Path], object], says: str, tmp_path: Path) -> None:
+    station = Station(tmp_path, bundle())
+    damage(station.save_calibration(calibration()))
+    with pytest.raises(BundleError, match=says):
+        station.load_calibration("M3 screw")
+    assert says in str(next(iter(station.calibrated().values())))
+
+
+@pytest.mark.parametrize(
+    "changes,says",
+    [
+        ({"bundle": "cd" * 32}, r"'M3 screw' \(2026-01-01.*, by somebody\) .* another bundle \(cdcd.*, now abab"),
+        ({"bank": "ef" * 32}, r"'M3 screw' .* another reference bank \(efef.*, now none\)"),
+    ],
+)
+def test_refuses_an_outdated_one_by_name(changes: dict[str, str], says: str, tmp_path: Path) -> None:
+    station = Station(tmp_path, bundle())
+    station.save_calibration(calibration(**changes))
+    with pytest.raises(BundleError, match=says):
+        station.load_calibration("M3 screw")
+
+
+def test_refuses_that_of_another_object(tmp_path: Path) -> None:
+    station = Station(tmp_path, bundle())
+    folder = station.save_calibration(calibration(object="nut"))
+    folder.rename(folder.parent / "bolt")
+    with pytest.raises(BundleError, match="is the calibration of 'nut'"):
+        station.load_calibration("bolt")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """enrolled/ and good/: textures alike; defects/: others."""
+    folder, rng = tmp_path_factory.mktemp("parts"), np.random.default_rng(0)
+    for name, count, deviation in (("enrolled", 3, 4), ("good", 5, 4), ("defects", 3, 60)):
+        (folder / name).mkdir()
+        for number in range(count):
+            image = rng.normal(128, deviation, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+            cv2.imwrite(str(folder / name / f"{number}.png"), image)
+    return folder
+
+
+def files(folder: Path) -> list[str]:
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+LOOSE = Targets(overkill=0.5, suspects=0.5, confidence=0.9)
+
+
+@pytest.fixture
+def inspector(tiny_bundle: Path, tmp_path: Path) -> Iterator[Inspector]:
+    with Inspector.open(tiny_bundle, tmp_path / "station", calibrated=False) as opened:
+        yield opened
+
+
+def test_inspections_use_it_until_the_bank_is_another(
+    inspector: Inspector, tiny_bundle: Path, parts: Path, tmp_path: Path
+) -> None:
+    frame = parts / "good/0.png"
+    inspector.enroll(files(parts / "enrolled"), object="tile")
+    score = inspector.inspect(frame, object="tile", review=False).score
+    made = calibrate(inspector, files(parts / "good"), object="tile", targets=LOOSE, by="me")
+    assert made.frames[0] == CalibrationFrame(path=str(frame), sha256=sha256(frame), defective=False, score=score)
+    assert made.by == "me" and made.bank == inspector.station.bank_hash("tile") is not None
+
+    # Thresholds around this frame's score, which neither the bundle nor the references would give.
+    for below, above, verdict in (
+        (score + 1e-4, 9, Verdict.GOOD),
+        (0, score, Verdict.DEFECT),
+        (0, 9, Verdict.UNCERTAIN),
+    ):
+        thresholds = Thresholds(good_below=below, defect_above=above)
+        inspector.station.save_calibration(made.model_copy(update={"thresholds": thresholds}))
+        with Inspector.open(tiny_bundle, tmp_path / "station") as calibrated:
+            assert calibrated.inspect(frame, object="tile", review=False).verdict is verdict
+            other = calibrated.inspect(frame, object="other", review=False)  # no calibration, no bank of its own
+            assert other.verdict is Verdict.UNCERTAIN and other.compared_with == "normal features"
+
+    inspector.enroll(files(parts / "enrolled")[:2], object="tile")
+    with (
+        Inspector.open(tiny_bundle, tmp_path / "station") as calibrated,
+        pytest.raises(BundleError, match=r"calibration of 'tile' .* another reference bank"),
+    ):
+        calibrated.inspect(frame, object="tile", review=False)
+
+
+def test_normal_features_are_calibrated_for_one_object_alone(
+    inspector: Inspector, tiny_bundle: Path, parts: Path, tmp_path: Path
+) -> None:
+    calibrate(inspector, files(parts / "good"), files(parts / "defects"), object="tile")
+    with Inspector.open(tiny_bundle, tmp_path / "station") as calibrated:
+        verdicts = [calibrated.inspect(f, object="tile", review=False).verdict for f in files(parts / "defects")]
+        assert Verdict.GOOD not in verdicts
+        other = calibrated.inspect(parts / "defects/0.png", object="other", review=False)
+        assert other.verdict is Verdict.UNCERTAIN
+
+
+def test_refuses_frames_that_promise_nothing(inspector: Inspector, parts: Path, tmp_path: Path) -> None:
+    inspector.enroll(files(parts / "enrolled"), object="tile")
+    with pytest.raises(FrameError, match=r"0\.png is one of the enrolled references of 'tile'"):
+        calibrate(inspector, files(parts / "enrolled"), object="tile", targets=LOOSE)
+    (tmp_path / "broken.png").write_text("no image")
+    with pytest.raises(FrameError, match=r"broken.png cannot be calibrated with: .*not a readable image"):
+        calibrate(inspector, [*files(parts / "good"), str(tmp_path / "broken.png")], object="tile", targets=LOOSE)
+    with pytest.raises(VmadError, match="5 good frames are too few"):
+        calibrate(inspector, files(parts / "good"), object="tile")
+    assert inspector.station.calibrated() == {}
+
+
+def test_the_command_and_info(
+    tiny_bundle: Path, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [str(tiny_bundle), "--station", str(tmp_path), "--json"]
+    good = ["--good", str(parts / "good"), "--object", "tile"]
+    assert main(["calibrate", *common, *good]) == 2
+    assert "29 are needed" in capsys.readouterr().err
+    assert main(["calibrate", *common, *good, "--overkill", "0.5", "--suspects", "0.5", "--by", "me"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["frames"] == 5 and made["by"] == "me" and "from 5 good frames" in made["promise"]
+    assert main(["info", *common]) == 0
+    assert json.loads(capsys.readouterr().out)["calibrated"]["tile"]["thresholds"] == made["thresholds"]
+    assert main(["enroll", str(tiny_bundle), str(parts / "enrolled"), *common[1:], "--object", "tile"]) == 0
+    assert "another reference bank" in " ".join(capsys.readouterr().err.split())
+    assert main(["info", *common]) == 0
+    assert "another reference bank" in json.loads(capsys.readouterr().out)["calibrated"]["tile"]["refused"]
+
+
+def empty(folder: Path) -> None:
+    (folder / "calibration.json").write_text("{}")
+    (folder / "calibration.sha256").write_text(sha256(folder / "calibration.json"))
