@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TextIO, get_args
 
 from rich.console import Console
+from rich.table import Table
 
 from vmad_edge.runtime.bundle import Bundle, Language, Precision
 from vmad_edge.runtime.engines.onnxruntime import Device
@@ -126,11 +128,11 @@ def _export(args: argparse.Namespace) -> int:
                 progress=lambda step: status.update(f"export: {step}"),
             )
     except ParityError as error:
-        Console(stderr=True).print(error.parity.table())
+        _print(error.parity.table(), sys.stderr)
         raise
     bundle = Bundle.open(args.bundle)
     parity = Parity.model_validate_json(bundle.file("parity.json").read_bytes())
-    Console().print(parity.table())
+    _print(parity.table(), sys.stdout)
     size = sum(path.stat().st_size for path in args.bundle.iterdir())
     print(f"{args.bundle}: {size / 1e6:.1f} MB, hash {bundle.hash[:16]}…")
     return 0
@@ -153,9 +155,13 @@ def _parity(args: argparse.Namespace) -> int:
         )
     if args.page is not None:
         page.write(args.page, parity)
-    Console().print(parity.table())
+    _print(parity.table(), sys.stdout)
     print(parity.failure or "within all limits")
     return 1 if parity.failure else 0
+
+
+def _print(table: Table, file: TextIO) -> None:
+    Console(file=file, width=None if file.isatty() else 160).print(table)
 
 
 def _silence_transformers() -> None:

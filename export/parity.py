@@ -209,16 +209,24 @@ class Parity(Record):
             f"source against export, {self.precision_in_words}, {self.quantization} ({self.tensors_in_words}), "
             f"worst of {len(self.images)} images"
         )
-        table = Table(title=title, title_justify="left")
-        table.add_column("stage")
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        table.add_column("stage", no_wrap=True)
         for column in COLUMNS:
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=column != "limit")
         for row in self.stages:
             table.add_row(row.stage, *cells(row, len(self.images)), style="bold red" if row.broken else None)
         return table
 
 
-COLUMNS = ("equal", "cosine", "max abs", "max rel. error", "IoU", "rank corr.", "limit")
+_SHORT: dict[Measure, str] = {
+    "equal": "equal",
+    "cosine": "cosine",
+    "max_abs_error": "max abs.",
+    "max_relative_error": "max rel.",
+    "iou": "IoU",
+    "rank_correlation": "rank corr.",
+}
+COLUMNS = (*_SHORT.values(), "limit")
 
 
 def cells(row: StageParity, images: int) -> list[str]:
@@ -235,7 +243,7 @@ def cells(row: StageParity, images: int) -> list[str]:
         number(row.max_relative_error, ".1e"),
         number(row.iou, ".4f"),
         number(row.rank_correlation, ".5f"),
-        ", ".join(f"{measure.replace('_', ' ')} {sign[measure]} {limit:.10g}" for measure, limit in row.limits.items()),
+        ", ".join(f"{_SHORT[measure]} {sign[measure]} {limit:.10g}" for measure, limit in row.limits.items()),
     ]
 
 
