@@ -97,6 +97,7 @@ class LanguageModel:
         self._language = language
         self._model = self._context = None
         self._kept: list[int] | None = None
+        self._prompt: tuple[list[int], bytes, list[int]] | None = None
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.use_extra_bufts = False  # repacked weights: llama.cpp's AMX path crashes on Q8_0
@@ -172,6 +173,7 @@ class LanguageModel:
         `full`: decode until `<seg>`; end-of-text is banned until then, and `<seg>` is forced as the last of
         max_new_tokens. `short`: if P(yes) ≥ mask_from, the manifest's short answer is taken as given and
         `<seg>` follows.
+        After an answer to the same question about the same visual tokens the prompt is there, but for its last token.
         h_seg is the state of the step whose logits emit `<seg>` (LISA, model/LISA.py) or of `<seg>` itself, as the
         manifest says.
 
@@ -245,22 +247,27 @@ class LanguageModel:
     # ------------------------------------------------------------------------------------------ prompt
 
     def _prefill(self, before: list[int], visual: Array, after: list[int]) -> int:
-        """Decode the prompt, with outputs at its last position alone. Returns the next position."""
+        """Decode the prompt, with outputs at its last position alone. Returns the next position.
+
+        The prompt of the answer before is there but for that position: a full answer may follow a short one.
+        """
         self._check_length(len(before), len(after), max(self._language.max_new_tokens, len(self._short_ids) + 1))
         memory = llama.llama_get_memory(self._context)
-        if before != self._kept:
-            self._forget()
-            self._decode(before, 0, outputs=False, sequence=_KEPT)
-            self._kept = before
-        llama.llama_memory_seq_rm(memory, _WORKING, -1, -1)
-        llama.llama_memory_seq_cp(memory, _KEPT, _WORKING, 0, len(before))
-        position = len(before)
-        if not after:
-            position = self._decode(visual[:-1], position, outputs=False)
-            return self._decode(visual[-1:], position, outputs=True)
-        for part in (visual, after[:-1]):
-            position = self._decode(part, position, outputs=False)
-        return self._decode(after[-1:], position, outputs=True)
+        prompt, last = (before, visual.tobytes(), after), len(before) + len(visual) + len(after) - 1
+        if prompt == self._prompt:
+            llama.llama_memory_seq_rm(memory, _WORKING, last, -1)
+        else:
+            self._prompt = None
+            if before != self._kept:
+                self._forget()
+                self._decode(before, 0, outputs=False, sequence=_KEPT)
+                self._kept = before
+            llama.llama_memory_seq_rm(memory, _WORKING, -1, -1)
+            llama.llama_memory_seq_cp(memory, _KEPT, _WORKING, 0, len(before))
+            position = self._decode(visual if after else visual[:-1], len(before), outputs=False)
+            self._decode(after[:-1], position, outputs=False)
+            self._prompt = prompt
+        return self._decode(after[-1:] or visual[-1:], last, outputs=True)
 
     def _check_visual(self, visual_tokens: ArrayLike) -> Array:
         visual = np.ascontiguousarray(visual_tokens, np.float32)
@@ -376,7 +383,7 @@ class LanguageModel:
         return position + n
 
     def _forget(self) -> None:
-        self._kept = None
+        self._kept = self._prompt = None
         llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
 
     def _tokenize(self, text: str, *, first: bool = False) -> list[int]:
