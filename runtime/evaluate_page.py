@@ -153,8 +153,8 @@ def _best_and_worst(frames: Sequence[FrameResult]) -> list[tuple[str, FrameResul
     chosen = {
         "worst: a defect that scores low": bad[:_EACH],
         "worst: a good part that scores high": good[::-1][:_EACH],
-        "best: a defect that scores high": bad[::-1][:_EACH],
-        "best: a good part that scores low": good[:_EACH],
+        "best: a defect that scores high": bad[_EACH:][::-1][:_EACH],
+        "best: a good part that scores low": good[:-_EACH][:_EACH],
     }
     return [(why, frame) for why, some in chosen.items() for frame in some]
 

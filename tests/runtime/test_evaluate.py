@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from vmad_edge.runtime.bundle import Bundle
+from vmad_edge.runtime.cli import main
+from vmad_edge.runtime.dataset import LabelledFrame, read_dataset
+from vmad_edge.runtime.errors import FrameError, VmadError
+from vmad_edge.runtime.evaluate import Evaluation, compare, evaluate, read_evaluation
+from vmad_edge.runtime.evaluate_page import PUBLISHED, write_page
+from vmad_edge.runtime.inspection import Verdict
+from vmad_edge.runtime.inspector import Inspector
+
+
+def write(path: Path, image: np.ndarray[Any, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), image)
+
+
+def draw(folder: Path, seed: int) -> None:
+    """One category in MVTec AD's layout: four frames to enroll, three good and three defective ones to test."""
+    rng = np.random.default_rng(seed)
+    for name in ("train/good/0", "train/good/1", "train/good/2", "train/good/3", "test/good/0", "test/good/1"):
+        write(folder / f"{name}.png", rng.normal(128, 6, (64, 48, 3)).clip(0, 255).astype(np.uint8))
+    for number, ending in enumerate(("_mask", "", "_mask")):
+        part, mask = rng.normal(128, 6, (64, 48, 3)), np.zeros((64, 48), np.uint8)
+        mask[20 : 40 + number, 10:30] = mask[5:9, 40:44] = 255
+        part[mask > 0] = rng.integers(0, 256, (int((mask > 0).sum()), 3))
+        write(folder / f"test/scratch/{number}.png", part.clip(0, 255).astype(np.uint8))
+        write(folder / f"ground_truth/scratch/{number}{ending}.png", mask)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    draw(folder / "nut", 0)
+    draw(folder / "bolt_m3", 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(bundle: Bundle, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation with two shots."""
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    evaluate(bundle, dataset, out, shots=2, seed=1)
+    return out
+
+
+def test_figures_are_those_of_the_inspectors_own_scores_and_maps(
+    evaluated: Path, bundle: Bundle, dataset: Path, tmp_path: Path
+) -> None:
+    found = read_evaluation(evaluated)
+    assert [category.name for category in found.categories] == ["bolt_m3", "nut"]
+    result = found.categories[1]
+    # Which two of the four were enrolled is the seed's affair: exactly one pair gives these scores.
+    pairs = [(a, b) for a in range(4) for b in range(a)]
+    fitting = []
+    with Inspector.open(bundle.path, tmp_path) as inspector:
+        for pair in pairs:
+            inspector.enroll([dataset / f"nut/train/good/{i}.png" for i in pair], object="nut", keep=False)
+            seen = [inspector.inspect(dataset / "nut" / f.name, object="nut", review=False) for f in result.frames]
+            if [inspection.score for inspection in seen] == pytest.approx([f.score for f in result.frames], abs=1e-6):
+                fitting.append(seen)
+    assert len(fitting) == 1 and result.enrolled == 2
+    masks = []
+    for frame in result.frames:
+        marks = list((dataset / "nut/ground_truth/scratch").glob(f"{Path(frame.name).stem}*"))
+        masks.append(cv2.imread(str(marks[0]), 0) > 0 if frame.defective else np.zeros((64, 48), bool))
+    positive, maps = np.array(masks).ravel(), np.array([inspection.map for inspection in fitting[0]]).ravel()
+    labels, scores = [f.defective for f in result.frames], [f.score for f in result.frames]
+    assert result.figures.image_auroc == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
+    assert result.figures.image_ap == pytest.approx(average_precision_score(labels, scores), abs=1e-9)
+    assert result.figures.pixel_auroc == pytest.approx(roc_auc_score(positive, maps), abs=1e-4)
+    assert result.figures.pixel_ap == pytest.approx(average_precision_score(positive, maps), abs=1e-4)
+    assert sum(frame.regions for frame in result.frames) == 6
+    aurocs = [category.figures.image_auroc for category in found.categories]
+    assert found.mean.image_auroc == pytest.approx(np.mean([value for value in aurocs if value is not None]))
+    assert found.mean.p_yes_auroc is None
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_goes_on_where_it_stopped(bundle: Bundle, dataset: Path, evaluated: Path, tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def stop_at(number: int) -> Callable[[Sequence[LabelledFrame], str], Iterable[LabelledFrame]]:
+        def progress(frames: Sequence[LabelledFrame], _: str) -> Iterable[LabelledFrame]:
+            for frame in frames:
+                if len(done) == number:
+                    raise Interrupted
+                yield frame
+                done.append(frame.name)
+
+        return progress
+
+    with pytest.raises(Interrupted):
+        evaluate(bundle, dataset, tmp_path, shots=2, seed=1, categories=["nut"], progress=stop_at(3))
+    with pytest.raises(VmadError, match=r"no results\.json"):
+        read_evaluation(tmp_path)
+    kept = {name: (tmp_path / "nut/frames" / name / "result.json").stat().st_mtime_ns for name in done}
+    after = evaluate(bundle, dataset, tmp_path, shots=2, seed=1, categories=["nut"])
+    assert after.categories[0] == read_evaluation(evaluated).categories[1]
+    assert kept == {name: (tmp_path / "nut/frames" / name / "result.json").stat().st_mtime_ns for name in kept}
+    assert len(kept) == 3 and not list(tmp_path.rglob("scores.npy"))
+
+    again = evaluate(
+        bundle, dataset, tmp_path, shots=2, seed=1, categories=["nut"], progress=stop_at(len(done))
+    )  # would be interrupted if there was anything left to inspect
+    assert again == after
+    with pytest.raises(VmadError, match=r"holds another evaluation: shots 2, now 1; choose another --out"):
+        evaluate(bundle, dataset, tmp_path, shots=1, seed=1)
+
+
+def test_what_cannot_be_inspected_or_measured_is_counted_and_said(
+    bundle: Bundle, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(dataset / "nut", tmp_path / "nut")
+    (tmp_path / "nut/test/good/broken.png").write_text("no image")
+    (tmp_path / "nut/ground_truth/scratch/0_mask.png").unlink()
+    write(tmp_path / "nut/ground_truth/scratch/1.png", np.zeros((64, 48), np.uint8))
+    status = main(["evaluate", str(bundle.path), str(tmp_path / "nut"), "--out", str(tmp_path / "out"), "--json"])
+    printed = capsys.readouterr()
+    facts = json.loads(printed.out)
+    assert status == 3
+    nut = facts["categories"]["nut"]
+    assert (nut["frames"], nut["not_inspected"], nut["without_mask"], nut["enrolled"]) == (6, 1, 2, 0)
+    names = {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"}
+    assert all(0 <= nut[name] <= 1 for name in names) and names <= facts["mean"].keys()
+    said = " ".join(printed.err.split())
+    assert "1 frames were not inspected" in said and "not a readable image" in said
+    assert "2 defective frames have no mask" in said
+    frames = {frame.name: frame for frame in read_evaluation(tmp_path / "out").categories[0].frames}
+    assert frames["test/good/broken.png"].verdict is Verdict.NOT_INSPECTED
+    assert frames["test/scratch/0.png"].pixels == (0, 0)  # in the image figures alone
+    assert sum(sum(frame.pixels) for frame in frames.values()) == 3 * 64 * 48
+
+
+def test_page(evaluated: Path) -> None:
+    found = read_evaluation(evaluated)
+    page = write_page(found, evaluated).read_text("utf-8")
+    assert page.count("<polyline") == 6  # three curves of two categories
+    assert page.count("<figure>") == 10  # of three defects two worst and one best, of two good parts two worst
+    assert "http" not in page and "{{" not in page
+    assert f"{100 * (found.mean.image_auroc or 0):.1f}" in page and "paper" not in page.split("</style>")[1]
+
+
+def test_page_shows_what_was_published_for_the_same_data_set_alone(evaluated: Path) -> None:
+    found = read_evaluation(evaluated)
+    names = PUBLISHED[0].categories.split()
+    alike = [found.categories[0].model_copy(update={"name": name, "frames": ()}) for name in names]
+    page = write_page(found.model_copy(update={"categories": tuple(alike)}), evaluated.parent).read_text("utf-8")
+    row = page[page.index('<tr class="paper">') :].split("</tr>")[0]
+    assert [row.count(f"<td>{value}</td>") for value in (95.8, 96.1, 91.2)] == [1, 1, 1]
+    few = found.model_copy(update={"categories": tuple(alike[1:])})
+    assert '<tr class="paper">' not in write_page(few, evaluated.parent).read_text("utf-8")
+
+
+def test_compare(evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = read_evaluation(evaluated)
+    category = first.categories[1]
+    changed = category.frames[0].model_copy(update={"verdict": Verdict.NOT_INSPECTED})
+    better = category.figures.model_copy(
+        update={"image_auroc": (category.figures.image_auroc or 0) + 0.25, "aupro": None}
+    )
+    second = Evaluation(
+        settings=first.settings,
+        categories=(category.model_copy(update={"frames": (changed, *category.frames[1:]), "figures": better}),),
+    )
+    (compared,) = compare(first, second)
+    assert compared.difference["image_auroc"] == pytest.approx(0.25)
+    assert compared.difference["image_ap"] == 0 and compared.difference["aupro"] is None
+    assert [(f.frame, f.before, f.after) for f in compared.flipped] == [
+        (changed.name, category.frames[0].verdict, Verdict.NOT_INSPECTED)
+    ]
+    (tmp_path / "results.json").write_text(second.model_dump_json())
+    assert main(["evaluate", "--compare", str(evaluated), str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["categories"]["nut"]["frames"] == 5
+    assert main(["evaluate", "--compare", str(evaluated), str(tmp_path)]) == 0
+    assert f"nut: {changed.name}" in capsys.readouterr().out
+
+    other = changed.model_copy(update={"made_of": ("another frame", "", "")})
+    strange = category.model_copy(update={"frames": (other, *category.frames[1:])})
+    with pytest.raises(VmadError, match="saw different frames"):
+        compare(first, second.model_copy(update={"categories": (strange,)}))
+    with pytest.raises(VmadError, match="a category in common"):
+        compare(first, second.model_copy(update={"categories": ()}))
+
+
+@pytest.mark.parametrize(
+    "args,says",
+    [
+        (["{data}/nut/train"], "expected MVTec AD's layout"),
+        (["{data}", "--categories", "screw"], "has no category screw; it has bolt_m3, nut"),
+        (["{data}", "--shots", "5"], "bolt_m3 has 4 normal frames to enroll; --shots 5 asks for more"),
+        (["{data}", "--shots", "some"], "expected a number or all"),
+        (["{data}", "--out", "{data}/nut"], "is not empty and holds no evaluation"),
+        ([], "expected BUNDLE and DATASET"),
+    ],
+)
+def test_usage_errors(
+    args: list[str], says: str, bundle: Bundle, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", str(bundle.path), *(arg.format(data=dataset) for arg in args), "--station", str(tmp_path)]
+    try:
+        status = main(command)
+    except SystemExit as left:  # argparse's way
+        status = int(str(left.code))
+    assert status == 2 and says in capsys.readouterr().err
+
+
+def test_a_mask_of_another_size_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "mask.png", np.zeros((8, 9), np.uint8))
+    with pytest.raises(FrameError, match=r"mask\.png: expected a mask of 9×8 pixels"):
+        LabelledFrame("a", tmp_path / "a.png", True, tmp_path / "mask.png").read_mask((9, 8))
+
+
+def visa(folder: Path, rows: list[dict[str, str]]) -> None:
+    (folder / "split_csv").mkdir(parents=True)
+    with (folder / "split_csv/1cls.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["object", "split", "label", "image", "mask"])
+        table.writeheader()
+        table.writerows(rows)
+
+
+def test_visa(tmp_path: Path) -> None:
+    rows = []
+    for name in ("pcb1", "candle"):
+        for number, (split, label) in enumerate((("train", "normal"), ("test", "normal"), ("test", "anomaly"))):
+            image = f"{name}/Data/Images/{label}/{number}.JPG"
+            mask = f"{name}/Data/Masks/Anomaly/{number}.png" if label == "anomaly" else ""
+            write(tmp_path / image, np.full((16, 16, 3), 99, np.uint8))
+            if mask:
+                write(tmp_path / mask, np.eye(16, dtype=np.uint8) * 2)  # the number of a defect's kind
+            rows.append({"object": name, "split": split, "label": label, "image": image, "mask": mask})
+    visa(tmp_path, rows)
+    found = read_dataset(tmp_path)
+    assert [(c.name, len(c.train), [f.defective for f in c.test]) for c in found] == [
+        ("candle", 1, [False, True]),
+        ("pcb1", 1, [False, True]),
+    ]
+    good, bad = (frame.read_mask((16, 16)) for frame in found[0].test)
+    assert good is not None and not good.any()
+    np.testing.assert_array_equal(bad, np.eye(16, dtype=bool))
+    assert read_dataset(tmp_path / "pcb1") == [found[1]] == read_dataset(tmp_path, ["pcb1"])
+
+
+@pytest.mark.parametrize(
+    "change,says",
+    [
+        ({"image": "../secret.png"}, "expected a path below"),
+        ({"image": "nothing.png"}, "line 2: nothing.png does not exist"),
+        ({"label": "odd"}, "normal or anomaly"),
+        ({"object": "../x"}, "expected an object's name"),
+    ],
+)
+def test_visa_refuses(change: dict[str, str], says: str, tmp_path: Path) -> None:
+    write(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+    visa(tmp_path, [{"object": "a", "split": "test", "label": "normal", "image": "a.png", "mask": "", **change}])
+    with pytest.raises(FrameError, match=says):
+        read_dataset(tmp_path)
