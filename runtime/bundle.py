@@ -7,6 +7,7 @@ bundle/
   llm.gguf              the language model with its LoRA merged
   similarity.safetensors  DSSL's normal features
   parity.json           source against export, as measured when the bundle was made
+  parity.html           the same for people, with pictures
 """
 
 from __future__ import annotations
