@@ -168,11 +168,16 @@ class StageParity(Record):
             if value is None or not (value <= limit if measure in _ERRORS else value >= limit):
                 side = "at most" if measure in _ERRORS else "at least"
                 found = self.fault or ("nothing" if value is None else f"{value:.3g}")
-                return f"{measure.replace('_', ' ')} {found}, expected {side} {limit:.10g}"
+                return f"{measure.replace('_', ' ')} {found}, expected {side} {_limit(measure, limit)}"
         return None
 
 
 _ERRORS = ("max_abs_error", "max_relative_error")
+
+
+def _limit(measure: Measure, value: float) -> str:
+    """Likenesses end in many nines."""
+    return format(value, ".2g" if measure in _ERRORS else ".10g")
 
 
 class Parity(Record):
@@ -217,7 +222,7 @@ class Parity(Record):
         for column in COLUMNS:
             table.add_column(column, justify="right", no_wrap=column != "limit")
         for row in self.stages:
-            table.add_row(row.stage, *cells(row, len(self.images)), style="bold red" if row.broken else None)
+            table.add_row(row.stage, *row_in_words(row, len(self.images)), style="bold red" if row.broken else None)
         return table
 
 
@@ -232,7 +237,7 @@ _SHORT: dict[Measure, str] = {
 COLUMNS = (*_SHORT.values(), "limit")
 
 
-def cells(row: StageParity, images: int) -> list[str]:
+def row_in_words(row: StageParity, images: int) -> list[str]:
     """`row` in words, a text for each of COLUMNS."""
 
     def number(value: float | None, form: str) -> str:
@@ -246,7 +251,9 @@ def cells(row: StageParity, images: int) -> list[str]:
         number(row.max_relative_error, ".1e"),
         number(row.iou, ".4f"),
         number(row.rank_correlation, ".5f"),
-        ", ".join(f"{_SHORT[measure]} {sign[measure]} {limit:.10g}" for measure, limit in row.limits.items()),
+        ", ".join(
+            f"{_SHORT[measure]} {sign[measure]} {_limit(measure, limit)}" for measure, limit in row.limits.items()
+        ),
     ]
 
 

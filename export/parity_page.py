@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vmad_edge.export.parity import COLUMNS, Parity, Stages, cells
+from vmad_edge.export.parity import COLUMNS, Parity, Stages, row_in_words
 from vmad_edge.runtime.files import write_whole
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Inspection, Verdict
@@ -30,19 +30,20 @@ class ParityPage:
         if len(self._rows) == self._most:
             return
         hottest = float(np.nanmax(source["map"])) or 1.0  # one scale for both
-        pictures = [_picture(frame.pixels)]
+        pictures = []
         for side in (source, exported):
             shown = Inspection(frame, "", Verdict.UNCERTAIN, map=side.get("map"))
             pictures.append("" if shown.map is None else _picture(heat(shown, hottest)))
+        for side in (source, exported):
             mask = side.get("mask")
             pictures.append("" if mask is None else _picture(_tinted(frame.pixels, mask)))
-        name, plain, *rest = html.escape(Path(frame.id).name), *pictures
-        self._rows.append(f"<tr><td>{plain}{name}</td>{''.join(f'<td>{picture}</td>' for picture in rest)}</tr>")
+        name, cells = html.escape(Path(frame.id).name), "".join(f"<td>{picture}</td>" for picture in pictures)
+        self._rows.append(f"<tr><td>{_picture(frame.pixels)}{name}</td>{cells}</tr>")
 
     def write(self, path: Path, parity: Parity) -> None:
         stages = []
         for row in parity.stages:
-            words = "".join(f"<td>{html.escape(text)}</td>" for text in cells(row, len(parity.images)))
+            words = "".join(f"<td>{html.escape(text)}</td>" for text in row_in_words(row, len(parity.images)))
             passed = "past its limit" if row.broken else "passed" if row.limits else "no limit"
             kind = ' class="broken"' if row.broken else ""
             stages.append(
@@ -50,7 +51,12 @@ class ParityPage:
             )
         page = _TEMPLATE.read_text("utf-8")
         for mark, text in (
-            ("{{facts}}", html.escape(f"Language model {parity.quantization}: {parity.tensors_in_words}.")),
+            (
+                "{{facts}}",
+                html.escape(
+                    f"{parity.precision_in_words}, language model {parity.quantization} ({parity.tensors_in_words})."
+                ),
+            ),
             (
                 "{{outcome}}",
                 html.escape(parity.failure or f"All stages within their limits on {len(parity.images)} images."),

@@ -87,10 +87,11 @@ def _told_when_full(bundle: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        by_numpy = error.errno is None and str(error).endswith(" written")  # ndarray.tofile, of fewer bytes than asked
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not by_numpy:
             raise
         raise BundleError(
-            f"{bundle} was not written: {error.strerror}. Make room there, or name another place."
+            f"{bundle} was not written: {error.strerror or error}. Make room there, or name another place."
         ) from None
 
 
