@@ -346,7 +346,7 @@ def read_vocabulary(language: Path) -> Vocabulary:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(language, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # transformers raises many kinds, tokenizers Exception itself
         raise CheckpointError(f"{language}: the tokenizer cannot be read ({error}).") from None
     path = language / "tokenizer.model"
     return _read_sentencepiece(path, tokenizer) if path.is_file() else _read_bpe(language / "tokenizer.json", tokenizer)
