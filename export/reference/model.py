@@ -73,7 +73,7 @@ class Batch:
 
 
 class ReferenceModel(nn.Module):
-    """Every part in one module; `losses_read` and `losses_mask` are the two stages of training."""
+    """Every part in one module; `losses_see`, `losses_read`, `losses_mask` are the stages of training."""
 
     def __init__(self, reader: Reader, seed: int) -> None:
         super().__init__()
@@ -111,6 +111,7 @@ class ReferenceModel(nn.Module):
         self.semantic_normal = nn.Parameter(torch.randn(1, LANGUAGE_WIDTH))
         # Scaffolds of the training, left out of the checkpoint.
         self.kind_head = nn.Linear(LANGUAGE_WIDTH, 1 + len(KINDS))
+        self.place_head = nn.Linear(LANGUAGE_WIDTH, (GRID // SCALE) ** 2)
         self.sam_head = nn.Conv2d(PROMPT_WIDTH, 1, 1)
 
     def adapt(self) -> None:
@@ -118,11 +119,10 @@ class ReferenceModel(nn.Module):
         lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
         # In a tuple, so that nn.Module does not register the same weights twice.
         self.adapted = (cast(PeftModel, get_peft_model(cast(Any, self.language), lora)),)
-        for module in (self.vision, self.projector):
+        for module in (self.vision, self.projector, self.kind_head, self.place_head):
             module.requires_grad_(False)
         for parameter in (self.visual_normal, self.visual_abnormal, self.semantic_normal):
             parameter.requires_grad_(False)
-        self.kind_head.requires_grad_(False)
         for name, parameter in self.language.named_parameters():
             parameter.requires_grad_("lora_" in name or "lm_head" in name or "embed_tokens" in name)
 
@@ -148,24 +148,32 @@ class ReferenceModel(nn.Module):
         states: Tensor = self.language.model(inputs_embeds=inputs).last_hidden_state
         return states[:, -after.shape[1] - 1 : -1]
 
+    def losses_see(self, batch: Batch) -> dict[str, Tensor]:
+        """Dense losses of vision and LTC: what is wrong with each patch and with each visual token's cell."""
+        return self._dense(batch, *self.see(batch.clip_pixels))
+
     def losses_read(self, batch: Batch) -> dict[str, Tensor]:
-        """Text, dense patch, semantic token and kind-of-cell losses: vision, LTC and the LLM."""
+        """The same and the LLM's text."""
         patches, visual_tokens = self.see(batch.clip_pixels)
-        states = self.read(batch, visual_tokens)
-        losses = self._text(batch, states)
+        return self._text(batch, self.read(batch, visual_tokens)) | self._dense(batch, patches, visual_tokens)
+
+    def _dense(self, batch: Batch, patches: Tensor, visual_tokens: Tensor) -> dict[str, Tensor]:
         cover = F.adaptive_avg_pool2d(batch.mask[:, None], GRID).flatten(1)
-        losses["patch"] = F.binary_cross_entropy_with_logits(
+        patch = F.binary_cross_entropy_with_logits(
             self.patch_logits(patches), (cover > 0.1).float(), pos_weight=torch.tensor(3.0)
         )
         cell = (F.adaptive_avg_pool2d(batch.mask[:, None], GRID // SCALE).flatten(1) > 0.05).float()
         cosine = F.cosine_similarity(visual_tokens.float(), self.semantic_normal, dim=-1)
-        losses["semantic"] = F.binary_cross_entropy_with_logits(
+        semantic = F.binary_cross_entropy_with_logits(
             -cosine / self.config.similarity.temperature, cell, pos_weight=torch.tensor(3.0)
         )
         kinds = (cell * batch.kind[:, None]).long().flatten()
         weight = torch.tensor([0.15] + [1.0] * len(KINDS))
-        losses["kind"] = 0.5 * F.cross_entropy(self.kind_head(visual_tokens).float().flatten(0, 1), kinds, weight)
-        return losses
+        kind = F.cross_entropy(self.kind_head(visual_tokens).float().flatten(0, 1), kinds, weight)
+        # Without this the visual tokens were seen to forget where they are, and the LLM to guess places.
+        where = self.place_head(visual_tokens).float()
+        place = F.cross_entropy(where.flatten(0, 1), torch.arange(where.shape[1]).repeat(len(where)))
+        return {"patch": patch, "semantic": semantic, "kind": 0.5 * kind, "place": 0.05 * place}
 
     def losses_mask(self, batch: Batch, short: Tensor) -> dict[str, Tensor]:
         """Text through the LoRA, and the mask branch on the defective parts.

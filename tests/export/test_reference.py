@@ -265,7 +265,7 @@ def test_batches_depend_on_their_number_alone(reader: Reader, monkeypatch: pytes
 
 def test_learning_rate_rises_then_falls() -> None:
     rates = [train.rate(step, 1000) for step in range(1000)]
-    assert rates[0] == pytest.approx(0.005, rel=0.02) and max(rates) == max(rates[190:210])
+    assert rates[0] == pytest.approx(0.01, rel=0.02) and max(rates) == max(rates[95:105])
     assert rates[-1] == pytest.approx(0.02, abs=1e-3)
 
 
