@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.floating[Any]]
 PRO_LIMIT = 0.3
 """AUPRO is the area up to this false positive rate, divided by it (Bergmann et al., MVTec AD)."""
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 _POINTS = 200
 """Of a curve that is kept to be drawn."""
 
