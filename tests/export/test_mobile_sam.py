@@ -250,7 +250,7 @@ def test_gamma_and_decoder(small: Checkpoint, random_weights: Weights, tmp_path:
     sparse = (hidden @ gamma["layers.2.weight"].T + gamma["layers.2.bias"])[:, None]
     expected = decode(random_weights, SMALL, torch.from_numpy(embeddings), sparse)
     assert_close(masks, expected[0])
-    assert_close(iou, expected[1])
+    assert_close(iou, expected[1], 1e-4)  # one number, smaller than the terms of its sum
 
 
 Change = Callable[[Weights], object]

@@ -217,7 +217,7 @@ def test_graph_that_fp16_moves_too_far_stays_fp32(
     """One graph is made to overflow; the others are not blamed for it. Weights beside a graph do not stay behind."""
     folder = shutil.copytree(bundle.path, tmp_path / "bundle")
     path = folder / "ltc_projector.onnx"
-    onnx.save(onnx.load(path), path, save_as_external_data=True, location="ltc_projector.onnx.data", size_threshold=0)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="ltc_projector.onnx.data")
     rewrite = precision.write_fp16
 
     def with_overflow(source: Path, target: Path) -> None:
