@@ -222,6 +222,7 @@ def _parse(path: Path, text: bytes) -> Manifest:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        path_in_file = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
+        where = path_in_file or "the file"
         advice = "This bundle needs a newer vmad-edge." if where == "schema_version" else "Export it again."
         raise BundleError(f"{path}: {where}: {first['msg']}, found {first.get('input')!r:.80}. {advice}") from None

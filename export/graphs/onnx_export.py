@@ -54,6 +54,7 @@ def export_onnx(
 
 
 def save_model(model: ir.Model, path: Path) -> None:
+    ir.external_data.load_to_model(model)  # weights beside the file it came from do not move with it
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
 

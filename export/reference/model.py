@@ -86,6 +86,8 @@ class ReferenceModel(nn.Module):
                 image_size=CLIP.size, patch_size=14, hidden_act="gelu",
             )
         )  # fmt: skip
+        # transformers' 0.02 is lost beside the patches' embeddings: the visual tokens forgot where they are.
+        nn.init.normal_(self.vision.embeddings.position_embedding.weight, std=0.2)
         self.projector = LtcProjector(WIDTH, len(self.config.levels), LANGUAGE_WIDTH, SCALE, self.config.ltc.heads)
         self.language = LlamaForCausalLM(
             LlamaConfig(
@@ -170,7 +172,7 @@ class ReferenceModel(nn.Module):
         kinds = (cell * batch.kind[:, None]).long().flatten()
         weight = torch.tensor([0.15] + [1.0] * len(KINDS))
         kind = F.cross_entropy(self.kind_head(visual_tokens).float().flatten(0, 1), kinds, weight)
-        # Without this the visual tokens were seen to forget where they are, and the LLM to guess places.
+        # So that the visual tokens keep where they are, for the LLM to say.
         where = self.place_head(visual_tokens).float()
         place = F.cross_entropy(where.flatten(0, 1), torch.arange(where.shape[1]).repeat(len(where)))
         return {"patch": patch, "semantic": semantic, "kind": 0.5 * kind, "place": 0.05 * place}

@@ -187,7 +187,7 @@ FAULTS: dict[str, tuple[Broken, str]] = {
     "no similarity": (lost(SIMILARITY), "missing"),
     "no SAM": (lost("segmenter/model.safetensors"), "missing"),
     "no adapter": (lost("adapter/adapter_model.safetensors"), "missing"),
-    "no tokenizer": (lost("language/tokenizer.model"), "missing"),
+    "no tokenizer": (("language/tokenizer.json", lost("language/tokenizer.model")[1]), "needs its tokenizer.model"),
     "a pickle": (added("vision/pytorch_model.bin"), "pickle.*run whatever program.*safetensors"),
     "a pickle, in capitals": (added("adapter/adapter_model.PT"), "pickle"),
     "a pickle deep inside": (added("old/best.ckpt"), "pickle"),
