@@ -106,7 +106,13 @@ class Inspection:
             "score": self.score,
             "p_yes": self.p_yes,
             "regions": [
-                {"box": list(r.box), "area": r.area, "peak": r.peak, "centroid": list(r.centroid)} for r in self.regions
+                {
+                    "box": list(r.box),
+                    "area": r.area,
+                    "peak": None if np.isnan(r.peak) else r.peak,  # a mask on what the screen's crop left out
+                    "centroid": list(r.centroid),
+                }
+                for r in self.regions
             ],
             "explanation": self.explanation,
             "reason": self.reason,

@@ -222,7 +222,7 @@ def normal(*shape: int) -> NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal(shape, np.float32)
 
 
-def assert_close(found: NDArray[Any], expected: Tensor, relative: float = 5e-5) -> None:
+def assert_close(found: NDArray[Any], expected: Tensor, relative: float = 2e-5) -> None:
     assert found.shape == expected.shape
     assert np.abs(found - expected.numpy()).max() <= relative * expected.abs().max()
 
@@ -249,7 +249,7 @@ def test_gamma_and_decoder(small: Checkpoint, random_weights: Weights, tmp_path:
     hidden = (torch.from_numpy(h_seg) @ gamma["layers.0.weight"].T + gamma["layers.0.bias"]).clamp(min=0)
     sparse = (hidden @ gamma["layers.2.weight"].T + gamma["layers.2.bias"])[:, None]
     expected = decode(random_weights, SMALL, torch.from_numpy(embeddings), sparse)
-    assert_close(masks, expected[0])
+    assert_close(masks, expected[0], 5e-5)  # FP32 on both sides: 2.3e-5 was seen with three prompts
     assert_close(iou, expected[1], 1e-4)  # one number, smaller than the terms of its sum
 
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from scipy import ndimage
 
-from vmad_edge.runtime.inspection import find_regions
+from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.inspection import Inspection, Verdict, find_regions
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -29,3 +32,10 @@ def test_regions_equal_scipys(seed: int) -> None:
 
 def test_no_region() -> None:
     assert find_regions(np.zeros((5, 5), bool), np.zeros((5, 5), np.float32)) == ()
+
+
+def test_region_outside_the_inspected_part_has_no_peak_in_json() -> None:
+    regions = find_regions(np.ones((5, 5), bool), np.full((5, 5), np.nan, np.float32))
+    frame = Frame(np.zeros((5, 5, 3), np.uint8), "x")
+    made = Inspection(frame, "part", Verdict.DEFECT, regions=regions).to_json()
+    assert json.loads(json.dumps(made, allow_nan=False))["regions"][0]["peak"] is None
