@@ -74,6 +74,7 @@ def _open(
         visual_tokens=1,
         context_length=WINDOW + 1,
         vocabulary=len(embedding),
+        space_prefix="never",
         quantization=quantization,
         seg_token=tokenizer.eos_token,
         seg_token_id=end,

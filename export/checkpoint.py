@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from vmad_edge.runtime.bundle import Answer, ClipInput, Conversation, Record, SamInput, Similarity, Weights
+from vmad_edge.runtime.bundle import Answer, ClipInput, Conversation, Record, SamInput, Similarity, SpacePrefix, Weights
 from vmad_edge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and reading a config does not need it
@@ -89,6 +89,7 @@ class Checkpoint:
     vocabulary: int
     """Rows of the embedding, with what the adapter adds."""
     context_length: int
+    space_prefix: SpacePrefix
     seg_token_id: int
 
     @staticmethod
@@ -102,7 +103,7 @@ class Checkpoint:
         _refuse_pickles(folder)
         config = _validate(Config, folder / "config.json", _read_json(folder / "config.json"))
         vision = _check_model(folder / "vision")
-        language, vocabulary = _check_language(folder)
+        language, vocabulary, space_prefix = _check_language(folder)
         segmenter = _check_segmenter(folder / "segmenter")
         width, language_width, grid = vision.hidden_size, language.hidden_size, vision.image_size // vision.patch_size
         _check_levels(folder / "config.json", config, vision.num_hidden_layers)
@@ -119,6 +120,7 @@ class Checkpoint:
             language_width=language_width,
             vocabulary=vocabulary,
             context_length=language.max_position_embeddings,
+            space_prefix=space_prefix,
             seg_token_id=_check_tokens(folder, config, vocabulary),
         )
 
@@ -350,16 +352,16 @@ def _check_similarity(path: Path, width: int, language_width: int) -> None:
     _check_shapes(path, expected, found, optional={"visual_abnormal": ""}, reason=reason)
 
 
-def _check_language(folder: Path) -> tuple[LlamaConfig, int]:
-    """The LLM's config and the rows of its embedding, with those that the adapter adds."""
+def _check_language(folder: Path) -> tuple[LlamaConfig, int, SpacePrefix]:
+    """The LLM's config, the rows of its embedding with those that the adapter adds, and where its tokenizer puts ▁."""
     from transformers import LlamaConfig
 
     from vmad_edge.export.language import merged_tensors, read_vocabulary
 
     # All is checked before the first tensor, the embedding, is read; it alone is.
     _, embedding = next(merged_tensors(folder / "language", folder / "adapter"))
-    read_vocabulary(folder / "language")
-    return LlamaConfig.from_pretrained(folder / "language"), len(embedding)
+    space_prefix = read_vocabulary(folder / "language").space_prefix
+    return LlamaConfig.from_pretrained(folder / "language"), len(embedding), space_prefix
 
 
 def _check_tokens(folder: Path, config: Config, vocabulary: int) -> int:

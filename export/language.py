@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoTokenizer
 
+from vmad_edge.runtime.bundle import SpacePrefix
 from vmad_edge.runtime.errors import CheckpointError
 from vmad_edge.runtime.stages.language import llama_messages
 
@@ -332,7 +333,7 @@ class Vocabulary:
     special_ids: dict[str, int]
     """Of "bos", "eos", "unk", "pad", those that there are."""
     add_bos: bool
-    add_space_prefix: bool
+    space_prefix: SpacePrefix
 
 
 def read_vocabulary(language: Path) -> Vocabulary:
@@ -365,6 +366,7 @@ def _read_sentencepiece(path: Path, tokenizer: Any) -> Vocabulary:
     if types.count(gguf.TokenType.BYTE) != 256:
         raise CheckpointError(f"{path}: no byte fallback: llama.cpp cannot tokenise text with it.")
     for token_id, added in sorted(tokenizer.added_tokens_decoder.items()):
+        _refuse_greedy(path, added)
         if token_id < len(tokens) and tokens[token_id] == added.content:
             continue
         _put(tokens, scores, types, token_id, added.content, _added_type(added))
@@ -384,8 +386,22 @@ def _read_sentencepiece(path: Path, tokenizer: Any) -> Vocabulary:
         special_ids=_special_ids(path, tokenizer),
         # transformers 4 adds BOS unless told otherwise; 5 forgets the setting when it saves, and then adds none.
         add_bos=_adds_bos(path, tokenizer, default=True),
-        add_space_prefix=tokenizer.tokenize("a")[0].startswith("▁"),
+        space_prefix=_space_prefix(path, tokenizer),
     )
+
+
+def _space_prefix(path: Path, tokenizer: Any) -> SpacePrefix:
+    """LLaMA's normalizer and pre-tokenizer do nothing but put ▁ for spaces and, by this scheme, before texts."""
+    applied = json.loads(tokenizer.backend_tokenizer.to_str())
+    scheme: SpacePrefix = (applied["pre_tokenizer"] or {}).get("prepend_scheme", "never")
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    if applied["normalizer"] is not None or applied["pre_tokenizer"] != metaspace:
+        raise CheckpointError(
+            f"{path}: expected LLaMA's tokenizer (no normalizer, pre_tokenizer Metaspace), found normalizer "
+            f"{applied['normalizer']}, pre_tokenizer {applied['pre_tokenizer']}. "
+            'With "tokenizer_class": "LlamaTokenizer" in tokenizer_config.json transformers builds it.'
+        )
+    return scheme
 
 
 def _byte_level(*, use_regex: bool) -> dict[str, Any]:
@@ -433,10 +449,7 @@ def _read_bpe(path: Path, tokenizer: Any) -> Vocabulary:
             raise CheckpointError(f"{path}: token {token_id} is {token!r}, which is no string of bytes.")
         _put(tokens, scores, types, token_id, token, gguf.TokenType.NORMAL)
     for token_id, token in added.items():
-        if token.lstrip or token.rstrip or token.single_word:
-            raise CheckpointError(
-                f"{path}: {token.content} has lstrip, rstrip or single_word on, which llama.cpp does not know."
-            )
+        _refuse_greedy(path, token)
         _put(tokens, scores, types, token_id, token.content, _added_type(token))
     return Vocabulary(
         model="gpt2",
@@ -447,7 +460,7 @@ def _read_bpe(path: Path, tokenizer: Any) -> Vocabulary:
         merges=[" ".join(pair) for pair in model["merges"]],
         special_ids=_special_ids(path, tokenizer),
         add_bos=_adds_bos(path, tokenizer, default=None),
-        add_space_prefix=False,
+        space_prefix="never",
     )
 
 
@@ -510,6 +523,13 @@ def _piece_type(pieces: SentencePieceProcessor, token_id: int) -> gguf.TokenType
     if pieces.is_byte(token_id):
         return gguf.TokenType.BYTE
     return gguf.TokenType.NORMAL
+
+
+def _refuse_greedy(path: Path, token: Any) -> None:
+    if token.lstrip or token.rstrip or token.single_word:
+        raise CheckpointError(
+            f"{path}: {token.content} has lstrip, rstrip or single_word on, which llama.cpp does not know."
+        )
 
 
 def _added_type(token: Any) -> gguf.TokenType:
@@ -603,7 +623,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, rows: int) 
     for kind, token_id in vocabulary.special_ids.items():
         getattr(writer, f"add_{kind}_token_id")(token_id)
     writer.add_add_bos_token(vocabulary.add_bos)
-    writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    writer.add_add_space_prefix(vocabulary.space_prefix != "never")
 
 
 def _permute(name: str, array: Array, config: Config) -> Array:

@@ -147,6 +147,7 @@ def _manifest(source: Checkpoint, quantization: Quantization) -> Manifest:
             visual_tokens=source.visual_tokens,
             context_length=source.context_length,
             vocabulary=source.vocabulary,
+            space_prefix=source.space_prefix,
             quantization=quantization,
             seg_token=config.seg_token,
             seg_token_id=source.seg_token_id,

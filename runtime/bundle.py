@@ -29,6 +29,7 @@ Triple = tuple[float, float, float]
 Positive = Annotated[int, Field(gt=0)]
 Answer = Literal["full", "short"]
 Precision = Literal["fp32", "fp16"]
+SpacePrefix = Literal["first", "always", "never"]
 
 
 class Record(BaseModel):
@@ -92,6 +93,8 @@ class Language(Record):
     """K."""
     context_length: Positive
     vocabulary: Positive
+    space_prefix: SpacePrefix = "first"
+    """Where the tokenizer puts a ▁ of its own: before a text, also after each special token in it, nowhere."""
     quantization: Literal["f32", "f16", "q8_0", "q4_k_m"]
     seg_token: str
     seg_token_id: int

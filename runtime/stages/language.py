@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import ctypes
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -30,6 +31,15 @@ Array = NDArray[np.float32]
 _KEPT, _WORKING = 0, 1  # llama.cpp sequences: the prompt's part before <image>, and the answer at hand
 _F32 = 0  # GGML_TYPE_F32
 _SPECIAL = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_USER_DEFINED | llama.LLAMA_TOKEN_ATTR_UNKNOWN
+
+# Where ▁ goes is for the manifest to say: llama.cpp's own way is none of transformers'. An empty entry ends the list.
+_NO_SPACE_PREFIX = (llama.llama_model_kv_override * 2)(
+    llama.llama_model_kv_override(
+        tag=llama.LLAMA_KV_OVERRIDE_TYPE_BOOL,
+        key=b"tokenizer.ggml.add_space_prefix",
+        value=llama.llama_model_kv_override_value(val_bool=False),
+    )
+)
 
 _messages: deque[str] = deque(maxlen=8)
 
@@ -101,21 +111,23 @@ class LanguageModel:
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.use_extra_bufts = False  # repacked weights: llama.cpp's AMX path crashes on Q8_0
+        params.kv_overrides = _NO_SPACE_PREFIX
         self._model = llama.llama_model_load_from_file(os.fsencode(gguf), params)
         if not self._model:
             raise BundleError(f"{gguf}: llama.cpp cannot load it ({llama_messages()}). Export the bundle again.")
         try:
             self._vocab = llama.llama_model_get_vocab(self._model)
             self._bpe = llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_BPE
+            ids = range(llama.llama_vocab_n_tokens(self._vocab))
+            self._special = {self._token(i) for i in ids if llama.llama_vocab_get_attr(self._vocab, i) & _SPECIAL}
+            self._prefixed = _prefixed(self._special, language.space_prefix)
             self._check(gguf)
             self._context = self._open_context(threads or len(os.sched_getaffinity(0)), exact)
         except BaseException:
             self.close()
             raise
-        ids = range(language.vocabulary)
         self._yes_no = language.yes_token_ids, language.no_token_ids
         self._end_ids = [i for i in ids if llama.llama_vocab_is_eog(self._vocab, i)]
-        self._special = {self._token(i) for i in ids if llama.llama_vocab_get_attr(self._vocab, i) & _SPECIAL}
         self._before, self._after = conversation.template.split("<image>")
         self._short_ids = self._tokenize(conversation.short_answer)
 
@@ -387,14 +399,9 @@ class LanguageModel:
         llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
 
     def _tokenize(self, text: str, *, first: bool = False) -> list[int]:
-        """Ids as transformers makes them; BOS, where the model has it, only with `first`.
-
-        SentencePiece: transformers puts ▁ before a text unless it starts with one (or a space); llama.cpp always does.
-        """
-        if not self._bpe and text[:1] in (" ", "▁"):
-            text = text[1:]
-        data = text.encode()
-        ids = (ctypes.c_int32 * (len(data) + 2))()  # at most one a byte, BOS and ▁
+        """Ids as transformers makes them; BOS, where the model has it, only with `first`."""
+        data = self._prefixed.sub(r"\1 ", text).encode()
+        ids = (ctypes.c_int32 * (len(data) + 1))()  # at most one a byte, and BOS
         n = llama.llama_tokenize(self._vocab, data, len(data), ids, len(ids), first, True)
         return ids[:n]
 
@@ -407,6 +414,16 @@ class LanguageModel:
         buffer = ctypes.create_string_buffer(256)
         n = llama.llama_token_to_piece(self._vocab, token_id, buffer, len(buffer), 0, False)
         return buffer.raw[:n]
+
+
+def _prefixed(special: set[str], where: bundle.SpacePrefix) -> re.Pattern[str]:
+    """What a ▁ follows: a text's beginning, or a special token, with more text than one, and no space, behind it.
+
+    tokenizers' Metaspace by its prepend_scheme.
+    """
+    token = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))  # the longest that fits
+    place = {"first": r"(\A)", "always": rf"(\A|{token})", "never": "((?!))"}[where]
+    return re.compile(rf"{place}(?![ ▁]|{token}|\Z)")
 
 
 class _Text:

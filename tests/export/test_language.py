@@ -18,7 +18,7 @@ from gguf.quants import dequantize
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_language import SEG, WIDTH, write_adapter, write_language, write_llama_bpe, write_smollm
-from transformers import AutoTokenizer, LlamaForCausalLM, LlamaTokenizer
+from transformers import AddedToken, AutoTokenizer, LlamaForCausalLM, LlamaTokenizer
 
 from vmad_edge.export.language import export_language, merged_tensors, read_vocabulary, type_mix
 from vmad_edge.runtime.errors import CheckpointError
@@ -272,6 +272,22 @@ def _forget_bos(folder: Path) -> None:
     LlamaTokenizer.from_pretrained(folder, add_bos_token=False).save_pretrained(folder)
 
 
+def _takes_spaces(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken("<more>", lstrip=True)])
+    tokenizer.save_pretrained(folder)
+
+
+def _of_transformers_4(folder: Path) -> None:
+    """▁ by a normalizer, which transformers 5 rebuilds for LlamaTokenizer and else takes as it is."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    tokenizer["pre_tokenizer"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    _config("tokenizer_class", "PreTrainedTokenizerFast")(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -282,6 +298,8 @@ def _forget_bos(folder: Path) -> None:
         pytest.param(_without("tokenizer.model"), "SentencePiece", id="another kind of tokenizer"),
         pytest.param(_forget_bos, "adds no BOS", id="BOS forgotten by transformers 5"),
         pytest.param(_other_tokenizer, "▁the", id="tokenizer files that differ"),
+        pytest.param(_takes_spaces, "lstrip", id="a token that takes spaces"),
+        pytest.param(_of_transformers_4, "no normalizer", id="another way to put ▁"),
     ],
 )
 def test_language_folder_that_cannot_be_exported(copy: Path, change: Callable[[Path], None], names: str) -> None:

@@ -71,6 +71,7 @@ def model(exported: Exported, tokenizer: PreTrainedTokenizerFast) -> Iterator[La
         visual_tokens=1,
         context_length=256,
         vocabulary=49153,
+        space_prefix="never",
         quantization="f16",
         seg_token=SEG,
         seg_token_id=49152,

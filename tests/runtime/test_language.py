@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +17,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_language import SEG, WIDTH, write_adapter, write_language, write_llama_bpe, write_smollm
+from tiny_language import SEG, WIDTH, write_adapter, write_language, write_llama_bpe, write_sentencepiece, write_smollm
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AddedToken, AutoTokenizer, LlamaForCausalLM, LlamaTokenizer
 
-from vmad_edge.export.language import export_language
+from vmad_edge.export.language import export_language, read_vocabulary
 from vmad_edge.runtime.bundle import Conversation, Language
 from vmad_edge.runtime.errors import BundleError, VmadError
 from vmad_edge.runtime.stages.language import LanguageModel
@@ -58,6 +60,7 @@ class Source:
             visual_tokens=len(VISUAL),
             context_length=256,
             vocabulary=model.config.vocab_size,
+            space_prefix=read_vocabulary(folder / "language").space_prefix,
             quantization="f32",
             seg_token=SEG,
             seg_token_id=tokenizer.convert_tokens_to_ids(SEG),
@@ -222,6 +225,50 @@ def test_prompt_ids_of_any_text(source: Source, templated: tuple[str, LanguageMo
     assume(not any(token in question for token in ("<s>", "</s>", "<unk>", SEG, "<image>")))
     template, model = templated
     assert model.prompt_ids(question) == source.prompt_ids(template, question)
+
+
+IMAGE_ENDS = ["<im_start>", "<im_end>"]
+LISA = "A chat. USER: <im_start><image><im_end>\n{question} ASSISTANT:"
+TOKENIZERS = {
+    # case: (whether <im_start> and <im_end> are special, settings of LlamaTokenizer, where it puts ▁)
+    "special": (True, {}, "first"),
+    "not special": (False, {}, "first"),
+    "legacy": (True, {"legacy": True}, "always"),
+    "no prefix": (True, {"add_prefix_space": False}, "never"),
+}
+
+
+def write_lisa(folder: Path, special: bool, settings: dict[str, Any]) -> LlamaTokenizer:
+    """LISA adds <im_start> and <im_end> as special tokens."""
+    tokenizer = write_sentencepiece(folder)
+    tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in IMAGE_ENDS])
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS.values(), ids=TOKENIZERS)
+def lisa(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Source:
+    special, settings, where = request.param
+    write_tokenizer = partial(write_lisa, special=special, settings=settings)
+    source = Source.write(tmp_path_factory.mktemp("lisa"), write_tokenizer=write_tokenizer, num_hidden_layers=1)
+    assert source.language.space_prefix == where
+    return source
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param(LISA, id="LISA"),
+        pytest.param("<im_start><image><im_end>{question}<im_start>A", id="the question straight behind it"),
+        pytest.param("<im_end> a <im_end><im_end>{question}\n<image> <im_start> b<im_end>", id="spaces around them"),
+    ],
+)
+def test_prompt_ids_around_special_tokens(lisa: Source, template: str) -> None:
+    with lisa.open(conversation(template)) as model:
+        for question in (QUESTION, "", " a", "▁a", "\n", "  a "):
+            assert model.prompt_ids(question) == lisa.prompt_ids(template, question), question
 
 
 @pytest.mark.parametrize("question", ["Is <seg> here?", "</s>", "a<s>b", "<unk>", "<image>", "\udc80"])
