@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vmad_edge.runtime.bundle import Bundle, Language, Precision
-from vmad_edge.runtime.engines.onnxruntime import Device
+from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import list_images
 

@@ -27,7 +27,8 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, SamImageProcessor
 from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.language import type_mix
 from vmad_edge.runtime.bundle import Bundle, Manifest, Precision, Record
-from vmad_edge.runtime.engines.onnxruntime import Device, OnnxRuntimeEngine
+from vmad_edge.runtime.engines import Device
+from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import CheckpointError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Verdict
@@ -587,10 +588,8 @@ class Exported:
         self._manifest = manifest = bundle.manifest
         self._screen = Screen(bundle, device)
         self._normal = NormalFeatures(bundle.file("similarity.safetensors"), manifest.similarity)
-        self._engines = {
-            name: OnnxRuntimeEngine(bundle.file(f"{name}.onnx"), device)
-            for name in ("ltc_projector", "sam_encoder", "mask_decoder")
-        }
+        engines = Engines.choose(bundle, device)
+        self._engines = {name: engines.open(name) for name in ("ltc_projector", "sam_encoder", "mask_decoder")}
         self._language = LanguageModel(bundle.file("llm.gguf"), manifest.language, manifest.conversation, exact=True)
 
     def __enter__(self) -> Exported:

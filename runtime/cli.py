@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 from PIL import Image
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from vmad_edge.runtime.bundle import Answer, Bundle
 from vmad_edge.runtime.calibrate import Targets, calibrate
-from vmad_edge.runtime.engines.onnxruntime import Device
+from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.evaluate import Figures, Shots, compare, evaluate, read_evaluation
 from vmad_edge.runtime.evaluate_page import warnings, write_page
@@ -180,7 +180,7 @@ def _shots(text: str) -> Shots:
 def _add_bundle(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", nargs=nargs, help="a folder made by `vmad export`")
     parser.add_argument("--station", metavar="DIR", help="the device's own folder (default: your user data folder)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
+    parser.add_argument("--device", choices=get_args(Device), default="auto", help="default: %(default)s")
 
 
 def _add_frames(parser: argparse.ArgumentParser) -> None:
@@ -296,7 +296,9 @@ def _info(args: argparse.Namespace) -> int:
             "station": str(inspector.station.path),
             "enrolled": inspector.station.enrolled(),
             "calibrated": {n: _calibration_facts(found) for n, found in inspector.station.calibrated().items()},
+            "device": inspector.engines.device,
             "provider": inspector.provider,
+            "passed_over": inspector.engines.passed_over,
             "cuda_kernels": "not in this build",
         }
     _print_facts(facts, args.json)

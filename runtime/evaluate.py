@@ -22,7 +22,7 @@ from PIL import Image
 
 from vmad_edge.runtime.bundle import Bundle, Record
 from vmad_edge.runtime.dataset import Category, LabelledFrame, read_dataset
-from vmad_edge.runtime.engines.onnxruntime import Device
+from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.files import sha256, whole_folder, write_whole
 from vmad_edge.runtime.inspection import Inspection, Verdict

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from vmad_edge.runtime.bundle import Answer, Bundle, Thresholds
-from vmad_edge.runtime.engines.onnxruntime import Device
+from vmad_edge.runtime.engines import Device
+from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame, FrameSource
 from vmad_edge.runtime.inspection import Inspection, Region, Verdict, find_regions
@@ -70,7 +71,7 @@ class Inspector:
         self._calibrated = calibrated
         self._sources: dict[str, SimilaritySource] = {}
         self._lock = threading.Lock()
-        self._reviews = ReviewProcess(bundle.path, device)
+        self._reviews = ReviewProcess(bundle.path, self._screen.engines.device)
 
     @staticmethod
     def open(
@@ -99,6 +100,11 @@ class Inspector:
     def close(self) -> None:
         """End the review process."""
         self._reviews.close()
+
+    @property
+    def engines(self) -> Engines:
+        """What runs the graphs, and why."""
+        return self._screen.engines
 
     @property
     def provider(self) -> str:

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmad_edge.runtime.bundle import Answer, Bundle
-from vmad_edge.runtime.engines.onnxruntime import Device
+from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vmad_edge.runtime.bundle import Answer, Bundle, Thresholds
-from vmad_edge.runtime.engines.onnxruntime import Device, OnnxRuntimeEngine
+from vmad_edge.runtime.engines import Device
+from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features
@@ -58,7 +59,8 @@ class Screen:
 
     def __init__(self, bundle: Bundle, device: Device) -> None:
         self._manifest = bundle.manifest
-        self._clip_encoder = OnnxRuntimeEngine(bundle.file("clip_encoder.onnx"), device)
+        self.engines = Engines.choose(bundle, device)
+        self._clip_encoder = self.engines.open("clip_encoder")
         self.provider = self._clip_encoder.provider
 
     def run(self, frame: Frame, source: SimilaritySource, watch: Stopwatch) -> Screening:
@@ -129,9 +131,10 @@ class Review:
 
     def __init__(self, bundle: Bundle, device: Device) -> None:
         self._manifest = bundle.manifest
-        self._ltc_projector = OnnxRuntimeEngine(bundle.file("ltc_projector.onnx"), device)
-        self._sam_encoder = OnnxRuntimeEngine(bundle.file("sam_encoder.onnx"), device)
-        self._mask_decoder = OnnxRuntimeEngine(bundle.file("mask_decoder.onnx"), device)
+        engines = Engines.choose(bundle, device)
+        self._ltc_projector = engines.open("ltc_projector")
+        self._sam_encoder = engines.open("sam_encoder")
+        self._mask_decoder = engines.open("mask_decoder")
         self._language = LanguageModel(bundle.file("llm.gguf"), self._manifest.language, self._manifest.conversation)
         self._beside = ThreadPoolExecutor(1, "sam_encoder")
 

@@ -1,0 +1,77 @@
+"""What runs a bundle's graphs on this machine, and why: TensorRT, else CUDA, else OpenVINO, else the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import get_args
+
+from vmad_edge.runtime.bundle import Bundle
+from vmad_edge.runtime.engines import Device, Engine
+from vmad_edge.runtime.engines.gpu import gpu
+from vmad_edge.runtime.errors import VmadError
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Opens a bundle's graphs on one device."""
+
+    bundle: Bundle
+    device: Device
+    """Never "auto"."""
+    passed_over: dict[Device, str]
+    """What "auto" would rather have taken, and why it did not."""
+
+    @staticmethod
+    def choose(bundle: Bundle, device: Device) -> Engines:
+        """The first device that can run the bundle; one that is named is taken or refused.
+
+        Raises:
+            VmadError: the device cannot be had here; the message says why and what to do.
+        """
+        passed_over: dict[Device, str] = {}
+        for candidate in get_args(Device)[1:] if device == "auto" else (device,):
+            reason = _why_not(candidate)
+            if reason is None:
+                return Engines(bundle, candidate, passed_over)
+            passed_over[candidate] = reason
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+        raise VmadError(f"device {device!r} cannot run {bundle.path} here. {reasons}.")
+
+    def open(self, graph: str) -> Engine:
+        """The engine of `graph` ("clip_encoder", …).
+
+        Raises:
+            BundleError: the bundle has no such graph, or the engine cannot load it.
+            VmadError: the device fails, or has no memory left.
+        """
+        path = self.bundle.file(f"{graph}.onnx")
+        # Imported here: each is an extra of its own, and a device needs one of them.
+        if self.device == "openvino":
+            from vmad_edge.runtime.engines.openvino import OpenVinoEngine
+
+            return OpenVinoEngine(path, self.bundle.manifest.precision.get(graph))
+        from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(path, "cuda" if self.device == "cuda" else "cpu")
+
+
+def _why_not(device: Device) -> str | None:
+    """What keeps this machine from it; None: nothing that is known before an engine is opened."""
+    if device == "tensorrt":
+        return "TensorRT engines are not built yet"
+    if device == "openvino":
+        return None if find_spec("openvino") else 'OpenVINO is not installed (extra "openvino")'
+    if not find_spec("onnxruntime"):
+        return 'ONNX Runtime is not installed (extra "cpu" or "gpu")'
+    if device == "cpu":
+        return None
+    from vmad_edge.runtime.engines.onnxruntime import PROVIDERS, ort
+
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
+        return 'this ONNX Runtime has no CUDA (extra "gpu", in place of "cpu")'
+    try:
+        gpu()
+    except VmadError as error:
+        return str(error)
+    return None

@@ -1,0 +1,46 @@
+"""OpenVINO: x86 industrial PCs. bf16 where the processor computes in it, else FP32."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import openvino
+
+from vmad_edge.runtime.bundle import Precision
+from vmad_edge.runtime.engines import Arrays
+from vmad_edge.runtime.errors import BundleError
+
+
+class OpenVinoEngine:
+    """One ONNX graph, compiled for this processor. Thread-safe: each thread has a request of its own.
+
+    Args:
+        path: the graph.
+        precision: of the graph, as the manifest says: "fp32" keeps FP32, for export found that less is too little.
+            None, where nothing was found, and "fp16" take bf16 where the processor has it.
+
+    Raises:
+        BundleError: not an ONNX graph that this OpenVINO can load.
+    """
+
+    def __init__(self, path: Path, precision: Precision | None = None) -> None:
+        core = openvino.Core()
+        has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        computes = "bf16" if has_bf16 and precision != "fp32" else "f32"
+        try:
+            self._compiled = core.compile_model(
+                str(path), "CPU", {"INFERENCE_PRECISION_HINT": computes, "PERFORMANCE_HINT": "LATENCY"}
+            )
+        except RuntimeError as error:
+            raise BundleError(f"OpenVINO {openvino.__version__} cannot load {path}: {error}") from None
+        self._requests = threading.local()
+        version = openvino.__version__.split("-")[0]
+        self.provider = f"OpenVINO {version}, CPU, {computes}"
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Outputs by name, float32."""
+        if not hasattr(self._requests, "mine"):
+            self._requests.mine = self._compiled.create_infer_request()
+        found = self._requests.mine.infer(inputs, share_inputs=True)
+        return {output.any_name: found[output] for output in self._compiled.outputs}
