@@ -1,63 +1,91 @@
 """Procedurally drawn parts: an image, what is wrong with it, and where. Everything follows from the generator's seed.
 
 A part is drawn as colour and height; the height is lit from one side, so that holes, dents and threads cast the
-shading that a person expects. Lengths are in units of the frame's side unless they say pixels.
+shading that a person expects. Lengths are in units of the frame's side unless they say pixels; an object's own outline
+is in units of its own and put into the frame by its pose. Colours are planes [3,S,S] while drawing: that is fast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias, cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Kind = Literal["scratch", "stain", "pit", "crack", "missing feature", "fibre"]
-KINDS: tuple[Kind, ...] = ("scratch", "stain", "pit", "crack", "missing feature", "fibre")
+Kind = Literal[
+    "scratch", "stain", "pit", "crack", "missing feature", "fibre", "dent", "chipped edge", "bubble", "burn mark"
+]
+KINDS: tuple[Kind, ...] = ("scratch", "stain", "pit", "crack", "missing feature", "fibre", "dent", "chipped edge")
+UNSEEN_KINDS: tuple[Kind, ...] = ("bubble", "burn mark")
+"""Never trained on."""
 PLACES = (
     ("upper left", "upper centre", "upper right"),
     ("centre left", "centre", "centre right"),
     ("lower left", "lower centre", "lower right"),
 )
 
-Image = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
-Points = NDArray[np.float64]
-Colour = NDArray[np.float64]
-Field = NDArray[np.floating[Any]]
-"""Float32 in fact."""
+Image: TypeAlias = NDArray[np.uint8]
+Mask: TypeAlias = NDArray[np.bool_]
+Coverage: TypeAlias = NDArray[np.uint8]
+"""[S,S], 0…255: how much of a pixel is covered."""
+Points: TypeAlias = NDArray[np.float64]
+"""[n,2], x and y."""
+Colour: TypeAlias = NDArray[np.float64]
+"""[3], 0…255."""
+Field: TypeAlias = NDArray[np.floating[Any]]
+"""Float32 in fact; [S,S], or [3,S,S] for colours."""
+Rng: TypeAlias = np.random.Generator
+
+BRUSH = 0.012
+"""The margin around a defect that a person's brush leaves."""
+SMALLEST = 0.0012
+"""A defect whose mask is a smaller share of the frame fell off the part: another part is drawn."""
 
 
 @dataclass(frozen=True)
 class Part:
     image: Image
     """[S,S,3], RGB."""
-    mask: Mask
-    """[S,S], true on the defect."""
+    kinds: NDArray[np.uint8]
+    """[S,S]: 0 normal, else 1 + the defect's index in (*KINDS, *UNSEEN_KINDS)."""
     object: str
     kind: Kind | None
+    """Of a part with exactly one defect."""
     place: str | None
+    """Of the one defect."""
+
+    @property
+    def mask(self) -> Mask:
+        """[S,S], true on defects."""
+        return self.kinds > 0
 
 
-def draw(
-    rng: np.random.Generator,
-    family: str | None = None,
-    defect: Kind | Literal["random"] | None = None,
-    size: int = 256,
-) -> Part:
-    """One part of `family` (a name in FAMILIES; None: any) with a defect of this kind (None: a good part)."""
+def draw(rng: Rng, family: str | None = None, defects: Sequence[Kind] = (), size: int = 256) -> Part:
+    """One part of `family` (a name in FAMILIES or UNSEEN_FAMILIES; None: any of FAMILIES) with these defects.
+
+    Where defects overlap, the later one is drawn over the earlier; each asked for can still be seen.
+    """
     name = family or str(rng.choice(list(FAMILIES)))
-    kind = cast(Kind, str(rng.choice(KINDS))) if defect == "random" else defect
     while True:
-        canvas = _Canvas(size)
-        missing = FAMILIES[name](rng, canvas, kind == "missing feature")
-        mask = missing if kind in (None, "missing feature") else _DEFECTS[kind](rng, canvas)
-        if kind is None or mask.sum() >= 0.0012 * size * size:
-            break  # else the defect fell off the part: draw another
+        canvas = _Canvas(rng, size)
+        (FAMILIES | UNSEEN_FAMILIES)[name](rng, canvas, "missing feature" in defects)
+        for kind in defects:
+            if kind != "missing feature":
+                canvas.mark(_DEFECTS[kind](rng, canvas), kind)
+        if all(np.count_nonzero(canvas.kinds == _label(kind)) >= SMALLEST * size * size for kind in defects):
+            break
     image = _photograph(rng, canvas)
-    return Part(image, mask, name, kind, None if kind is None else place(mask))
+    if len(defects) != 1:
+        return Part(image, canvas.kinds, name, None, None)
+    return Part(image, canvas.kinds, name, defects[0], place(canvas.kinds > 0))
+
+
+def random_kind(rng: Rng) -> Kind:
+    return cast(Kind, str(rng.choice(KINDS)))
 
 
 def place(mask: Mask) -> str:
@@ -67,52 +95,121 @@ def place(mask: Mask) -> str:
     return PLACES[row][column]
 
 
-class _Canvas:
-    """Colour, height (both 8 bit) and extent of what is drawn so far."""
+def _label(kind: Kind) -> int:
+    return 1 + (*KINDS, *UNSEEN_KINDS).index(kind)
 
-    def __init__(self, size: int) -> None:
+
+# --- what everything is drawn with
+
+
+class _Canvas:
+    """Colour, height and extent of what is drawn so far."""
+
+    def __init__(self, rng: Rng, size: int) -> None:
         self.size = size
-        self.colour = np.zeros((size, size, 3), np.uint8)
-        self.height = np.full((size, size), 128, np.uint8)
+        self.colour: Field = np.zeros((3, size, size), np.float32)
+        self.height: Field = np.zeros((size, size), np.float32)
         self.part = np.zeros((size, size), np.uint8)
+        """1 where a defect may lie."""
+        self.ground: Field = self.colour
+        """[3,S,S]: what comes to light where a piece is missing."""
+        self.rim: Points = np.zeros((0, 2))
+        """Where a piece may break out."""
+        self.kinds = np.zeros((size, size), np.uint8)
+        light = rng.uniform(0, 2 * np.pi)
+        self.light = np.array([np.cos(light), np.sin(light)])
+        """The way the light goes, along the frame."""
 
     def fixed(self, points: Points) -> NDArray[np.int32]:
-        """Points [n,2] (x, y) as OpenCV's fixed point with 4 fractional bits."""
-        return np.round(points * self.size * 16).astype(np.int32)[:, None]
+        """Points as OpenCV's fixed point with 4 fractional bits."""
+        return np.round(points * self.size * 16 - 8).astype(np.int32)[:, None]
 
-    def polygon(self, points: Points, colour: Colour, height: int) -> None:
-        cv2.fillPoly(self.colour, [self.fixed(points)], colour.tolist(), cv2.LINE_AA, 4)
-        cv2.fillPoly(self.height, [self.fixed(points)], (height,), cv2.LINE_AA, 4)
+    def cover(self, *outlines: Points) -> Coverage:
+        """Inside these outlines, which do not overlap."""
+        out = np.zeros((self.size, self.size), np.uint8)
+        cv2.fillPoly(out, [self.fixed(outline) for outline in outlines], (255,), cv2.LINE_AA, 4)
+        return out
 
-    def region(self, points: Points) -> Mask:
-        mask = np.zeros((self.size, self.size), np.uint8)
-        cv2.fillPoly(mask, [self.fixed(points)], (1,), cv2.LINE_8, 4)
-        return mask > 0
-
-    def line(self, points: Points, width: float, closed: bool = False) -> Field:
-        """Antialiased polyline as coverage [S,S] in 0…1; `width` in units of the frame."""
+    def line(self, *paths: Points, width: float, closed: bool = False) -> Coverage:
         out = np.zeros((self.size, self.size), np.uint8)
         thickness = max(1, round(width * self.size))
-        cv2.polylines(out, [self.fixed(points)], closed, (255,), thickness, cv2.LINE_AA, 4)
-        return out.astype(np.float32) / 255
+        cv2.polylines(out, [self.fixed(path) for path in paths], closed, (255,), thickness, cv2.LINE_AA, 4)
+        return out
 
-    def blend(self, coverage: Field, colour: Colour) -> None:
-        alpha = coverage[..., None]
-        self.colour = (self.colour * (1 - alpha) + alpha * colour.astype(np.float32)).astype(np.uint8)
+    def paint(self, coverage: Coverage, colour: Colour | Field, opacity: float = 1.0, lift: float = 0.0) -> None:
+        """Lay a colour [3] or a picture [3,S,S] over what is there, and raise it by `lift`."""
+        x, y, w, h = cv2.boundingRect(coverage)
+        box = np.s_[..., y : y + h, x : x + w]
+        alpha = coverage[box] * np.float32(opacity / 255)
+        new = colour[box] if colour.ndim == 3 else colour.astype(np.float32)[:, None, None]
+        self.colour[box] += alpha * (new - self.colour[box])
+        if lift:
+            self.height[box] += np.float32(lift / opacity) * alpha
 
-    def sink(self, coverage: Field, depth: float) -> None:
-        """Lower the height where covered; a negative depth raises it."""
-        self.height = np.clip(self.height - depth * coverage, 0, 255).astype(np.uint8)
+    def shade(self, amount: Field) -> None:
+        """Brighten the part by `amount` [S,S]."""
+        self.colour += amount * self.part
 
-    def texture(self, amount: Field) -> None:
-        self.colour = np.clip(self.colour + amount[..., None], 0, 255).astype(np.uint8)
+    def mark(self, coverage: Coverage, kind: Kind) -> None:
+        """Note a defect as a person's brush paints it."""
+        r = max(1, round(BRUSH * self.size))
+        brush = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * r + 1, 2 * r + 1))
+        self.kinds[cv2.dilate((coverage > 64).view(np.uint8), brush) > 0] = _label(kind)
 
 
-def _noise(rng: np.random.Generator, size: int, cell: float) -> Field:
-    """Smooth noise [size,size], about −1…1, with features of `cell` pixels."""
-    n = max(2, round(size / cell))
-    coarse = rng.uniform(-1, 1, (n, n)).astype(np.float32)
-    return np.asarray(cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC), np.float32)
+@dataclass(frozen=True)
+class _Pose:
+    """From an object's own units to the frame's."""
+
+    angle: float
+    scale: float
+    shift: Points
+
+    def __call__(self, points: Points) -> Points:
+        return np.asarray(_turn(points, self.angle) * self.scale + self.shift)
+
+
+def _between(rng: Rng, low: float, high: float) -> float:
+    """Log-uniform: most draws are small."""
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def _noise(rng: Rng, size: int, cell: float, octaves: int = 1) -> Field:
+    """Smooth noise [size,size], about −1…1, whose coarsest features are `cell` wide, each octave half of that."""
+    n = max(2, round(1 / cell))
+    out: Field = rng.uniform(-1, 1, (n, n)).astype(np.float32)
+    for octave in range(1, octaves):
+        n = min(2 * n, size)
+        out = np.asarray(cv2.resize(out, (n, n), interpolation=cv2.INTER_LINEAR), np.float32)
+        out += rng.random((n, n), np.float32) * np.float32(2 * 0.6**octave) - np.float32(0.6**octave)
+    return np.asarray(cv2.resize(out, (size, size), interpolation=cv2.INTER_CUBIC), np.float32)
+
+
+def _grain(rng: Rng, size: int) -> Field:
+    """White noise [size,size] of standard deviation 1 (the sum of two uniform bytes)."""
+    raw = np.frombuffer(rng.bytes(2 * size * size), np.uint8).reshape(2, size, size)
+    return np.asarray(np.add(raw[0], raw[1], dtype=np.float32) * np.float32(1 / 104.5) - np.float32(255 / 104.5))
+
+
+@lru_cache(maxsize=4)
+def _grid(size: int) -> tuple[Field, Field]:
+    """x and y [size,size] of the frame's pixels, about its centre."""
+    axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size) - np.float32(0.5)
+    x, y = np.meshgrid(axis, axis)
+    return x, y
+
+
+def _turned_grid(size: int, angle: float) -> tuple[Field, Field]:
+    x, y = _grid(size)
+    c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    return x * c + y * s, y * c - x * s
+
+
+def _streaks(rng: Rng, across: Field, width: float) -> Field:
+    """Stripes of random tone, about −1…1, `width` wide where `across` is the coordinate across them."""
+    n = round(2 / width) + 2
+    profile = rng.uniform(-1, 1, n).astype(np.float32)
+    return np.asarray(profile[np.clip((across + 1) * np.float32(1 / width), 0, n - 1).astype(np.int32)])
 
 
 def _turn(points: Points, angle: float) -> Points:
@@ -137,343 +234,752 @@ def _box(half_width: float, half_height: float, corner: float) -> Points:
     return np.concatenate(corners)
 
 
-def _tone(rng: np.random.Generator, low: float, high: float, tint: float) -> Colour:
+def _blob(rng: Rng, centre: Points, radius: float, rough: float, n: int = 36) -> Points:
+    """A closed wobbly outline; `rough` is the standard deviation of its radius as a share."""
+    t = np.linspace(0, 2 * np.pi, n, endpoint=False)
+    waves = np.arange(1, 6)
+    swing = rng.normal(0, rough / np.sqrt(waves)) * np.sqrt(0.9)
+    r = 1 + (swing[:, None] * np.sin(waves[:, None] * t + rng.uniform(0, 2 * np.pi, (5, 1)))).sum(0)
+    return np.asarray(centre + radius * np.clip(r, 0.3, 2)[:, None] * np.stack([np.cos(t), np.sin(t)], 1))
+
+
+def _lattice(columns: int, rows: int, width: float, height: float) -> Points:
+    """Centres of a grid's cells about the origin."""
+    x = ((np.arange(columns) + 0.5) / columns - 0.5) * width
+    y = ((np.arange(rows) + 0.5) / rows - 0.5) * height
+    return np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
+
+
+def _tone(rng: Rng, low: float, high: float, tint: float) -> Colour:
     """A colour of lightness low…high whose channels differ by about `tint`."""
     return np.clip(rng.uniform(low, high) + rng.uniform(-tint, tint, 3), 4, 250)
 
 
-def _centre(rng: np.random.Generator) -> Points:
-    return 0.5 + rng.uniform(-0.04, 0.04, 2)
-
-
-def _background(rng: np.random.Generator, canvas: _Canvas) -> Colour:
-    """Fill the canvas with a bench, belt or cloth; returns its colour."""
-    colour = _tone(rng, 20, 215, 18)
-    canvas.colour[:] = colour.astype(np.uint8)
-    canvas.height[:] = 60
-    match rng.integers(3):
-        case 0:
-            canvas.texture(rng.uniform(2, 10) * _noise(rng, canvas.size, canvas.size * rng.uniform(0.01, 0.1)))
-        case 1:
-            rows = np.arange(canvas.size, dtype=np.float32) / canvas.size
-            stripes = np.sin(rows * rng.uniform(40, 160))[:, None] * np.ones(canvas.size, np.float32)
-            canvas.texture(rng.uniform(2, 8) * (stripes if rng.random() < 0.5 else stripes.T))
-        case _:
-            pass
-    return colour
-
-
-def _against(rng: np.random.Generator, ground: Colour, low: float, high: float, tint: float) -> Colour:
-    """A tone that can be told from the ground."""
+def _against(rng: Rng, other: Colour, low: float, high: float, tint: float, by: float = 30) -> Colour:
+    """A tone that can be told from another."""
     while True:
         colour = _tone(rng, low, high, tint)
-        if abs(colour.mean() - ground.mean()) > 35:
+        if abs(colour.mean() - other.mean()) > by:
             return colour
 
 
-def _brushed(rng: np.random.Generator, canvas: _Canvas, amount: float) -> None:
-    """Machining marks along one axis."""
-    grain = rng.standard_normal((canvas.size, canvas.size), np.float32)
-    grain = cv2.blur(grain, (31, 1) if rng.random() < 0.5 else (1, 31)) * 5.5
-    canvas.texture(np.where(canvas.part > 0, amount * grain, 0).astype(np.float32))
+# --- grounds and surfaces
 
 
-def _plate(rng: np.random.Generator, canvas: _Canvas, omit: bool) -> Mask:
-    ground = _background(rng, canvas)
-    colour = _against(rng, ground, 70, 215, 14)
-    centre, angle = _centre(rng), rng.uniform(-0.35, 0.35)
-    half = rng.uniform(0.33, 0.42, 2)
-    outline = _turn(_box(half[0], half[1], rng.uniform(0.02, 0.12)), angle) + centre
-    canvas.polygon(outline, colour, 150)
-    canvas.part[canvas.region(outline)] = 1
-    _brushed(rng, canvas, rng.uniform(0, 6))
-    if rng.random() < 0.5:
-        inset = _turn(_box(half[0] * 0.92, half[1] * 0.92, 0.03), angle) + centre
-        canvas.sink(canvas.line(inset, 0.006, closed=True), 30)
-    if rng.random() < 0.5:
-        n = int(rng.integers(4, 9))
-        spots = _circle(np.zeros(2), 0.68 * half.min(), n)
-        bore: float = rng.uniform(0.05, 0.12)
-        canvas.polygon(_circle(centre, bore), ground * 0.6, 40)
-        canvas.part[canvas.region(_circle(centre, bore + 0.01))] = 0
-        radius = min(rng.uniform(0.025, 0.05), 1.4 * half.min() / n)
-    else:
-        columns, rows = rng.integers(2, 4, 2)
-        x = np.linspace(-0.7, 0.7, columns) * half[0]
-        y = np.linspace(-0.7, 0.7, rows) * half[1]
-        spots = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
-        radius = rng.uniform(0.028, 0.06)
-    return _features(
-        rng, canvas, [_circle(_turn(p[None], angle) + centre, radius) for p in spots], ground * 0.6, 40, omit
-    )
+def _ground(rng: Rng, canvas: _Canvas) -> Colour:
+    """Fill the canvas with a bench, belt or cloth; returns its colour."""
+    low, high = ((4, 45), (190, 245), (20, 215))[rng.choice(3, p=(0.4, 0.2, 0.4))]
+    colour = _tone(rng, low, high, rng.choice([4, 22]))
+    size, angle = canvas.size, rng.uniform(0, np.pi)
+    canvas.colour[:] = colour.astype(np.float32)[:, None, None]
+    match rng.integers(8):
+        case 0 | 1:  # mottled
+            canvas.colour += np.float32(_between(rng, 2, 25)) * _noise(rng, size, _between(rng, 0.02, 0.3), 4)
+        case 2:  # woven
+            u, v = _turned_grid(size, angle)
+            period = rng.uniform(80, 250)
+            canvas.colour += np.float32(rng.uniform(3, 12)) * cv2.multiply(np.sin(u * period), np.sin(v * period))
+        case 3:  # a gradient
+            canvas.colour += np.float32(rng.uniform(15, 70)) * _turned_grid(size, rng.uniform(0, 2 * np.pi))[0]
+        case 4:  # a conveyor's lines
+            v = _turned_grid(size, angle)[1]
+            canvas.colour += np.float32(rng.uniform(-25, 25)) * (np.mod(v, rng.uniform(0.05, 0.3)) < 0.012)
+        case 5:  # brushed or planed
+            canvas.colour += np.float32(rng.uniform(2, 14)) * _streaks(rng, _turned_grid(size, angle)[1], 0.006)
+        case 6:  # speckled
+            speckle = _grain(rng, size) > rng.uniform(1.3, 2.2)
+            canvas.colour += np.float32(rng.uniform(-30, 30)) * speckle
+        case _:
+            pass
+    if rng.random() < 0.25:  # clutter at the rim
+        for _ in range(int(rng.integers(1, 5))):
+            at = _turn(np.array([[rng.uniform(0.48, 0.62), rng.uniform(-0.5, 0.5)]]), rng.integers(4) * np.pi / 2)[0]
+            canvas.paint(canvas.cover(_blob(rng, at + 0.5, rng.uniform(0.03, 0.15), 0.2)), _tone(rng, 10, 240, 40))
+    return colour
+
+
+def _object(
+    rng: Rng, canvas: _Canvas, outline: Points, low: float, high: float, tint: float
+) -> tuple[_Pose, Colour, Colour]:
+    """A body of this outline on a ground with its shadow; returns its pose, its colour and the ground's."""
+    angle = rng.uniform(0, 2 * np.pi)
+    turned = _turn(outline, angle)
+    least, extent = turned.min(0), np.ptp(turned, 0)
+    scale = rng.uniform(0.5, 0.95) / extent.max()
+    pose = _Pose(angle, scale, rng.uniform(0.05, 0.95, 2) * (1 - scale * extent) - scale * least)
+    ground, body = _ground(rng, canvas), pose(outline)
+    if rng.random() < 0.6:
+        shadow = canvas.cover(body + canvas.light * rng.uniform(0.005, 0.035))
+        shadow = np.asarray(cv2.blur(shadow, (2 * (canvas.size // 40) + 1,) * 2), np.uint8)
+        canvas.paint(shadow, ground * 0.25, rng.uniform(0.2, 0.8))
+    canvas.ground = canvas.colour.copy()
+    colour = _against(rng, ground, low, high, tint)
+    inside = canvas.cover(body)
+    canvas.paint(inside, colour, lift=50)
+    canvas.part = (inside > 127).view(np.uint8)
+    canvas.rim = body
+    return pose, colour, ground
+
+
+def _texture(rng: Rng, canvas: _Canvas, colour: Colour) -> None:
+    """The canvas becomes a surface of this colour that fills the frame and may be torn at the frame's border."""
+    canvas.ground = np.empty_like(canvas.colour)
+    canvas.ground[:] = _against(rng, colour, 10, 225, 15).astype(np.float32)[:, None, None]
+    canvas.ground += np.float32(10) * _noise(rng, canvas.size, 0.05, 3)
+    canvas.colour[:] = colour.astype(np.float32)[:, None, None]
+    canvas.part[:] = 1
+    along = np.linspace(0, 1, 20)
+    canvas.rim = np.array([p for t in along for p in ((t, 0.0), (t, 1.0), (0.0, t), (1.0, t))])
+
+
+def _surface(rng: Rng, canvas: _Canvas, rough: float, angle: float = 0.0, brushed: float = 0.0) -> None:
+    """Normal variation: soft shading, mottling up to `rough`, with probability `brushed` machining marks."""
+    size = canvas.size
+    amount = np.float32(rng.uniform(0, 12)) * _noise(rng, size, 0.5)
+    amount += np.float32(_between(rng, 0.5, rough)) * _noise(rng, size, _between(rng, 0.012, 0.12), 4)
+    if rng.random() < brushed:
+        amount += np.float32(_between(rng, 1, 10)) * _streaks(
+            rng, _turned_grid(size, angle)[1], rng.uniform(0.004, 0.01)
+        )
+    if rng.random() < 0.25:
+        speckle = _grain(rng, size) > rng.uniform(1.2, 2.2)
+        amount += np.float32(rng.uniform(-2.5, 2.5) * rough) * speckle
+    canvas.shade(amount)
 
 
 def _features(
-    rng: np.random.Generator, canvas: _Canvas, outlines: list[Points], colour: Colour, height: int, omit: bool
-) -> Mask:
-    """Draw each outline; with `omit`, all but one. Returns where the missing one should be."""
-    skipped = int(rng.integers(len(outlines))) if omit else -1
-    for i, outline in enumerate(outlines):
-        if i != skipped:
-            canvas.polygon(outline, colour, height)
-            if height < 100:  # a hole: no defect can lie on it
-                canvas.part[canvas.region(outline)] = 0
-    return canvas.region(outlines[skipped]) if omit else np.zeros((canvas.size, canvas.size), bool)
+    rng: Rng,
+    canvas: _Canvas,
+    outlines: list[Points],
+    colour: Colour | Field,
+    lift: float,
+    omit: bool,
+    hole: bool = False,
+) -> None:
+    """Draw each outline, with `omit` all but one; no defect can lie on a hole."""
+    inside = [i for i, outline in enumerate(outlines) if outline.min() > 0.02 and outline.max() < 0.98]
+    skipped = int(rng.choice(inside)) if omit and inside else -1
+    kept = [outline for i, outline in enumerate(outlines) if i != skipped]
+    coverage = canvas.cover(*kept)
+    canvas.paint(coverage, colour, lift=lift)
+    spread = rng.choice([0, 3, 8])
+    if spread and not hole:
+        tones = np.zeros((canvas.size, canvas.size), np.float32)
+        for outline in kept:
+            cv2.fillPoly(tones, [canvas.fixed(outline)], (rng.normal(0, spread),), cv2.LINE_8, 4)
+        canvas.shade(tones)
+    if hole:
+        canvas.part[coverage > 0] = 0
+    if skipped >= 0:
+        canvas.mark(canvas.cover(outlines[skipped]), "missing feature")
 
 
-def _gear(rng: np.random.Generator, canvas: _Canvas, omit: bool) -> Mask:
-    ground = _background(rng, canvas)
-    colour = _against(rng, ground, 60, 215, 14)
-    centre, phase = _centre(rng), rng.uniform(0, 2 * np.pi)
-    n = int(rng.integers(10, 20))
-    outer = rng.uniform(0.37, 0.45)
-    root = outer * rng.uniform(0.78, 0.86)
-    canvas.polygon(_circle(centre, root, 72), colour, 150)
-    canvas.part[canvas.region(_circle(centre, root, 72))] = 1
-    step, top = 2 * np.pi / n, rng.uniform(0.2, 0.32)
-    tooth = [(root * 0.97, -0.27), (outer, -top * 0.55), (outer, top * 0.55), (root * 0.97, 0.27)]
-    teeth = []
-    for k in range(n):
-        a = np.array([phase + step * (k + f) for _, f in tooth])
-        r = np.array([r for r, _ in tooth])
-        teeth.append(centre + np.stack([r * np.cos(a), r * np.sin(a)], 1))
-    missing = _features(rng, canvas, teeth, colour, 150, omit)
-    _brushed(rng, canvas, rng.uniform(0, 5))
-    if rng.random() < 0.6:
-        canvas.sink(canvas.line(_circle(centre, root * 0.86, 72), 0.012, closed=True), 35)
-    bore = outer * rng.uniform(0.18, 0.3)
-    holes = [_circle(centre, bore, 40)]
-    if rng.random() < 0.6:
-        holes += [_circle(p, outer * 0.11) for p in _circle(centre, outer * 0.53, int(rng.integers(4, 7)))]
-    _features(rng, canvas, holes, ground * 0.6, 40, omit=False)
-    return missing
+# --- families: each draws a good part, or one whose missing feature it marks
 
 
-def _connector(rng: np.random.Generator, canvas: _Canvas, omit: bool) -> Mask:
-    ground = _background(rng, canvas)
-    colour = _against(rng, ground, 15, 200, 45)
-    centre, angle = _centre(rng), rng.uniform(-0.3, 0.3)
-    half = np.array([rng.uniform(0.36, 0.43), rng.uniform(0.2, 0.34)])
-    outline = _turn(_box(half[0], half[1], rng.uniform(0.01, 0.05)), angle) + centre
-    canvas.polygon(outline, colour, 150)
-    canvas.part[canvas.region(outline)] = 1
-    rows, n = int(rng.integers(1, 3)), int(rng.integers(4, 9))
-    canvas.texture(3 * _noise(rng, canvas.size, 3) * canvas.part)
-    if rng.random() < 0.7:
-        inset = _turn(_box(half[0] * 0.93, half[1] * 0.86, 0.02), angle) + centre
-        canvas.polygon(inset, colour * 0.8, 118)
-    metal = _tone(rng, 150, 220, 5) * (np.array([1.0, 0.85, 0.5]) if rng.random() < 0.6 else 1.0)
-    pitch = 1.7 * half[0] / n
-    pin = _box(pitch * rng.uniform(0.2, 0.33), half[1] * (0.5 if rows == 1 else 0.27), 0.006)
-    pins = [
-        _turn(pin + np.array([(i - (n - 1) / 2) * pitch, (j - (rows - 1) / 2) * 0.8 * half[1]]), angle) + centre
-        for j in range(rows)
-        for i in range(n)
-    ]
-    _features(rng, canvas, pins, colour * 0.45, 100, omit=False)  # the recesses stay when a pin is missing
-    small = [p.mean(0) + (p - p.mean(0)) * 0.86 for p in pins]
-    return _features(rng, canvas, small, metal, 185, omit)
-
-
-def _fabric(rng: np.random.Generator, canvas: _Canvas, omit: bool) -> Mask:
-    size = canvas.size
-    period, angle = rng.uniform(0.028, 0.055), rng.uniform(-0.6, 0.6)
-    y, x = np.mgrid[:size, :size].astype(np.float32) / np.float32(size)
-    bend = 0.006 * _noise(rng, size, size / 5)
-    u = (x * np.cos(angle) + y * np.sin(angle) + bend) / period
-    v = (y * np.cos(angle) - x * np.sin(angle) + bend) / period
-    warp, weft = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
-    twill = int(rng.integers(2, 5))
-    over = (warp + weft) % twill == 0
-    across_warp, across_weft = np.sin(np.pi * (u - warp)), np.sin(np.pi * (v - weft))
-    missing = np.zeros((size, size), bool)
-    if omit:
-        row, start = np.floor(v[tuple(rng.integers(size // 5, size * 4 // 5, 2))]), rng.uniform(0.1, 0.4)
-        along = u * period
-        first = along.min() + start * (along.max() - along.min())
-        missing = (weft == row) & (along > first) & (along < first + rng.uniform(0.25, 0.5))
-    over &= ~missing
-    lift = np.where(over, across_weft, across_warp)
-    lift[missing & (across_warp < 0.6)] = 0
-    a, b = _tone(rng, 60, 220, 45), _tone(rng, 60, 220, 45)
-    shade = (0.45 + 0.55 * lift)[..., None].astype(np.float32)
-    canvas.colour = (np.where(over[..., None], a, b) * shade).astype(np.uint8)
-    canvas.height = (90 + 60 * lift).astype(np.uint8)
-    canvas.part[:] = 1
-    return missing
-
-
-def _tile(rng: np.random.Generator, canvas: _Canvas, omit: bool) -> Mask:
-    colour = _tone(rng, 90, 235, 25)
-    canvas.colour[:] = _tone(rng, 60, 190, 8).astype(np.uint8)
-    canvas.height[:] = 90
-    centre, angle = _centre(rng), rng.uniform(-0.12, 0.12)
-    half = rng.uniform(0.42, 0.47)
-    outline = _turn(_box(half, half, 0.015), angle) + centre
-    canvas.polygon(outline, colour, 150)
-    canvas.part[canvas.region(outline)] = 1
+def _plate(rng: Rng, canvas: _Canvas, omit: bool) -> None:
+    half = np.array([0.5, rng.uniform(0.25, 0.5)])
+    pose, colour, _ = _object(rng, canvas, _box(half[0], half[1], rng.uniform(0.02, 0.15)), 50, 225, 14)
+    _surface(rng, canvas, 6, pose.angle, 0.6)
     if rng.random() < 0.5:
-        vein = np.abs(_noise(rng, canvas.size, canvas.size * rng.uniform(0.1, 0.25)))
-        canvas.texture(np.where(canvas.part > 0, rng.uniform(-22, 22) * vein, 0).astype(np.float32))
+        inset = pose(_box(half[0] * 0.93, half[1] * 0.93, 0.03))
+        canvas.paint(canvas.line(inset, width=0.006, closed=True), colour * 0.8, lift=-30)
+    if half[1] > 0.35 and rng.random() < 0.5:
+        n = int(rng.integers(4, 9))
+        spots = _circle(np.zeros(2), 0.7 * half.min(), n)
+        bore = rng.uniform(0.06, 0.16)
+        _features(rng, canvas, [pose(_circle(np.zeros(2), bore))], canvas.ground * 0.6, -60, False, hole=True)
+        radius = rng.uniform(0.03, 0.055)
     else:
-        canvas.texture(rng.uniform(2, 9) * _noise(rng, canvas.size, 3) * canvas.part)
-    n = int(rng.integers(2, 5))
-    ink = _against(rng, colour, 30, 220, 60)
-    radius = half / n * rng.uniform(0.25, 0.55)
+        columns, rows = int(rng.integers(2, 6)), int(rng.integers(2, 4))
+        spots = _lattice(columns, rows, *(half * rng.uniform(1.6, 1.9)))
+        radius = rng.uniform(0.03, min(0.07, 0.4 * half[1] / rows))
+    if omit or rng.random() < 0.8:
+        corners = int(rng.choice([4, 6, 28], p=(0.15, 0.15, 0.7)))
+        holes = [pose(_circle(p, radius, corners)) for p in spots]
+        _features(rng, canvas, holes, canvas.ground * 0.6, -60, omit, hole=True)
+
+
+def _gear(rng: Rng, canvas: _Canvas, omit: bool) -> None:
+    n = int(rng.integers(10, 24))
+    root, top = 0.5 * rng.uniform(0.76, 0.86), rng.uniform(0.2, 0.34)
+    tooth = np.array([(root, -0.3), (0.5, -top * 0.55), (0.5, top * 0.55), (root, 0.3)])
+    a = 2 * np.pi / n * (np.arange(n)[:, None] + tooth[None, :, 1])
+    teeth = np.stack([np.cos(a), np.sin(a)], -1) * tooth[None, :, :1]
+    outline = teeth.copy()
+    skipped = int(rng.integers(n))
+    if omit:  # what is left there is the root circle
+        outline[skipped] *= root / np.linalg.norm(outline[skipped], axis=-1, keepdims=True)
+    pose, colour, _ = _object(rng, canvas, outline.reshape(-1, 2), 40, 225, 14)
+    _surface(rng, canvas, 6, pose.angle, 0.4)
+    if omit:
+        canvas.mark(canvas.cover(pose(teeth[skipped])), "missing feature")
+    if rng.random() < 0.6:
+        groove = pose(_circle(np.zeros(2), root * rng.uniform(0.75, 0.9), 72))
+        canvas.paint(canvas.line(groove, width=0.012, closed=True), colour * 0.85, lift=-35)
+    holes = [_circle(np.zeros(2), rng.uniform(0.08, 0.15), 40)]
+    if rng.random() < 0.6:
+        holes += [_circle(p, rng.uniform(0.035, 0.06)) for p in _circle(np.zeros(2), 0.26, int(rng.integers(4, 7)))]
+    _features(rng, canvas, [pose(h) for h in holes], canvas.ground * 0.6, -60, False, hole=True)
+
+
+def _casting(rng: Rng, canvas: _Canvas, omit: bool) -> None:
+    if rng.random() < 0.6:
+        outline = _blob(rng, np.zeros(2), 0.5, rng.uniform(0.005, 0.05), 90)
+    else:
+        outline = _box(0.5, rng.uniform(0.32, 0.5), rng.uniform(0.1, 0.3))
+    n = int(rng.integers(3, 8))
+    pose, colour, _ = _object(rng, canvas, outline, 35, 215, rng.choice([6, 30]))
+    _surface(rng, canvas, 22)
+    _surface(rng, canvas, 10)
+    canvas.height += np.float32(_between(rng, 2, 25)) * _noise(rng, canvas.size, _between(rng, 0.02, 0.1), 3)
+    least = np.linalg.norm(outline, axis=1).min()
+    if rng.random() < 0.5:
+        ring = pose(outline * rng.uniform(0.85, 0.92))
+        canvas.paint(canvas.line(ring, width=rng.uniform(0.01, 0.03), closed=True), colour * 1.05, 0.4, 40)
+    spots = _circle(np.zeros(2), 0.6 * least, n)
+    boss, bore = rng.uniform(0.06, 0.09) * 2 * least, rng.uniform(0.4, 0.65)
+    if rng.random() < 0.5:
+        _features(rng, canvas, [pose(_blob(rng, p, boss * 1.3, 0.02)) for p in spots], colour * 1.1, 25, False)
+    if omit or rng.random() < 0.7:
+        holes = [pose(_circle(p, boss * bore)) for p in spots]
+        blind = np.repeat(colour * rng.uniform(0.25, 0.6), canvas.size**2).reshape(canvas.colour.shape)
+        _features(rng, canvas, holes, blind.astype(np.float32), -50, omit, hole=True)
+
+
+def _connector(rng: Rng, canvas: _Canvas, omit: bool) -> None:
+    half = np.array([0.5, rng.uniform(0.18, 0.4)])
+    rows, n = int(rng.integers(1, 4)), int(rng.integers(4, 10))
+    outline = _box(half[0], half[1], rng.uniform(0.01, 0.06))
+    pose, colour, _ = _object(rng, canvas, outline, 10, 220, 45)
+    if rng.random() < 0.7:
+        canvas.paint(canvas.cover(pose(_box(half[0] * 0.94, half[1] * 0.86, 0.02))), colour * 0.8, lift=-30)
+    _surface(rng, canvas, 6)
+    metal = _tone(rng, 150, 225, 5) * (np.array([1.0, 0.85, 0.5]) if rng.random() < 0.6 else 1.0)
+    pitch = 1.8 * half[0] / n
+    pin = _box(pitch * rng.uniform(0.2, 0.36), half[1] * (0.5, 0.27, 0.18)[rows - 1], 0.006)
+    spots = _lattice(n, rows, 1.8 * half[0], 1.6 * half[1])
+    recesses = [pose(pin * 1.15 + p) for p in spots]
+    _features(rng, canvas, recesses, colour * 0.4, -25, False)  # the recesses stay when a pin is missing
+    _features(rng, canvas, [pose(pin + p + rng.normal(0, 0.002, 2)) for p in spots], metal, 50, omit)
+
+
+def _circuit_board(rng: Rng, canvas: _Canvas, omit: bool) -> None:
+    half = np.array([0.5, rng.uniform(0.3, 0.5)])
+    pose, _, ground = _object(rng, canvas, _box(half[0], half[1], 0.02), 30, 200, 10)
+    mask_colours = np.array([(25, 95, 50), (25, 50, 110), (125, 30, 30), (40, 42, 45), (200, 200, 195), (60, 120, 70)])
+    board = mask_colours[rng.integers(len(mask_colours))] * rng.uniform(0.7, 1.3)
+    if abs(board.mean() - ground.mean()) < 25:
+        board = np.clip(board + 60 * np.sign(board.mean() - ground.mean() + 0.5), 0, 250)
+    canvas.paint(canvas.part * np.uint8(255), board, 0.97)
+    _surface(rng, canvas, 5)
+    traces = []
+    for _ in range(int(rng.integers(4, 12))):
+        start, stop = rng.uniform(-0.9, 0.9, (2, 2)) * half
+        bend = min(abs(stop - start)) * np.sign(stop - start)
+        traces.append(pose(np.array([start, start + bend, stop])))
+    canvas.paint(canvas.line(*traces, width=rng.uniform(0.006, 0.012)), board * 1.35 + 8, 0.8, 8)
+    solder, package = _tone(rng, 150, 225, 8), _against(rng, board, 10, 210, 30, 22)
+    vias = [pose(_circle(p, 0.009, 10)) for p in rng.uniform(-0.95, 0.95, (int(rng.integers(0, 20)), 2)) * half]
+    if vias:
+        canvas.paint(np.maximum.reduce([canvas.cover(v) for v in vias[:1]] + [canvas.cover(*vias)]), solder * 0.9)
+    columns, rows = int(rng.integers(3, 7)), int(rng.integers(2, 5))
+    cell = 1.8 * half / (columns, rows)
+    spots = _lattice(columns, rows, *(1.8 * half))
+    if rng.random() < 0.6:  # one large circuit in place of four cells
+        chip = min(cell) * rng.uniform(0.6, 0.85)
+        at = spots[rng.integers(columns - 1)] + cell / 2
+        spots = spots[np.abs((spots - at) / cell).max(1) > 0.6]
+        leg = _box(0.09 * chip, 0.03 * chip, 0.01 * chip)
+        legs = [leg + np.array([s * chip, y]) for s in (-1.0, 1.0) for y in np.linspace(-0.85, 0.85, 8) * chip]
+        _features(rng, canvas, [pose(_turn(o, np.pi / 2 * k) + at) for o in legs for k in (0, 1)], solder, 15, False)
+        dark = _tone(rng, 15, 50, 3)
+        canvas.paint(canvas.cover(pose(_box(0.95 * chip, 0.95 * chip, 0.02 * chip) + at)), dark, lift=35)
+        dot = np.array([0.7, 0.7]) * chip
+        canvas.paint(canvas.cover(pose(_circle(at - dot, 0.09 * chip))), dark * 1.8 + 20)
+    body = _box(min(cell) * rng.uniform(0.26, 0.4), min(cell) * rng.uniform(0.15, 0.27), 0.005)
+    if len(spots) == 0:
+        return
+    reach = np.array([body[:, 0].max(), 0])
+    pad = _box(reach[0] * 0.35, body[:, 1].max() * 0.9, 0.003)
+    pads = [pose(pad + p + side * reach) for p in spots for side in (-1, 1)]
+    _features(rng, canvas, pads, solder, 10, False)
+    turn = rng.choice([0, 0.04])
+    bodies = [pose(_turn(body, rng.normal(0, turn)) + p + rng.normal(0, 0.002, 2)) for p in spots]
+    _features(rng, canvas, bodies, package, 35, omit)
+
+
+def _blister(rng: Rng, canvas: _Canvas, omit: bool) -> None:
+    columns, rows = int(rng.integers(2, 6)), int(rng.integers(2, 4))
+    half = np.array([0.5, 0.5 * min(1.0, rows / columns * rng.uniform(0.9, 1.3))])
+    pose, foil, _ = _object(rng, canvas, _box(half[0], half[1], rng.uniform(0.02, 0.08)), 90, 225, rng.choice([5, 40]))
+    _surface(rng, canvas, 9, pose.angle, 0.3)
+    if rng.random() < 0.4:  # an embossed foil
+        u, v = _turned_grid(canvas.size, pose.angle + np.pi / 4)
+        canvas.height += 8 * canvas.part * cv2.multiply(np.sin(u * 180), np.sin(v * 180))
+    cell = 1.84 * half / (columns, rows)
+    spots = _lattice(columns, rows, *(1.84 * half))
+    if rng.random() < 0.6:
+        tablet = _circle(np.zeros(2), min(cell) * rng.uniform(0.28, 0.36))
+    else:
+        tablet = _turn(_box(min(cell) * 0.4, min(cell) * 0.2, min(cell) * 0.19), rng.choice([0, np.pi / 2]))
+    pockets = [pose(tablet * rng.uniform(1.16, 1.22) + p) for p in spots]
+    _features(rng, canvas, pockets, foil * rng.uniform(0.72, 0.9), 35, False)
+    jitter = rng.choice([0, 0.006])
+    pill = _against(rng, foil * 0.8, 60, 245, 45, 22)
+    tablets = [pose(_turn(tablet, rng.normal(0, 0.05)) + p + rng.normal(0, jitter, 2)) for p in spots]
+    _features(rng, canvas, tablets, pill, 25, omit)
+
+
+def _fabric(rng: Rng, canvas: _Canvas, omit: bool) -> None:
+    size, period, angle = canvas.size, _between(rng, 0.02, 0.06), rng.uniform(0, 2 * np.pi)
+    bend = np.float32(rng.uniform(0, 0.008)) * _noise(rng, size, 0.2)
+    u, v = _turned_grid(size, angle)
+    u, v = (u + bend) / np.float32(period), (v + bend) / np.float32(period)
+    warp, weft = np.floor(u), np.floor(v)
+    over = np.mod(warp + rng.integers(1, 3) * weft, rng.integers(2, 6)) == 0
+    a = _tone(rng, 40, 225, 45)
+    b = np.clip(a + rng.normal(0, _between(rng, 3, 60), 3), 10, 245)
+    _texture(rng, canvas, a)
+    across_warp, across_weft = (np.sin(np.float32(np.pi) * (c - f)) for c, f in ((u, warp), (v, weft)))
+    if omit:
+        at = rng.integers(size // 5, size * 4 // 5, 2)
+        run = (weft == weft[at[0], at[1]]) & (np.abs(u - u[at[0], at[1]]) < rng.uniform(0.12, 0.28) / period)
+        over &= ~run
+        canvas.mark(run.view(np.uint8) * np.uint8(255), "missing feature")
+    lift = np.where(over, across_weft, across_warp)
+    if omit:
+        lift[run & (across_warp < 0.75)] = -0.3
+    depth = rng.uniform(0.25, 0.6)
+    canvas.colour += over * (b - a).astype(np.float32)[:, None, None]
+    if rng.random() < 0.3:  # woven stripes
+        stripe = np.mod(np.where(over, weft, warp), rng.integers(4, 14)) < rng.integers(1, 4)
+        canvas.colour += stripe * rng.uniform(-45, 45, 3).astype(np.float32)[:, None, None]
+    canvas.colour *= np.float32(1 - depth) + np.float32(depth) * lift
+    canvas.height = 40 * lift
+    threads = _streaks(rng, v * np.float32(period), period) + _streaks(rng, u * np.float32(period), period)
+    canvas.shade(np.float32(rng.uniform(0, 5)) * threads)
+    _surface(rng, canvas, 8)
+
+
+def _wood(rng: Rng, canvas: _Canvas, omit: bool) -> None:
+    size, angle = canvas.size, rng.uniform(0, 2 * np.pi)
+    colour = _tone(rng, 70, 205, 5) * np.array([1.12, 0.95, 0.72])
+    _texture(rng, canvas, np.clip(colour, 0, 245))
+    v = _turned_grid(size, angle)[1]
+    wave = _noise(rng, size, rng.uniform(0.3, 0.7)) * np.float32(rng.uniform(0.01, 0.06))
+    rings = np.sin((v + wave) * np.float32(_between(rng, 25, 140)) + 2 * _noise(rng, size, 0.4))
+    amount = np.float32(rng.uniform(3, 16)) * rings * np.abs(rings)
+    amount += np.float32(rng.uniform(3, 10)) * _streaks(rng, v + wave, rng.uniform(0.004, 0.012))
+    pores = _streaks(rng, v + 0.3 * wave, 0.004) * _noise(rng, size, 0.05)
+    amount += np.float32(rng.uniform(2, 18)) * np.minimum(pores, 0)
+    canvas.colour *= 1 + amount * np.float32(1 / colour.mean())
+    _surface(rng, canvas, 5)
+    step = rng.uniform(0.1, 0.22)
+    tracks = np.arange(-0.75, 0.75, step) + rng.uniform(0, step)
+    if rng.random() < 0.5:  # grooves of several lengths' pieces: one piece may not have been cut
+        if not omit and rng.random() < 0.4:
+            return
+        width, length = rng.uniform(0.012, 0.022), rng.uniform(0.25, 0.4)
+        pieces = [
+            _box(length / 2, width / 2, 0.003) + np.array([x, y]) for y in tracks for x in np.arange(-2, 3) * length
+        ]
+        _features(rng, canvas, [_turn(p, angle) + 0.5 for p in pieces], colour * 0.45, -40, omit)
+        canvas.rim = np.concatenate([canvas.rim, *(_turn(p, angle)[::8] + 0.5 for p in pieces)])
+    elif omit or rng.random() < 0.5:  # dowels
+        radius, tone = rng.uniform(0.018, 0.035), colour * rng.uniform(0.5, 0.8)
+        spots = [(x, y) for y in tracks[::2] for x in np.arange(-0.75, 0.75, step * rng.uniform(0.8, 1.3))]
+        _features(rng, canvas, [_turn(_circle(np.array(p), radius), angle) + 0.5 for p in spots], tone, -15, omit)
+
+
+def _tile(rng: Rng, canvas: _Canvas, omit: bool) -> None:
+    size, angle = canvas.size, rng.uniform(0, 2 * np.pi)
+    colour = _tone(rng, 60, 235, rng.choice([3, 25]))
+    _texture(rng, canvas, colour)
+    match rng.integers(4):
+        case 0:  # veins
+            vein = np.abs(_noise(rng, size, rng.uniform(0.1, 0.3), 3))
+            canvas.shade(np.float32(rng.uniform(-28, 28)) * np.minimum(vein * 3, 1))
+        case 1:  # flecks
+            flecks = np.maximum(_noise(rng, size, _between(rng, 0.012, 0.03)) - np.float32(0.45), 0)
+            canvas.shade(np.float32(rng.uniform(-60, 60)) * flecks)
+        case 2:  # ground
+            canvas.shade(np.float32(_between(rng, 2, 10)) * _streaks(rng, _turned_grid(size, angle)[1], 0.005))
+        case _:
+            pass
+    _surface(rng, canvas, 10)
+    side = _between(rng, 0.24, 1.6)
+    if rng.random() < 0.75:  # joints
+        offset, stretch = rng.uniform(-0.5, 0.5, 2) * side, rng.uniform(0.8, 1.2)
+        reach = np.array([-1.0, 1.0])
+        across = np.arange(-4, 5) * side
+        lines = [np.stack([np.full(2, x), reach], 1) for x in across]
+        lines += [np.stack([reach, np.full(2, y * stretch)], 1) for y in across]
+        joints = [_turn(line + offset, angle) + 0.5 for line in lines]
+        canvas.ground[:] = _against(rng, colour, 20, 225, 8, 18).astype(np.float32)[:, None, None]
+        canvas.paint(canvas.line(*joints, width=rng.uniform(0.008, 0.02)), canvas.ground, lift=-40)
+        canvas.rim = np.concatenate([np.linspace(joint[0], joint[1], 60) for joint in joints])
+    if not omit and rng.random() < 0.35:
+        return
+    pitch = rng.uniform(0.14, 0.34)
     corners = int(rng.choice([3, 4, 6, 28]))
-    grid = (np.arange(n) - (n - 1) / 2) * 2 * half / n * 0.95
-    spots = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
-    turned = rng.uniform(0, np.pi)
-    motif = _turn(_circle(np.zeros(2), radius, corners), turned)
-    motifs = [_turn(motif + p, angle) + centre for p in spots]
-    return _features(rng, canvas, motifs, ink, int(rng.choice([140, 150, 158])), omit)
+    radius = pitch * rng.uniform(0.16, 0.34)
+    ink = _against(rng, colour, 20, 230, rng.choice([3, 60]), _between(rng, 12, 60))
+    motif = _turn(_circle(np.zeros(2), radius, corners), rng.uniform(0, np.pi))
+    n = int(1.5 / pitch) + 1
+    motifs = [_turn(motif + p + rng.normal(0, 0.001, 2), angle) + 0.5 for p in _lattice(n, n, n * pitch, n * pitch)]
+    _features(rng, canvas, motifs, ink, rng.choice([-15, 0, 15]), omit)
 
 
-FAMILIES: dict[str, Callable[[np.random.Generator, _Canvas, bool], Mask]] = {
+def _bottle_top(rng: Rng, canvas: _Canvas, omit: bool) -> None:
+    n = int(rng.integers(17, 25))
+    t = np.linspace(0, 2 * np.pi, 12 * n, endpoint=False)
+    radius = 0.5 - rng.uniform(0.01, 0.03) * np.abs(np.sin(n * t / 2))
+    outline = radius[:, None] * np.stack([np.cos(t), np.sin(t)], 1)
+    pose, colour, _ = _object(rng, canvas, outline, 30, 230, 60)
+    _surface(rng, canvas, 5, pose.angle, 0.2)
+    a = 2 * np.pi / n * np.arange(n) + np.pi / n
+    flute = np.array([(0.40, -0.1), (0.475, -0.32), (0.475, 0.32), (0.40, 0.1)])
+    angles = a[:, None] + 2 * np.pi / n * flute[:, 1]
+    flutes = flute[:, 0, None] * np.stack([np.cos(angles), np.sin(angles)], -1)
+    shift = rng.choice([-0.35, 0.4])
+    _features(rng, canvas, [pose(f) for f in flutes], np.clip(colour * (1 + shift) + 40 * shift, 4, 250), 30, omit)
+    canvas.paint(canvas.line(pose(_circle(np.zeros(2), 0.38, 60)), width=0.008, closed=True), colour * 0.75, lift=-30)
+    ink = _against(rng, colour, 20, 240, 60)
+    motif = _circle(np.zeros(2), rng.uniform(0.1, 0.25), int(rng.choice([3, 4, 5, 6, 28])))
+    canvas.paint(canvas.cover(pose(motif)), ink, lift=6)
+    if rng.random() < 0.5:
+        canvas.paint(canvas.cover(pose(motif * rng.uniform(0.5, 0.8))), _against(rng, ink, 20, 240, 60))
+
+
+def _cable(rng: Rng, canvas: _Canvas, omit: bool) -> None:
+    """A cut cable, seen from its end."""
+    pose, colour, _ = _object(rng, canvas, _circle(np.zeros(2), 0.5, 72), 15, 225, 30)
+    _surface(rng, canvas, 7)
+    filler = _against(rng, colour, 15, 200, 12, 18)
+    canvas.paint(canvas.cover(pose(_circle(np.zeros(2), 0.43, 60))), filler, lift=-20)
+    _surface(rng, canvas, 5)
+    n = int(rng.integers(3, 6))
+    core = 0.43 * np.sin(np.pi / n) / (1 + np.sin(np.pi / n)) * 0.96
+    spots = _turn(_circle(np.zeros(2), 0.42 - core, n), rng.uniform(0, np.pi))
+    skipped = int(rng.integers(n)) if omit else -1
+    copper = _tone(rng, 140, 200, 5) * (np.array([1.15, 0.8, 0.55]) if rng.random() < 0.7 else 1.0)
+    layers = int(rng.integers(2, 4))
+    strand = core * 0.66 / (2 * layers - 1)
+    bundle = [np.zeros(2)]
+    for k in range(1, layers):
+        bundle += list(_circle(np.zeros(2), 2 * k * strand, 6 * k))
+    for i, spot in enumerate(spots):
+        if i == skipped:
+            canvas.mark(canvas.cover(pose(_circle(spot, core * 0.9))), "missing feature")
+            continue
+        insulation = _against(rng, filler, 30, 235, 80, 25)
+        canvas.paint(canvas.cover(pose(_circle(spot, core))), insulation, lift=25)
+        canvas.paint(canvas.cover(pose(_circle(spot, core * 0.7))), copper * 0.35, lift=-20)
+        strands = [pose(_circle(spot + p + rng.normal(0, 0.04 * strand, 2), strand * 0.93, 12)) for p in bundle]
+        _features(rng, canvas, strands, np.clip(copper, 0, 250), 25, False)
+
+
+def _leather(rng: Rng, canvas: _Canvas, omit: bool) -> None:
+    size, angle = canvas.size, rng.uniform(0, 2 * np.pi)
+    colour = _tone(rng, 25, 190, 6) * rng.choice([(1.25, 0.85, 0.6), (1.0, 1.0, 1.0), (1.1, 0.95, 0.8)])
+    _texture(rng, canvas, np.clip(colour, 4, 240))
+    seeds = np.ones((size, size), np.uint8)
+    pebble = _between(rng, 0.02, 0.05)
+    n = round(1 / pebble)
+    at = (np.stack(np.meshgrid(np.arange(n), np.arange(n)), -1) + rng.uniform(0, 1, (n, n, 2))) * (size / n)
+    seeds[tuple(np.minimum(at.reshape(-1, 2).astype(int), size - 1).T)] = 0
+    cells = np.minimum(cv2.distanceTransform(seeds, cv2.DIST_L2, 3) / np.float32(0.7 * pebble * size), 1)
+    canvas.height -= np.float32(rng.uniform(15, 60)) * cells**2
+    canvas.colour *= 1 - np.float32(rng.uniform(0.05, 0.3)) * cells**2
+    _surface(rng, canvas, 9)
+    if not omit and rng.random() < 0.3:
+        return
+    pitch, width = rng.uniform(0.05, 0.09), rng.uniform(0.008, 0.014)
+    thread = _against(rng, colour, 20, 235, 25, 35)
+    rows = (np.array([0.0]), np.array([-0.04, 0.04]))[rng.integers(2)] + rng.uniform(-0.25, 0.25)
+    seam = _turn(np.array([[-1.0, rows.mean()], [1.0, rows.mean()]]), angle) + 0.5
+    canvas.paint(canvas.line(seam, width=0.012), colour * 0.6, lift=-30)
+    canvas.rim = np.concatenate([canvas.rim, np.linspace(seam[0], seam[1], 40)])
+    stitch = _turn(_box(pitch * 0.36, width, width * 0.9), rng.normal(0, 0.15))
+    spots = [(x, y) for y in rows for x in np.arange(-0.75, 0.75, pitch)]
+    _features(rng, canvas, [_turn(stitch + p, angle) + 0.5 for p in spots], thread, 30, omit)
+
+
+Family: TypeAlias = Callable[[Rng, _Canvas, bool], None]
+FAMILIES: dict[str, Family] = {
     "plate": _plate,
     "gear": _gear,
+    "casting": _casting,
     "connector": _connector,
+    "circuit board": _circuit_board,
+    "blister": _blister,
     "fabric": _fabric,
+    "wood": _wood,
     "tile": _tile,
 }
+UNSEEN_FAMILIES: dict[str, Family] = {"bottle top": _bottle_top, "cable": _cable, "leather": _leather}
+"""Never trained on."""
 
 
-def _spot(rng: np.random.Generator, canvas: _Canvas) -> Points:
-    """A random point on the part, away from its rim."""
-    inner = cv2.erode(canvas.part, np.ones((5, 5), np.uint8), borderValue=0)
-    rows, columns = np.nonzero(inner)
-    i = rng.integers(len(rows))
-    return (np.array([columns[i], rows[i]]) + 0.5) / canvas.size
+# --- defects: each draws itself on the part and returns what it covers
 
 
-def _lightness(canvas: _Canvas, at: Points) -> float:
-    x, y = (at * canvas.size).astype(int)
-    return float(canvas.colour[max(0, y - 3) : y + 4, max(0, x - 3) : x + 4].mean())
+def _spot(rng: Rng, canvas: _Canvas) -> Points:
+    """A random point on the part, if chance allows away from its rim."""
+    for reach in (0.02, 0.0):
+        for _ in range(60):
+            at = rng.uniform(0.04, 0.96, 2)
+            around = ((at + np.array([(0, 0), (-reach, 0), (reach, 0), (0, -reach), (0, reach)])) * canvas.size).astype(
+                int
+            )
+            if canvas.part[around[:, 1], around[:, 0]].all():
+                return at
+    return at
 
 
-def _differ(rng: np.random.Generator, lightness: float, by: float) -> float:
-    """A lightness at least `by` away, on the side with room."""
-    if lightness + by > 235 or (lightness - by > 15 and rng.random() < 0.5):
-        return max(5.0, lightness - by * rng.uniform(1, 1.5))
-    return min(250.0, lightness + by * rng.uniform(1, 1.5))
+def _local(canvas: _Canvas, at: Points) -> tuple[Colour, float]:
+    """Mean colour around a point, and how much the lightness varies there."""
+    (x, y), r = (at * canvas.size).astype(int), max(3, canvas.size // 24)
+    box = np.s_[..., max(0, y - r) : y + r + 1, max(0, x - r) : x + r + 1]
+    weight = canvas.part[box].astype(np.float32) + np.float32(1e-3)
+    weight /= weight.sum()
+    mean = (canvas.colour[box] * weight).sum((1, 2))
+    lightness = canvas.colour[box].mean(0)
+    deviation = float(np.sqrt((weight * (lightness - mean.mean()) ** 2).sum()))
+    return mean.astype(np.float64), deviation
 
 
-def _walk(rng: np.random.Generator, at: Points, length: float, steps: int, wander: float, heading: float) -> Points:
+def _differ(rng: Rng, lightness: float, deviation: float, faintest: float) -> float:
+    """A change of lightness that a person can see on a surface that varies so much; often faint."""
+    by = _between(rng, faintest, 100) + 0.9 * deviation
+    up, down = 248 - lightness, lightness - 6
+    rooms = [room for room in (up, -down) if abs(room) >= by] or [max(up, -down, key=abs)]
+    room = float(rng.choice(rooms))
+    return float(np.copysign(min(by, abs(room)), room))
+
+
+def _walk(rng: Rng, at: Points, length: float, steps: int, wander: float, heading: float) -> Points:
     """A path of `steps` strides centred on `at` whose heading wanders."""
     turns = heading + np.cumsum(rng.normal(0, wander, steps))
     path: Points = np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 1) * length / steps, 0)
     return np.asarray(path - path.mean(0) + at)
 
 
-def _grown(canvas: _Canvas, coverage: Field, margin: float) -> Mask:
-    """Where the part is covered, with the margin that a person's brush leaves."""
-    r = max(1, round(margin * canvas.size))
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * r + 1, 2 * r + 1))
-    return cv2.dilate((coverage > 0.25).astype(np.uint8), kernel) > 0
-
-
-def _scratch(rng: np.random.Generator, canvas: _Canvas) -> Mask:
+def _scratch(rng: Rng, canvas: _Canvas) -> Coverage:
     at = _spot(rng, canvas)
-    heading, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.5)
-    tone = np.full(3, _differ(rng, _lightness(canvas, at), 60))
-    coverage = np.zeros((canvas.size, canvas.size), np.float32)
-    for k in range(int(rng.integers(1, 4))):
-        start = at + rng.uniform(-0.03, 0.03, 2) * (k > 0)
-        path = _walk(rng, start, length * rng.uniform(0.7, 1), 12, 0.04, heading)
-        coverage = np.maximum(coverage, canvas.line(path, rng.uniform(0.006, 0.014)))
-    coverage *= canvas.part
-    canvas.blend(coverage * np.float32(rng.uniform(0.7, 1)), tone)
-    canvas.sink(coverage, 30)
-    return _grown(canvas, coverage, 0.008)
-
-
-def _stain(rng: np.random.Generator, canvas: _Canvas) -> Mask:
-    at = _spot(rng, canvas)
-    y, x = np.mgrid[: canvas.size, : canvas.size].astype(np.float32) / np.float32(canvas.size)
-    radius, stretch, angle = rng.uniform(0.05, 0.13), rng.uniform(0.6, 1), rng.uniform(0, np.pi)
-    dx, dy = x - at[0], y - at[1]
-    along = dx * np.cos(angle) + dy * np.sin(angle)
-    distance = np.hypot(along * stretch, dy * np.cos(angle) - dx * np.sin(angle)) / radius
-    edge = 1 - distance + 0.35 * _noise(rng, canvas.size, radius * canvas.size * 0.7)
-    coverage: Field = np.clip(edge * rng.uniform(3, 8), 0, 1).astype(np.float32) * canvas.part
-    light = _lightness(canvas, at)
-    tint = np.array([[1.0, 0.7, 0.35], [0.5, 0.5, 0.55], [0.35, 0.55, 0.9], [0.9, 0.4, 0.3], [1, 1, 1]])
-    colour = np.clip(_differ(rng, light, 70) * tint[rng.integers(len(tint))], 0, 255)
-    canvas.blend(coverage * np.float32(rng.uniform(0.5, 0.85)), colour)
-    return coverage > 0.4
-
-
-def _pit(rng: np.random.Generator, canvas: _Canvas) -> Mask:
-    at = _spot(rng, canvas)
+    colour, deviation = _local(canvas, at)
+    change = _differ(rng, colour.mean(), deviation, 28)
+    heading, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.12, 0.5)
     coverage = np.zeros((canvas.size, canvas.size), np.uint8)
-    for k in range(int(rng.integers(1, 5))):
-        centre = at + rng.normal(0, 0.035, 2) * (k > 0)
-        outline = _circle(centre, rng.uniform(0.014, 0.032), 12)
-        outline = centre + (outline - centre) * rng.uniform(0.75, 1.2, (12, 1))
-        cv2.fillPoly(coverage, [canvas.fixed(outline)], (255,), cv2.LINE_AA, 4)
-    soft = cv2.GaussianBlur(coverage, (0, 0), 0.003 * canvas.size).astype(np.float32) / 255 * canvas.part
-    canvas.blend(soft * np.float32(rng.uniform(0.55, 0.9)), np.full(3, _lightness(canvas, at) * rng.uniform(0.2, 0.45)))
-    canvas.sink(soft, 90)
-    return _grown(canvas, soft, 0.006)
+    for k in range(int(rng.choice([1, 1, 2, 3, 5]))):
+        start = at + rng.uniform(-0.03, 0.03, 2) * (k > 0)
+        path = _walk(rng, start, length * rng.uniform(0.6, 1), 12, 0.04, heading + rng.normal(0, 0.05))
+        coverage = np.maximum(coverage, canvas.line(path, width=rng.uniform(0.004, 0.011)))
+    coverage *= canvas.part
+    canvas.paint(coverage, colour + change, rng.uniform(0.75, 1), -20)
+    return coverage
 
 
-def _crack(rng: np.random.Generator, canvas: _Canvas) -> Mask:
+def _stain(rng: Rng, canvas: _Canvas) -> Coverage:
     at = _spot(rng, canvas)
-    heading, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.22, 0.5)
-    trunk = _walk(rng, at, length, 22, 0.55, heading)
-    coverage = canvas.line(trunk, rng.uniform(0.007, 0.012))
-    for _ in range(int(rng.integers(1, 4))):
+    colour, deviation = _local(canvas, at)
+    change = _differ(rng, colour.mean(), deviation, 18)
+    radius = rng.uniform(0.025, 0.12)
+    coverage = canvas.cover(_blob(rng, at, radius, 0.18))
+    for _ in range(int(rng.integers(0, 4))):
+        drop = at + rng.normal(0, radius, 2)
+        coverage = np.maximum(coverage, canvas.cover(_blob(rng, drop, radius * rng.uniform(0.15, 0.5), 0.15)))
+    soft = np.asarray(cv2.GaussianBlur(coverage, (0, 0), _between(rng, 0.002, 0.02) * canvas.size), np.uint8)
+    soft *= canvas.part
+    hues = np.array([(0.3, 0.0, -0.3), (0.0, 0.0, 0.05), (-0.3, 0.0, 0.3), (0.35, -0.2, -0.15), (0.0, 0.0, 0.0)])
+    tint = hues[rng.integers(len(hues))] * rng.uniform(30, 110)
+    canvas.paint(soft, np.clip(colour + change + tint, 0, 252), rng.uniform(0.7, 0.95))
+    if rng.random() < 0.4:  # a dried rim
+        rim = cv2.absdiff(soft, cv2.erode(soft, np.ones((5, 5), np.uint8)))
+        canvas.paint(np.asarray(rim, np.uint8), np.clip(colour + 1.6 * change + tint, 0, 252), 0.6)
+    return soft
+
+
+def _pit(rng: Rng, canvas: _Canvas) -> Coverage:
+    at = _spot(rng, canvas)
+    colour, deviation = _local(canvas, at)
+    change = _differ(rng, colour.mean(), deviation, 30)
+    coverage = np.zeros((canvas.size, canvas.size), np.uint8)
+    spread, n = rng.uniform(0.02, 0.05), int(rng.choice([1, 1, 2, 3, 4, 8]))
+    for k in range(n):
+        centre = at + rng.normal(0, spread, 2) * (k > 0)
+        coverage = np.maximum(coverage, canvas.cover(_blob(rng, centre, _between(rng, 0.009, 0.03), 0.15, 14)))
+    coverage *= canvas.part
+    if change > 0:  # on a dark part the pit shows its bright lip
+        lip = cv2.morphologyEx(coverage, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
+        canvas.paint(np.asarray(lip, np.uint8) * canvas.part, colour + change)
+    canvas.paint(coverage, colour - abs(change) if change < 0 else colour * 0.3, rng.uniform(0.75, 1), -70)
+    return coverage
+
+
+def _crack(rng: Rng, canvas: _Canvas) -> Coverage:
+    at = _spot(rng, canvas)
+    colour, deviation = _local(canvas, at)
+    change = _differ(rng, colour.mean(), deviation, 38)
+    heading, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.15, 0.5)
+    trunk = _walk(rng, at, length, 22, 0.5, heading)
+    coverage = canvas.line(trunk, width=rng.uniform(0.004, 0.011))
+    for _ in range(int(rng.integers(0, 4))):
         fork = trunk[rng.integers(4, 18)]
         branch = _walk(rng, fork, length * rng.uniform(0.2, 0.45), 10, 0.5, heading + rng.uniform(-1.2, 1.2))
-        coverage = np.maximum(coverage, canvas.line(branch - branch[0] + fork, 0.004))
+        coverage = np.maximum(coverage, canvas.line(branch - branch[0] + fork, width=0.004))
     coverage *= canvas.part
-    canvas.blend(coverage * np.float32(0.9), np.full(3, _lightness(canvas, at) * rng.uniform(0.08, 0.3)))
-    canvas.sink(coverage, 60)
-    return _grown(canvas, coverage, 0.008)
+    dark = colour + change if change < 0 or colour.mean() < 40 else colour * 0.25
+    canvas.paint(coverage, dark, rng.uniform(0.8, 1), -45)
+    return coverage
 
 
-def _fibre(rng: np.random.Generator, canvas: _Canvas) -> Mask:
+def _fibre(rng: Rng, canvas: _Canvas) -> Coverage:
     at = _spot(rng, canvas)
-    turns = np.cumsum(np.cumsum(rng.normal(0, 0.035, 40))) + rng.uniform(0, 2 * np.pi)
-    path = np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 1) * rng.uniform(0.3, 0.6) / 40, 0)
+    local, deviation = _local(canvas, at)
+    change = _differ(rng, local.mean(), deviation, 38)
+    turns = np.cumsum(np.cumsum(rng.normal(0, rng.uniform(0.02, 0.06), 40))) + rng.uniform(0, 2 * np.pi)
+    path = np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 1) * rng.uniform(0.2, 0.6) / 40, 0)
     path = path - path.mean(0) + at
-    light = _lightness(canvas, at)
-    colour = np.clip(_differ(rng, light, 85) + rng.uniform(-60, 60, 3), 0, 255)
-    width = rng.uniform(0.006, 0.011)
-    shadow = cv2.GaussianBlur(canvas.line(path + 0.009, width), (0, 0), 0.005 * canvas.size)
-    canvas.blend(np.clip(shadow * np.float32(0.6), 0, 1), np.full(3, light * 0.3))
-    coverage = canvas.line(path, width)
-    canvas.blend(coverage, colour)
-    canvas.sink(coverage, -60)
-    return _grown(canvas, coverage, 0.008)
+    width = rng.uniform(0.004, 0.01)
+    shadow = cv2.blur(canvas.line(path + 0.009 * canvas.light, width=width), (3, 3))
+    canvas.paint(np.asarray(shadow, np.uint8), local * 0.3, 0.5)
+    coverage = canvas.line(path, width=width)
+    tint = rng.uniform(-60, 60, 3)
+    canvas.paint(coverage, np.clip(local + change + tint - tint.mean(), 0, 255), lift=50)
+    return coverage
 
 
-_DEFECTS: dict[Kind, Callable[[np.random.Generator, _Canvas], Mask]] = {
+def _window(canvas: _Canvas, at: Points, reach: float) -> tuple[Any, Field, Field]:
+    """The box within `reach` of a point: its index, and x and y from the point."""
+    low, high = (np.clip((at + s * reach) * canvas.size, 0, canvas.size).astype(int) for s in (-1, 1))
+    box = np.s_[..., low[1] : high[1], low[0] : high[0]]
+    x, y = _grid(canvas.size)
+    return box, x[box] - np.float32(at[0] - 0.5), y[box] - np.float32(at[1] - 0.5)
+
+
+def _dent(rng: Rng, canvas: _Canvas) -> Coverage:
+    at = _spot(rng, canvas)
+    colour, deviation = _local(canvas, at)
+    amount = abs(_differ(rng, colour.mean(), deviation, 24))
+    radius, stretch, angle = rng.uniform(0.02, 0.06), rng.uniform(0.4, 1), rng.uniform(0, np.pi)
+    box, x, y = _window(canvas, at, 3 * radius)
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    bowl = np.exp(-0.5 * (along**2 + (across / stretch) ** 2) / radius**2).astype(np.float32)
+    down = _turn(canvas.light[None], -angle)[0]  # the light, along and across the dent
+    slope = bowl * (along * down[0] + across * down[1] / stretch**2) / radius
+    shade = slope / max(float(np.abs(slope).max()), 1e-6) - np.float32(0.3) * bowl
+    canvas.colour[box] += np.float32(amount) * shade * canvas.part[box]
+    coverage = np.zeros((canvas.size, canvas.size), np.uint8)
+    coverage[box] = (bowl > 0.3) * canvas.part[box] * np.uint8(255)
+    return coverage
+
+
+def _chipped_edge(rng: Rng, canvas: _Canvas) -> Coverage:
+    in_frame = canvas.rim[((canvas.rim >= 0) & (canvas.rim <= 1)).all(1)]
+    at = in_frame[rng.integers(len(in_frame))]
+    outline = _blob(rng, at, rng.uniform(0.03, 0.09), 0.2, 18)
+    coverage = canvas.cover(outline + rng.normal(0, 0.004, outline.shape)) * canvas.part
+    colour, deviation = _local(canvas, at)
+    face = np.clip(colour + _differ(rng, colour.mean(), deviation, 14) * 0.7, 4, 250)
+    canvas.paint(coverage, face, 0.85, -25)
+    gone = canvas.cover(at + (outline - at) * rng.uniform(0.65, 0.9)) * canvas.part
+    canvas.paint(gone, canvas.ground, lift=-25)
+    return coverage
+
+
+def _bubble(rng: Rng, canvas: _Canvas) -> Coverage:
+    at = _spot(rng, canvas)
+    colour, deviation = _local(canvas, at)
+    amount = np.float32(abs(_differ(rng, colour.mean(), deviation, 26)))
+    coverage = np.zeros((canvas.size, canvas.size), np.uint8)
+    for k in range(int(rng.choice([1, 1, 2, 3, 5]))):
+        centre, radius = at + rng.normal(0, 0.05, 2) * (k > 0), _between(rng, 0.014, 0.05)
+        box, x, y = _window(canvas, centre, 1.4 * radius)
+        far = np.hypot(x, y) / radius
+        inside = np.clip((1 - far) * radius * canvas.size, 0, 1)
+        dome = -(x * canvas.light[0] + y * canvas.light[1]) / radius * inside
+        ring = np.exp(-(((far - 0.95) / 0.13) ** 2))
+        glint = np.exp(
+            -(
+                ((x + 0.4 * radius * canvas.light[0]) ** 2 + (y + 0.4 * radius * canvas.light[1]) ** 2)
+                / (0.2 * radius) ** 2
+            )
+        )
+        canvas.colour[box] += amount * (dome - 0.45 * ring + glint).astype(np.float32) * canvas.part[box]
+        coverage[box] = np.maximum(coverage[box], (far < 1) * canvas.part[box] * np.uint8(255))
+    return coverage
+
+
+def _burn_mark(rng: Rng, canvas: _Canvas) -> Coverage:
+    at = _spot(rng, canvas)
+    colour, deviation = _local(canvas, at)
+    change = _differ(rng, colour.mean(), deviation, 35)
+    char = (
+        np.clip(colour + change, 4, 250) if colour.mean() < 60 else (colour - abs(change)).clip(4) * (1.05, 0.85, 0.7)
+    )
+    radius = rng.uniform(0.03, 0.09)
+    outline = _blob(rng, at, radius, 0.2)
+    halo = np.asarray(cv2.GaussianBlur(canvas.cover(outline), (0, 0), 0.35 * radius * canvas.size), np.uint8)
+    halo *= canvas.part
+    canvas.paint(halo, 0.5 * (colour * (1.0, 0.85, 0.65) + char), 0.75)
+    core = canvas.cover(at + (outline - at) * rng.uniform(0.4, 0.75))
+    core = np.asarray(cv2.GaussianBlur(core, (0, 0), 0.12 * radius * canvas.size), np.uint8)
+    canvas.paint(core * canvas.part, char, 0.9)
+    return halo
+
+
+_DEFECTS: dict[Kind, Callable[[Rng, _Canvas], Coverage]] = {
     "scratch": _scratch,
     "stain": _stain,
     "pit": _pit,
     "crack": _crack,
     "fibre": _fibre,
+    "dent": _dent,
+    "chipped edge": _chipped_edge,
+    "bubble": _bubble,
+    "burn mark": _burn_mark,
 }
 
 
-def _photograph(rng: np.random.Generator, canvas: _Canvas) -> Image:
-    """Light the height from one side, add a light gradient, white balance, blur, noise and gamma."""
+def _photograph(rng: Rng, canvas: _Canvas) -> Image:
+    """Light the height from one side; add a gradient, a reflection, exposure, blur, noise, gamma and JPEG's traces."""
     size = canvas.size
-    height = cv2.GaussianBlur(canvas.height, (0, 0), 0.003 * size).astype(np.float32)
-    direction, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.3, 0.9) * size / 256
-    slope = cv2.Sobel(height, cv2.CV_32F, 1, 0) * np.float32(np.cos(direction) * strength / 4)
-    slope += cv2.Sobel(height, cv2.CV_32F, 0, 1) * np.float32(np.sin(direction) * strength / 4)
-    image: Field = canvas.colour.astype(np.float32)
-    image += slope[..., None]
-    axis = np.linspace(-1, 1, size, dtype=np.float32)
-    tilt = rng.uniform(-0.18, 0.18, 2).astype(np.float32)
-    light = 1 + tilt[0] * axis[None] + tilt[1] * axis[:, None]
-    light -= np.float32(rng.uniform(0, 0.15)) * (axis[None] ** 2 + axis[:, None] ** 2)
-    image *= light[..., None]
-    image *= (rng.uniform(0.8, 1.15) * rng.uniform(0.94, 1.06, 3)).astype(np.float32)
-    image = np.asarray(cv2.GaussianBlur(image, (0, 0), rng.uniform(0.0012, 0.0035) * size), np.float32)
-    grain = np.frombuffer(rng.bytes(size * size * 2), np.uint8).reshape(size, size, 2).astype(np.float32)
-    image += (grain.sum(2) - 255)[..., None] * np.float32(rng.uniform(0.005, 0.06))
-    image = np.clip(image, 0, 255) / np.float32(255)
-    return (cv2.pow(image, rng.uniform(0.85, 1.2)) * 255).astype(np.uint8)
+    colour = canvas.colour
+    if rng.random() < 0.25:  # a grey camera
+        colour = np.tensordot(np.array([0.3, 0.59, 0.11], np.float32), colour, 1)[None]
+    height = cv2.GaussianBlur(canvas.height, (0, 0), 0.003 * size)
+    strength = rng.uniform(0.25, 0.9) * size / 256 / 4 * canvas.light
+    colour = colour + cv2.addWeighted(
+        cv2.Sobel(height, cv2.CV_32F, 1, 0), strength[0], cv2.Sobel(height, cv2.CV_32F, 0, 1), strength[1], 0
+    )
+    x, y = _grid(size)
+    tilt = rng.uniform(-0.3, 0.3, 2).astype(np.float32)
+    light = 1 + tilt[0] * x + tilt[1] * y - np.float32(max(0.0, rng.uniform(-0.4, 0.8))) * (x * x + y * y)
+    brightest = np.partition(colour[:, ::8, ::8].max(0).ravel(), -size // 8)[-size // 8]
+    exposure = min(np.clip(rng.normal(1, 0.13), 0.6, 1.35), 250 / max(float(brightest), 1))  # what burns out is lost
+    colour *= light * np.float32(exposure)
+    if len(colour) == 3:
+        colour *= rng.uniform(0.93, 1.07, (3, 1, 1)).astype(np.float32)
+    if rng.random() < 0.2:  # a lamp's reflection
+        at = rng.uniform(-0.5, 0.5, 2)
+        glare = (x - np.float32(at[0])) ** 2 + (y - np.float32(at[1])) ** 2
+        colour += np.float32(rng.uniform(5, 40)) * cv2.exp(glare * np.float32(-1 / _between(rng, 0.01, 0.2)))
+    blur, noise = _between(rng, 0.0012, 0.004) * size, np.float32(_between(rng, 0.4, 7))
+    shared, coloured = _grain(rng, size), rng.random() < 0.4
+    planes = []
+    for plane in colour:
+        smooth = cv2.GaussianBlur(plane, (0, 0), blur)
+        smooth += noise * (_grain(rng, size) if coloured else shared)
+        planes.append(np.clip(smooth, 0, 255).astype(np.uint8))
+    image = cv2.merge(planes * (3 // len(planes)))
+    curve = 255 * (np.arange(256) / 255) ** rng.uniform(0.8, 1.25)
+    image = cv2.LUT(image, np.round(curve).astype(np.uint8))
+    if rng.random() < 0.25:
+        grey = len(planes) == 1
+        _, coded = cv2.imencode(
+            ".jpg", image[..., 0] if grey else image, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(45, 96))]
+        )
+        image = cv2.imdecode(coded, cv2.IMREAD_COLOR)
+    return np.asarray(image, np.uint8)
