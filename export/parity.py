@@ -286,7 +286,7 @@ def measure(
         FrameError: an image that cannot be read.
         BundleError: a file of the bundle that its engine refuses.
     """
-    manifest = bundle.manifest
+    manifest = bundle.for_review
     question = manifest.conversation.question.replace("{object}", manifest.conversation.object)
     found: dict[str, list[StageParity]] = {}
     source = Source(checkpoint)
@@ -585,7 +585,7 @@ class Exported:
     """The bundle through what the runtime runs: the screen whole, the review's engines and stages one by one."""
 
     def __init__(self, bundle: Bundle, device: Device) -> None:
-        self._manifest = manifest = bundle.manifest
+        self._manifest = manifest = bundle.for_review
         self._screen = Screen(bundle, device)
         self._normal = NormalFeatures(bundle.file("similarity.safetensors"), manifest.similarity)
         engines = Engines.choose(bundle, device)

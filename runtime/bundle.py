@@ -8,6 +8,8 @@ bundle/
   similarity.safetensors  DSSL's normal features
   parity.json           source against export, as measured when the bundle was made
   parity.html           the same for people, with pictures
+
+A bundle that screens only (`vmad export-features`) has the manifest and clip_encoder.onnx alone.
 """
 
 from __future__ import annotations
@@ -64,10 +66,11 @@ class Vision(Record):
     """Patches per side; N = grid²."""
     width: Positive
     """D."""
-    patches_level: int
-    """Index into hidden_states (0 = embeddings, negative from the end) of `patches`; LLaVA reads −2."""
-    levels: Annotated[tuple[int, ...], Field(min_length=1)]
-    """Indices of `patches_multi`, in the order that the LTC projector takes them."""
+    patches_level: int | None = None
+    """Index into hidden_states (0 = embeddings, negative from the end) of `patches`; LLaVA reads −2. None: `patches`
+    joins the levels."""
+    levels: Annotated[tuple[int | str, ...], Field(min_length=1)]
+    """Indices of `patches_multi`, in the order that the LTC projector takes them; or a feature graph's outputs."""
 
 
 class Conversation(Record):
@@ -126,6 +129,8 @@ class Similarity(Record):
     """Of the softmax between normal and abnormal features, where the bundle has abnormal ones."""
     smoothing_sigma: Annotated[float, Field(ge=0)] = 4.0
     """Gaussian on the anomaly map, in pixels of `clip_pixels` (AnomalyCLIP: 4)."""
+    coreset: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the enrolled patches that `enroll` keeps: PatchCore's greedy coreset below 1."""
     thresholds: Thresholds | None = None
     """For the bundle's normal features, from the training's held-out normals; without them: UNCERTAIN."""
 
@@ -135,22 +140,37 @@ class Weights(Record):
     licence: str
 
 
-class Manifest(Record):
+class ScreenManifest(Record):
+    """What the screen needs to know: all there is to a bundle without a review."""
+
     schema_version: Literal[1] = 1
-    system: Literal["vmad"] = "vmad"
+    system: Literal["vmad", "patchcore"] = "patchcore"
     made_with: dict[str, str]
     """Versions of what wrote the bundle."""
     weights: Weights
     clip: ClipInput
-    sam: SamInput
     vision: Vision
-    conversation: Conversation
-    language: Language
     similarity: Similarity
     precision: dict[str, Precision] = Field(default_factory=dict)
     """Of the graphs, by name; one that is not named computes in FP32."""
     files: dict[str, str]
     """Every other file of the bundle (relative, plain names) and its SHA-256."""
+
+    @property
+    def object(self) -> str:
+        """What a part is called that nobody named."""
+        return "part"
+
+
+class Manifest(ScreenManifest):
+    system: Literal["vmad"] = "vmad"
+    sam: SamInput
+    conversation: Conversation
+    language: Language
+
+    @property
+    def object(self) -> str:
+        return self.conversation.object
 
 
 @dataclass(frozen=True)
@@ -159,7 +179,7 @@ class Bundle:
 
     path: Path
     hash: str
-    manifest: Manifest
+    manifest: ScreenManifest
 
     @staticmethod
     def open(path: Path | str) -> Bundle:
@@ -200,6 +220,20 @@ class Bundle:
                 )
         return Bundle(folder, found, manifest)
 
+    @property
+    def for_review(self) -> Manifest:
+        """The manifest of a bundle that can review.
+
+        Raises:
+            BundleError: this one screens only.
+        """
+        if not isinstance(self.manifest, Manifest):
+            raise BundleError(
+                f"bundle {self.path} screens only: it has no language model to review with. "
+                "`vmad export` makes bundles that review."
+            )
+        return self.manifest
+
     def file(self, name: str) -> Path:
         """Path of a file that the manifest lists.
 
@@ -211,7 +245,7 @@ class Bundle:
         return self.path / name
 
 
-def seal(folder: Path, manifest: Manifest) -> str:
+def seal(folder: Path, manifest: ScreenManifest) -> str:
     """Write manifest.json and manifest.sha256 into `folder`; returns the bundle's hash."""
     text = (manifest.model_dump_json(indent=2) + "\n").encode()
     digest = hashlib.sha256(text).hexdigest()
@@ -220,9 +254,14 @@ def seal(folder: Path, manifest: Manifest) -> str:
     return digest
 
 
-def _parse(path: Path, text: bytes) -> Manifest:
+class _Kind(BaseModel):
+    system: str = "vmad"
+
+
+def _parse(path: Path, text: bytes) -> ScreenManifest:
     try:
-        return Manifest.model_validate_json(text)
+        kind = ScreenManifest if _Kind.model_validate_json(text).system == "patchcore" else Manifest
+        return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         path_in_file = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()

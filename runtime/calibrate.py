@@ -59,7 +59,7 @@ def calibrate(
         VmadError: too few frames for what is promised.
     """
     targets = targets or Targets()
-    name = inspector.bundle.manifest.conversation.object if object is None else object
+    name = inspector.bundle.manifest.object if object is None else object
     bank = inspector.station.bank_hash(name)
     frames = [_scored(inspector, path, name, False) for path in good]
     frames += [_scored(inspector, path, name, True) for path in defects]

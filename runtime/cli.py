@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vmad_edge.runtime.bundle import Answer, Bundle
+from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, ScreenManifest
 from vmad_edge.runtime.calibrate import Targets, calibrate
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.errors import VmadError
@@ -288,9 +288,7 @@ def _info(args: argparse.Namespace) -> int:
             "weights": f"{manifest.weights.origin} ({manifest.weights.licence})",
             "clip": f"{manifest.clip.size} px, {manifest.vision.grid}×{manifest.vision.grid} patches of width "
             f"{manifest.vision.width}, levels {list(manifest.vision.levels)}",
-            "language": f"width {manifest.language.width}, {manifest.language.visual_tokens} visual tokens, "
-            f"{manifest.language.quantization}, answers {manifest.language.answer}",
-            "sam": f"{manifest.sam.size} px",
+            **_review_facts(manifest),
             "thresholds": manifest.similarity.thresholds and manifest.similarity.thresholds.model_dump(),
             "made_with": manifest.made_with,
             "station": str(inspector.station.path),
@@ -305,6 +303,17 @@ def _info(args: argparse.Namespace) -> int:
     if manifest.clip.resize == "shortest_edge":
         _err.print("warning: this checkpoint crops the centre of each frame; what lies outside counts as not inspected")
     return 0
+
+
+def _review_facts(manifest: ScreenManifest) -> dict[str, str]:
+    if not isinstance(manifest, Manifest):
+        return {"review": "none: this bundle screens only"}
+    language = manifest.language
+    return {
+        "language": f"width {language.width}, {language.visual_tokens} visual tokens, {language.quantization}, "
+        f"answers {language.answer}",
+        "sam": f"{manifest.sam.size} px",
+    }
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from vmad_edge.runtime.bundle import Answer, Bundle, Thresholds
+from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, Thresholds
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
-from vmad_edge.runtime.errors import VmadError
+from vmad_edge.runtime.errors import BundleError, VmadError
 from vmad_edge.runtime.frame import Frame, FrameSource
 from vmad_edge.runtime.inspection import Inspection, Region, Verdict, find_regions
 from vmad_edge.runtime.review import PendingReview, ReviewProcess
@@ -67,7 +67,7 @@ class Inspector:
         self.bundle = bundle
         self.station = station
         self._screen = Screen(bundle, device)
-        self._normal = NormalFeatures(bundle.file("similarity.safetensors"), bundle.manifest.similarity)
+        self._normal = _normal_features(bundle)
         self._calibrated = calibrated
         self._sources: dict[str, SimilaritySource] = {}
         self._lock = threading.Lock()
@@ -107,6 +107,11 @@ class Inspector:
         return self._screen.engines
 
     @property
+    def review_pid(self) -> int | None:
+        """The review process's id; None before the first review."""
+        return self._reviews.pid
+
+    @property
     def provider(self) -> str:
         """What runs the screen's encoder."""
         return self._screen.provider
@@ -127,18 +132,20 @@ class Inspector:
         Never raises for what is wrong with the frame or the screen: that is NOT_INSPECTED with its reason.
 
         Raises:
-            BundleError: the object's references or calibration in the station must not be used.
+            BundleError: the object's references or calibration in the station must not be used, or there is nothing to
+                compare with.
 
         Args:
             frame: an RGB array [h,w,3] uint8 (or grey, or RGBA), a path, an encoded image, or a Frame.
             object: the part's name: chooses the reference bank and goes into the question.
             question: instead of the manifest's; `{object}` in it is replaced.
             answer: "full" sentence or "short"; None takes the manifest's.
-            review: False gives the screen alone; `review(inspection)` can follow.
+            review: False gives the screen alone, as does a bundle that screens only; `review(inspection)` can follow.
             bit_depth: of 16-bit frames, see `Frame.read`.
             deadline_ms: from now. A screen that misses it is NOT_INSPECTED; a review that misses it is left out.
         """
         deadline = None if deadline_ms is None else time.monotonic() + deadline_ms / 1e3
+        review = review and isinstance(self.bundle.manifest, Manifest)
         if review:
             self._reviews.start()
         inspection = self._screened(frame, self._object(object), deadline, bit_depth)
@@ -167,10 +174,11 @@ class Inspector:
 
         Raises:
             VmadError: the inspection has no features: it was not inspected, or reviewed already.
+            BundleError: the bundle screens only.
         """
         if inspection.features is None:
             raise VmadError("expected an Inspection from inspect(…, review=False), found one without features")
-        manifest = self.bundle.manifest
+        manifest = self.bundle.for_review
         asked = (question or manifest.conversation.question).replace("{object}", inspection.object)
         mode = answer or manifest.language.answer
         pending = self._reviews.submit(inspection.frame, inspection.features, asked, mode, deadline)
@@ -207,12 +215,17 @@ class Inspector:
         return 2 * source.thresholds.defect_above if isinstance(source, References) and source.thresholds else 1.0
 
     def _object(self, object: str | None) -> str:
-        return self.bundle.manifest.conversation.object if object is None else object
+        return self.bundle.manifest.object if object is None else object
 
     def _source(self, object: str) -> SimilaritySource:
         with self._lock:
             if object not in self._sources:
                 source = self.station.load_references(object) or copy(self._normal)
+                if source is None:
+                    raise BundleError(
+                        f"bundle {self.bundle.path} has no normal features to compare with, and {object!r} is not "
+                        "enrolled: `vmad enroll` normal parts, or name a folder of them with --references"
+                    )
                 calibration = self.station.load_calibration(object) if self._calibrated else None
                 if calibration is not None:
                     source.thresholds = calibration.thresholds
@@ -282,6 +295,11 @@ class Inspector:
             deadline_met=deadline_met,
             features=screening.features,
         )
+
+
+def _normal_features(bundle: Bundle) -> NormalFeatures | None:
+    name = "similarity.safetensors"
+    return NormalFeatures(bundle.file(name), bundle.manifest.similarity) if name in bundle.manifest.files else None
 
 
 def verdict_of(score: float, thresholds: Thresholds | None) -> Verdict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from vmad_edge.kernels import ReferenceBank, max_cosine, segmented_max_cosine
 from vmad_edge.runtime.bundle import Similarity, Thresholds
+from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.inspection import NearestNormal
 from vmad_edge.runtime.stages.preprocess import View
 
@@ -90,6 +91,16 @@ class References:
         score, index = max_cosine(patches, self._bank)
         return PatchScores(1 - score, index)
 
+    def take(self, rows: NDArray[np.int64]) -> References:
+        """Only these rows, which ascend; the frames stay, even those that none is left of."""
+        frames = tuple(
+            replace(frame, start=int(start), stop=int(stop))
+            for frame, (start, stop) in zip(
+                self.frames, np.searchsorted(rows, [(f.start, f.stop) for f in self.frames]), strict=True
+            )
+        )
+        return References(self.features[rows], self.patch[rows], frames, self.thresholds)
+
     def nearest(self, row: int, similarity: float, grid: int) -> NearestNormal:
         """The place of bank row `row`, with a picture of three patches around it."""
         frame = next(f for f in self.frames if f.start <= row < f.stop)
@@ -109,21 +120,53 @@ class References:
         return NearestNormal(frame.id, box, similarity, picture[top:bottom, left:right])
 
 
-def leave_one_out_thresholds(references: References, spec: Similarity, most: int = 50) -> Thresholds | None:
+def coreset(features: Floats, share: float) -> NDArray[np.int64]:
+    """Rows, in ascending order, of the `share` of `features` [M,D] that PatchCore (Roth et al. 2022) would keep.
+
+    Greedy k-center: from the first row on, always the row that is least similar (cosine) to the nearest one chosen.
+    Rows of zeros, or with NaN, are left out. Holds one more copy of the features.
+
+    Raises:
+        FrameError: no row is left.
+    """
+    length = np.linalg.norm(features, axis=1, keepdims=True)
+    rows = np.flatnonzero(np.isfinite(length) & (length > 0))
+    if not len(rows):
+        raise FrameError("expected features to enroll, found nothing but zeros and NaN")
+    unit = features[rows] / length[rows]
+    chosen = np.zeros(min(len(rows), max(1, round(share * len(features)))), np.int64)
+    nearest = np.full(len(rows), -np.inf, np.float32)
+    for place in range(1, len(chosen)):
+        last = chosen[place - 1]
+        np.maximum(nearest, unit @ unit[last], out=nearest)
+        nearest[last] = np.inf
+        chosen[place] = np.argmin(nearest)
+    return rows[np.sort(chosen)]
+
+
+def leave_one_out_thresholds(
+    references: References, spec: Similarity, kept: NDArray[np.int64] | None = None, most: int = 50
+) -> Thresholds | None:
     """Thresholds from the enrolled frames' own scores, each against the bank without itself.
 
     GOOD lies below the highest such score; DEFECT begins three standard deviations of them above it. [ASSUME]
     At most `most` frames, evenly spread, are scored. None with fewer than three frames.
+
+    Args:
+        kept: the rows, ascending, that will be the bank; None: all.
     """
     frames = references.frames
-    if len(frames) < 3:
+    kept = np.arange(len(references.features)) if kept is None else kept
+    bank = references.features[kept]
+    owner, first = np.unique(np.searchsorted([frame.stop for frame in frames], kept, "right"), return_index=True)
+    if len(frames) < 3 or len(owner) < 2:  # a bank of one frame's rows leaves nothing to compare that frame with
         return None
-    offsets = np.array([0, *(frame.stop for frame in frames)], np.int64)
+    offsets = np.append(first, len(kept))
     scores = []
     for number in np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)):
         own = references.features[frames[number].start : frames[number].stop]
-        per_frame = segmented_max_cosine(own, references.features, offsets)
-        per_frame[:, number] = -np.inf
+        per_frame = segmented_max_cosine(own, bank, offsets)
+        per_frame[:, owner == number] = -np.inf
         scores.append(image_score(1 - per_frame.max(axis=1), spec))
     highest = max(scores)
     return Thresholds(good_below=highest, defect_above=highest + 3 * float(np.std(scores)))

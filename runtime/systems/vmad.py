@@ -30,6 +30,7 @@ from vmad_edge.runtime.stages.similarity import (
     PatchScores,
     References,
     anomaly_map,
+    coreset,
     image_score,
     inspected_patches,
     leave_one_out_thresholds,
@@ -95,16 +96,19 @@ class Screen:
             start += len(rows)
         if not enrolled:
             raise FrameError("expected at least one normal frame to enroll, found none")
-        stacked = np.concatenate(features), np.concatenate(patches), tuple(enrolled)
-        thresholds = leave_one_out_thresholds(References(*stacked, None), self._manifest.similarity)
-        return References(*stacked, thresholds)
+        whole = References(np.concatenate(features), np.concatenate(patches), tuple(enrolled), None)
+        similarity = self._manifest.similarity
+        kept = None if similarity.coreset == 1 else coreset(whole.features, similarity.coreset)
+        whole.thresholds = leave_one_out_thresholds(whole, similarity, kept)
+        return whole if kept is None else whole.take(kept)
 
     def _encode(self, frame: Frame, watch: Stopwatch) -> tuple[Features, View]:
         with watch("preprocess"):
             pixels, view = clip_pixels(frame, self._manifest.clip)
         with watch("clip_encoder"):
             out = self._clip_encoder.run({"clip_pixels": pixels})
-        return Features(out["patches"][0], out["patches_multi"][0]), view
+        levels = out.get("patches_multi", out["patches"][:, None])  # a graph without them screens only
+        return Features(out["patches"][0], levels[0]), view
 
     def _jpeg(self, frame: Frame, view: View) -> bytes:
         """What CLIP saw of the frame, as a small picture for people."""
@@ -130,7 +134,7 @@ class Review:
     """The slow lane. One review at a time."""
 
     def __init__(self, bundle: Bundle, device: Device) -> None:
-        self._manifest = bundle.manifest
+        self._manifest = bundle.for_review
         engines = Engines.choose(bundle, device)
         self._ltc_projector = engines.open("ltc_projector")
         self._sam_encoder = engines.open("sam_encoder")
