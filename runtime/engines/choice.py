@@ -66,9 +66,9 @@ def _why_not(device: Device) -> str | None:
         return 'ONNX Runtime is not installed (extra "cpu" or "gpu")'
     if device == "cpu":
         return None
-    from vmad_edge.runtime.engines.onnxruntime import PROVIDERS, ort
+    from onnxruntime import get_available_providers
 
-    if PROVIDERS["cuda"] not in ort.get_available_providers():
+    if "CUDAExecutionProvider" not in get_available_providers():
         return 'this ONNX Runtime has no CUDA (extra "gpu", in place of "cpu")'
     try:
         gpu()

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from vmad_edge.runtime.engines import Arrays
 from vmad_edge.runtime.errors import BundleError, VmadError
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxRuntimeEngine:
@@ -38,16 +38,16 @@ class OnnxRuntimeEngine:
             with redirect_stdout(io.StringIO()):  # it prints what it does not find
                 ort.preload_dlls(directory="")  # CUDA and cuDNN where pip put them
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[device]])
+            self._session = ort.InferenceSession(str(path), options, providers=[_PROVIDERS[device]])
         except Exception as error:  # ONNX Runtime raises a class of its own for each of its status codes
             if ran_out_of_memory(str(error)):
                 raise VmadError(_OUT_OF_MEMORY.format(path=path, error=error)) from None
             raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from None
         found = self._session.get_providers()[0]
-        if found != PROVIDERS[device]:
+        if found != _PROVIDERS[device]:
             raise VmadError(
                 f"device {device!r} was asked for, but ONNX Runtime would run {path.name} with {found}: "
-                f"{_why_no_cuda()}. Install the \"gpu\" extra with the CUDA and cuDNN that onnxruntime-gpu "
+                f'{_why_no_cuda()}. Install the "gpu" extra with the CUDA and cuDNN that onnxruntime-gpu '
                 f"{ort.__version__} was built for (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use device=\"cpu\"."
             )
         self.provider = f"ONNX Runtime {ort.__version__}, {device.upper()}"

@@ -1,0 +1,199 @@
+"""Which engine is chosen, what each computes, and what each says when it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+
+from vmad_edge.runtime.bundle import Bundle
+from vmad_edge.runtime.engines import Arrays, Device, choice, gpu
+from vmad_edge.runtime.engines.choice import Engines
+from vmad_edge.runtime.engines.gpu import Gpu
+from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from vmad_edge.runtime.errors import BundleError, VmadError
+
+DEMO = Path(__file__).parents[2] / "demo/bundle"
+GRAPHS = ("clip_encoder", "ltc_projector", "sam_encoder", "mask_decoder")
+AMPERE = Gpu("a GPU", (8, 6), "580.1, CUDA 13.0")
+CPU = "CPUExecutionProvider"
+needs_openvino = pytest.mark.skipif(not find_spec("openvino"), reason="openvino is not installed")
+
+
+@pytest.fixture(scope="module")
+def demo() -> Bundle:
+    return Bundle.open(DEMO)
+
+
+def example(graph: Path, seed: int = 0) -> tuple[Arrays, Arrays]:
+    """Random inputs, dynamic axes 2, and what ONNX Runtime itself makes of them."""
+    session = ort.InferenceSession(graph, providers=[CPU])
+    rng = np.random.default_rng(seed)
+    shapes = {i.name: [size if isinstance(size, int) else 2 for size in i.shape] for i in session.get_inputs()}
+    inputs: Arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    names = [output.name for output in session.get_outputs()]
+    return inputs, dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@needs_openvino
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_openvino_computes_what_onnx_runtime_computes(graph: str, demo: Bundle) -> None:
+    from vmad_edge.runtime.engines.openvino import OpenVinoEngine
+
+    inputs, expected = example(demo.file(f"{graph}.onnx"))
+    exact = OpenVinoEngine(demo.file(f"{graph}.onnx"), "fp32")
+    assert exact.provider.endswith("f32")
+    found = exact.run(inputs)
+    assert set(found) == set(expected)
+    for name in expected:
+        assert found[name].dtype == np.float32 and error(found[name], expected[name]) < 1e-5, name
+
+    quick = OpenVinoEngine(demo.file(f"{graph}.onnx"))
+    found = quick.run(inputs)
+    if not quick.provider.endswith("bf16"):
+        pytest.skip("this processor has no bf16")
+    for name in expected:  # 8 bits: 2⁻⁹ a rounding, and it must really be one
+        assert 1e-5 < error(found[name], expected[name]) < 1e-2, name
+
+
+@needs_openvino
+def test_openvino_runs_in_threads(demo: Bundle) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from vmad_edge.runtime.engines.openvino import OpenVinoEngine
+
+    path = demo.file("ltc_projector.onnx")
+    engine = OpenVinoEngine(path, "fp32")
+    examples = [example(path, seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        outputs = pool.map(engine.run, [inputs for inputs, _ in examples])
+        for found, (_, expected) in zip(outputs, examples, strict=True):
+            assert error(found["visual_tokens"], expected["visual_tokens"]) < 1e-5
+
+
+def no_gpu() -> Gpu:
+    raise VmadError("no NVIDIA driver")
+
+
+@pytest.mark.parametrize(
+    "cuda,found_gpu,installed,expected,passed_over",
+    [
+        # a GPU, and an ONNX Runtime that can use it
+        (True, lambda: AMPERE, {"onnxruntime", "openvino"}, "cuda", {"tensorrt"}),
+        # onnxruntime-gpu on a machine without a GPU
+        (True, no_gpu, {"onnxruntime"}, "cpu", {"tensorrt", "cuda", "openvino"}),
+        # a GPU, but an ONNX Runtime for CPUs
+        (False, lambda: AMPERE, {"onnxruntime", "openvino"}, "openvino", {"tensorrt", "cuda"}),
+        # OpenVINO alone
+        (False, no_gpu, {"openvino"}, "openvino", {"tensorrt", "cuda"}),
+        # the least there can be
+        (False, no_gpu, {"onnxruntime"}, "cpu", {"tensorrt", "cuda", "openvino"}),
+    ],
+)
+def test_auto_takes_the_best_and_says_why(
+    cuda: bool,
+    found_gpu: Callable[[], Gpu],
+    installed: set[str],
+    expected: str,
+    passed_over: set[str],
+    demo: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "gpu", found_gpu)
+    monkeypatch.setattr(choice, "find_spec", lambda name: name in installed)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [*["CUDAExecutionProvider"] * cuda, CPU])
+    engines = Engines.choose(demo, "auto")
+    assert engines.device == expected
+    assert set(engines.passed_over) == passed_over and all(engines.passed_over.values())
+
+
+@pytest.mark.parametrize("device", ["auto", "tensorrt", "cuda", "openvino", "cpu"])
+def test_what_cannot_be_had_is_refused_with_the_reason(
+    device: Device, demo: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "gpu", no_gpu)
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    with pytest.raises(VmadError, match="is not installed"):
+        Engines.choose(demo, device)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # ONNX Runtime's own word, where its build has no CUDA
+def test_cuda_without_its_libraries_is_refused(demo: Bundle) -> None:
+    """Whatever the reason (no cuDNN, no CUDA in this build): ONNX Runtime itself would run on the CPU."""
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(VmadError, match=r"would run clip_encoder\.onnx with CPUExecutionProvider"),
+    ):
+        OnnxRuntimeEngine(demo.file("clip_encoder.onnx"), "cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("openvino", marks=needs_openvino)])
+def test_no_graph(device: Device, demo: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "clip_encoder.onnx").write_bytes(b"no graph")
+    broken = Bundle(tmp_path, demo.hash, demo.manifest)
+    with pytest.raises(BundleError, match=r"cannot load .*clip_encoder\.onnx"):
+        Engines.choose(broken, device).open("clip_encoder")
+
+
+class Driver:
+    """libcuda as far as gpu.py asks it; each answer is one that the CUDA driver API documents."""
+
+    def __init__(self, version: int = 13000, status: int = 0) -> None:
+        self.version, self.status = version, status
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = self.version
+        return 0
+
+    def cuInit(self, flags: int) -> int:
+        return self.status
+
+    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
+        return 0
+
+    def cuGetErrorString(self, status: int, text: Any) -> int:
+        text._obj.value = {100: b"no CUDA-capable device is detected"}[status]
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:
+        name.value = b"Orin"
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
+        value._obj.value = {75: 8, 76: 7}[attribute]
+        return 0
+
+
+@pytest.mark.parametrize(
+    "driver,says",
+    [
+        (Driver(version=11040), r"too old: expected one for CUDA 12\.0 or newer, found CUDA 11\.4"),
+        (Driver(status=100), "no CUDA-capable device is detected"),
+        (OSError("libcuda.so.1: cannot open shared object file"), "no NVIDIA driver"),
+    ],
+)
+def test_gpu_that_cannot_be_used(driver: Driver | OSError, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Driver:
+        if isinstance(driver, OSError):
+            raise driver
+        return driver
+
+    monkeypatch.setattr(gpu.ctypes, "CDLL", load)
+    with pytest.raises(VmadError, match=says):
+        gpu.gpu()
+
+
+def test_gpu_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: Driver())
+    found = gpu.gpu()
+    assert str(found) == "Orin, SM 8.7" and found.driver.endswith("CUDA 13.0")
