@@ -42,7 +42,7 @@ Rng: TypeAlias = np.random.Generator
 
 BRUSH = 0.012
 """The margin around a defect that a person's brush leaves."""
-SMALLEST = 0.0012
+SMALLEST = 0.003
 """A defect whose mask is a smaller share of the frame fell off the part: another part is drawn."""
 
 
@@ -67,9 +67,10 @@ class Part:
 def draw(rng: Rng, family: str | None = None, defects: Sequence[Kind] = (), size: int = 256) -> Part:
     """One part of `family` (a name in FAMILIES or UNSEEN_FAMILIES; None: any of FAMILIES) with these defects.
 
-    Where defects overlap, the later one is drawn over the earlier; each asked for can still be seen.
+    Where defects overlap, the later one is drawn over the earlier; each asked for can still be seen. The camera has a
+    random stream of its own: without its defects, the same seed gives the same photograph of the same part.
     """
-    name = family or str(rng.choice(list(FAMILIES)))
+    name, camera = family or str(rng.choice(list(FAMILIES))), rng.spawn(1)[0]
     while True:
         canvas = _Canvas(rng, size)
         (FAMILIES | UNSEEN_FAMILIES)[name](rng, canvas, "missing feature" in defects)
@@ -78,7 +79,7 @@ def draw(rng: Rng, family: str | None = None, defects: Sequence[Kind] = (), size
                 canvas.mark(_DEFECTS[kind](rng, canvas), kind)
         if all(np.count_nonzero(canvas.kinds == _label(kind)) >= SMALLEST * size * size for kind in defects):
             break
-    image = _photograph(rng, canvas)
+    image = _photograph(camera, canvas)
     if len(defects) != 1:
         return Part(image, canvas.kinds, name, None, None)
     return Part(image, canvas.kinds, name, defects[0], place(canvas.kinds > 0))
@@ -299,13 +300,19 @@ def _ground(rng: Rng, canvas: _Canvas) -> Colour:
 
 
 def _object(
-    rng: Rng, canvas: _Canvas, outline: Points, low: float, high: float, tint: float
-) -> tuple[_Pose, Colour, Colour]:
-    """A body of this outline on a ground with its shadow; returns its pose, its colour and the ground's."""
+    rng: Rng,
+    canvas: _Canvas,
+    outline: Points,
+    low: float,
+    high: float,
+    tint: float,
+    hue: tuple[float, float, float] = (1, 1, 1),
+) -> tuple[_Pose, Colour]:
+    """A body of this outline on a ground with its shadow; returns its pose and its colour."""
     angle = rng.uniform(0, 2 * np.pi)
     turned = _turn(outline, angle)
     least, extent = turned.min(0), np.ptp(turned, 0)
-    scale = rng.uniform(0.5, 0.95) / extent.max()
+    scale = (0.95 - 0.45 * rng.random() ** 2) / extent.max()  # most parts fill the frame
     pose = _Pose(angle, scale, rng.uniform(0.05, 0.95, 2) * (1 - scale * extent) - scale * least)
     ground, body = _ground(rng, canvas), pose(outline)
     if rng.random() < 0.6:
@@ -313,12 +320,12 @@ def _object(
         shadow = np.asarray(cv2.blur(shadow, (2 * (canvas.size // 40) + 1,) * 2), np.uint8)
         canvas.paint(shadow, ground * 0.25, rng.uniform(0.2, 0.8))
     canvas.ground = canvas.colour.copy()
-    colour = _against(rng, ground, low, high, tint)
+    colour = np.clip(_against(rng, ground, low, high, tint) * hue, 4, 250)
     inside = canvas.cover(body)
     canvas.paint(inside, colour, lift=50)
     canvas.part = (inside > 127).view(np.uint8)
     canvas.rim = body
-    return pose, colour, ground
+    return pose, colour
 
 
 def _texture(rng: Rng, canvas: _Canvas, colour: Colour) -> None:
@@ -374,13 +381,24 @@ def _features(
         canvas.mark(canvas.cover(outlines[skipped]), "missing feature")
 
 
+def _print(rng: Rng, canvas: _Canvas, pose: _Pose, at: Points, colour: Colour) -> None:
+    """A row of marks as a maker prints or stamps them: lines that are no scratches."""
+    tall = rng.uniform(0.03, 0.07)
+    strokes = rng.integers(0, 3, (int(rng.integers(3, 9)), 4, 2)) * np.array([0.3, 0.5]) * tall
+    rows = [pose(at + stroke + np.array([0.9 * tall * k, 0])) for k, stroke in enumerate(strokes)]
+    ink = np.clip(colour + rng.choice([-1, 1]) * rng.uniform(15, 90), 4, 250)
+    canvas.paint(canvas.line(*rows, width=0.005) * canvas.part, ink, lift=rng.choice([-15, 0, 15]))
+
+
 # --- families: each draws a good part, or one whose missing feature it marks
 
 
 def _plate(rng: Rng, canvas: _Canvas, omit: bool) -> None:
     half = np.array([0.5, rng.uniform(0.25, 0.5)])
-    pose, colour, _ = _object(rng, canvas, _box(half[0], half[1], rng.uniform(0.02, 0.15)), 50, 225, 14)
+    pose, colour = _object(rng, canvas, _box(half[0], half[1], rng.uniform(0.02, 0.15)), 50, 225, 14)
     _surface(rng, canvas, 6, pose.angle, 0.6)
+    if rng.random() < 0.3:
+        _print(rng, canvas, pose, half * rng.uniform(-0.8, 0.3, 2), colour)
     if rng.random() < 0.5:
         inset = pose(_box(half[0] * 0.93, half[1] * 0.93, 0.03))
         canvas.paint(canvas.line(inset, width=0.006, closed=True), colour * 0.8, lift=-30)
@@ -401,8 +419,8 @@ def _plate(rng: Rng, canvas: _Canvas, omit: bool) -> None:
 
 
 def _gear(rng: Rng, canvas: _Canvas, omit: bool) -> None:
-    n = int(rng.integers(10, 24))
-    root, top = 0.5 * rng.uniform(0.76, 0.86), rng.uniform(0.2, 0.34)
+    n = int(rng.integers(9, 21))
+    root, top = 0.5 * rng.uniform(0.74, 0.84), rng.uniform(0.2, 0.34)
     tooth = np.array([(root, -0.3), (0.5, -top * 0.55), (0.5, top * 0.55), (root, 0.3)])
     a = 2 * np.pi / n * (np.arange(n)[:, None] + tooth[None, :, 1])
     teeth = np.stack([np.cos(a), np.sin(a)], -1) * tooth[None, :, :1]
@@ -410,7 +428,7 @@ def _gear(rng: Rng, canvas: _Canvas, omit: bool) -> None:
     skipped = int(rng.integers(n))
     if omit:  # what is left there is the root circle
         outline[skipped] *= root / np.linalg.norm(outline[skipped], axis=-1, keepdims=True)
-    pose, colour, _ = _object(rng, canvas, outline.reshape(-1, 2), 40, 225, 14)
+    pose, colour = _object(rng, canvas, outline.reshape(-1, 2), 40, 225, 14)
     _surface(rng, canvas, 6, pose.angle, 0.4)
     if omit:
         canvas.mark(canvas.cover(pose(teeth[skipped])), "missing feature")
@@ -429,11 +447,13 @@ def _casting(rng: Rng, canvas: _Canvas, omit: bool) -> None:
     else:
         outline = _box(0.5, rng.uniform(0.32, 0.5), rng.uniform(0.1, 0.3))
     n = int(rng.integers(3, 8))
-    pose, colour, _ = _object(rng, canvas, outline, 35, 215, rng.choice([6, 30]))
+    pose, colour = _object(rng, canvas, outline, 35, 215, rng.choice([6, 30]))
     _surface(rng, canvas, 22)
     _surface(rng, canvas, 10)
     canvas.height += np.float32(_between(rng, 2, 25)) * _noise(rng, canvas.size, _between(rng, 0.02, 0.1), 3)
     least = np.linalg.norm(outline, axis=1).min()
+    if rng.random() < 0.3:
+        _print(rng, canvas, pose, least * rng.uniform(-0.5, 0.2, 2), colour)
     if rng.random() < 0.5:
         ring = pose(outline * rng.uniform(0.85, 0.92))
         canvas.paint(canvas.line(ring, width=rng.uniform(0.01, 0.03), closed=True), colour * 1.05, 0.4, 40)
@@ -443,15 +463,14 @@ def _casting(rng: Rng, canvas: _Canvas, omit: bool) -> None:
         _features(rng, canvas, [pose(_blob(rng, p, boss * 1.3, 0.02)) for p in spots], colour * 1.1, 25, False)
     if omit or rng.random() < 0.7:
         holes = [pose(_circle(p, boss * bore)) for p in spots]
-        blind = np.repeat(colour * rng.uniform(0.25, 0.6), canvas.size**2).reshape(canvas.colour.shape)
-        _features(rng, canvas, holes, blind.astype(np.float32), -50, omit, hole=True)
+        _features(rng, canvas, holes, colour * rng.uniform(0.25, 0.6), -50, omit, hole=True)
 
 
 def _connector(rng: Rng, canvas: _Canvas, omit: bool) -> None:
     half = np.array([0.5, rng.uniform(0.18, 0.4)])
     rows, n = int(rng.integers(1, 4)), int(rng.integers(4, 10))
     outline = _box(half[0], half[1], rng.uniform(0.01, 0.06))
-    pose, colour, _ = _object(rng, canvas, outline, 10, 220, 45)
+    pose, colour = _object(rng, canvas, outline, 10, 220, 45)
     if rng.random() < 0.7:
         canvas.paint(canvas.cover(pose(_box(half[0] * 0.94, half[1] * 0.86, 0.02))), colour * 0.8, lift=-30)
     _surface(rng, canvas, 6)
@@ -466,12 +485,9 @@ def _connector(rng: Rng, canvas: _Canvas, omit: bool) -> None:
 
 def _circuit_board(rng: Rng, canvas: _Canvas, omit: bool) -> None:
     half = np.array([0.5, rng.uniform(0.3, 0.5)])
-    pose, _, ground = _object(rng, canvas, _box(half[0], half[1], 0.02), 30, 200, 10)
-    mask_colours = np.array([(25, 95, 50), (25, 50, 110), (125, 30, 30), (40, 42, 45), (200, 200, 195), (60, 120, 70)])
-    board = mask_colours[rng.integers(len(mask_colours))] * rng.uniform(0.7, 1.3)
-    if abs(board.mean() - ground.mean()) < 25:
-        board = np.clip(board + 60 * np.sign(board.mean() - ground.mean() + 0.5), 0, 250)
-    canvas.paint(canvas.part * np.uint8(255), board, 0.97)
+    hues = ((0.5, 1.6, 0.9), (0.45, 0.85, 1.7), (1.9, 0.6, 0.5), (1.0, 1.0, 1.0), (0.7, 1.4, 0.9))
+    hue = hues[rng.integers(len(hues))]
+    pose, board = _object(rng, canvas, _box(half[0], half[1], 0.02), 25, 150, 6, hue)
     _surface(rng, canvas, 5)
     traces = []
     for _ in range(int(rng.integers(4, 12))):
@@ -480,9 +496,8 @@ def _circuit_board(rng: Rng, canvas: _Canvas, omit: bool) -> None:
         traces.append(pose(np.array([start, start + bend, stop])))
     canvas.paint(canvas.line(*traces, width=rng.uniform(0.006, 0.012)), board * 1.35 + 8, 0.8, 8)
     solder, package = _tone(rng, 150, 225, 8), _against(rng, board, 10, 210, 30, 22)
-    vias = [pose(_circle(p, 0.009, 10)) for p in rng.uniform(-0.95, 0.95, (int(rng.integers(0, 20)), 2)) * half]
-    if vias:
-        canvas.paint(np.maximum.reduce([canvas.cover(v) for v in vias[:1]] + [canvas.cover(*vias)]), solder * 0.9)
+    vias = [pose(_circle(p, 0.009, 10)) for p in rng.uniform(-0.95, 0.95, (int(rng.integers(1, 20)), 2)) * half]
+    canvas.paint(canvas.cover(*vias), solder * 0.9)
     columns, rows = int(rng.integers(3, 7)), int(rng.integers(2, 5))
     cell = 1.8 * half / (columns, rows)
     spots = _lattice(columns, rows, *(1.8 * half))
@@ -512,11 +527,13 @@ def _circuit_board(rng: Rng, canvas: _Canvas, omit: bool) -> None:
 def _blister(rng: Rng, canvas: _Canvas, omit: bool) -> None:
     columns, rows = int(rng.integers(2, 6)), int(rng.integers(2, 4))
     half = np.array([0.5, 0.5 * min(1.0, rows / columns * rng.uniform(0.9, 1.3))])
-    pose, foil, _ = _object(rng, canvas, _box(half[0], half[1], rng.uniform(0.02, 0.08)), 90, 225, rng.choice([5, 40]))
+    pose, foil = _object(rng, canvas, _box(half[0], half[1], rng.uniform(0.02, 0.08)), 90, 225, rng.choice([5, 40]))
     _surface(rng, canvas, 9, pose.angle, 0.3)
     if rng.random() < 0.4:  # an embossed foil
         u, v = _turned_grid(canvas.size, pose.angle + np.pi / 4)
         canvas.height += 8 * canvas.part * cv2.multiply(np.sin(u * 180), np.sin(v * 180))
+    if rng.random() < 0.4:
+        _print(rng, canvas, pose, half * rng.uniform(-0.9, 0.2, 2), foil)
     cell = 1.84 * half / (columns, rows)
     spots = _lattice(columns, rows, *(1.84 * half))
     if rng.random() < 0.6:
@@ -588,7 +605,8 @@ def _wood(rng: Rng, canvas: _Canvas, omit: bool) -> None:
         canvas.rim = np.concatenate([canvas.rim, *(_turn(p, angle)[::8] + 0.5 for p in pieces)])
     elif omit or rng.random() < 0.5:  # dowels
         radius, tone = rng.uniform(0.018, 0.035), colour * rng.uniform(0.5, 0.8)
-        spots = [(x, y) for y in tracks[::2] for x in np.arange(-0.75, 0.75, step * rng.uniform(0.8, 1.3))]
+        apart = step * rng.uniform(0.8, 1.3)
+        spots = [(x, y) for y in tracks[::2] for x in np.arange(-0.75, 0.75, apart)]
         _features(rng, canvas, [_turn(_circle(np.array(p), radius), angle) + 0.5 for p in spots], tone, -15, omit)
 
 
@@ -608,26 +626,24 @@ def _tile(rng: Rng, canvas: _Canvas, omit: bool) -> None:
         case _:
             pass
     _surface(rng, canvas, 10)
-    side = _between(rng, 0.24, 1.6)
+    side, offset = _between(rng, 0.24, 1.6), rng.uniform(-0.5, 0.5, 2)
     if rng.random() < 0.75:  # joints
-        offset, stretch = rng.uniform(-0.5, 0.5, 2) * side, rng.uniform(0.8, 1.2)
-        reach = np.array([-1.0, 1.0])
-        across = np.arange(-4, 5) * side
-        lines = [np.stack([np.full(2, x), reach], 1) for x in across]
-        lines += [np.stack([reach, np.full(2, y * stretch)], 1) for y in across]
+        across = np.arange(-5, 6) * side
+        lines = [np.array([(x, -2.0), (x, 2.0)]) for x in across] + [np.array([(-2.0, y), (2.0, y)]) for y in across]
         joints = [_turn(line + offset, angle) + 0.5 for line in lines]
         canvas.ground[:] = _against(rng, colour, 20, 225, 8, 18).astype(np.float32)[:, None, None]
         canvas.paint(canvas.line(*joints, width=rng.uniform(0.008, 0.02)), canvas.ground, lift=-40)
-        canvas.rim = np.concatenate([np.linspace(joint[0], joint[1], 60) for joint in joints])
+        canvas.rim = np.concatenate([np.linspace(joint[0], joint[1], 100) for joint in joints])
     if not omit and rng.random() < 0.35:
         return
-    pitch = rng.uniform(0.14, 0.34)
+    pitch = side / max(1, round(side / rng.uniform(0.14, 0.34)))  # as many on each tile
     corners = int(rng.choice([3, 4, 6, 28]))
     radius = pitch * rng.uniform(0.16, 0.34)
     ink = _against(rng, colour, 20, 230, rng.choice([3, 60]), _between(rng, 12, 60))
     motif = _turn(_circle(np.zeros(2), radius, corners), rng.uniform(0, np.pi))
-    n = int(1.5 / pitch) + 1
-    motifs = [_turn(motif + p + rng.normal(0, 0.001, 2), angle) + 0.5 for p in _lattice(n, n, n * pitch, n * pitch)]
+    n = 2 * (int(1.2 / pitch) + 1)
+    spots = _lattice(n, n, n * pitch, n * pitch) + offset
+    motifs = [_turn(motif + p + rng.normal(0, 0.001, 2), angle) + 0.5 for p in spots]
     _features(rng, canvas, motifs, ink, rng.choice([-15, 0, 15]), omit)
 
 
@@ -636,7 +652,7 @@ def _bottle_top(rng: Rng, canvas: _Canvas, omit: bool) -> None:
     t = np.linspace(0, 2 * np.pi, 12 * n, endpoint=False)
     radius = 0.5 - rng.uniform(0.01, 0.03) * np.abs(np.sin(n * t / 2))
     outline = radius[:, None] * np.stack([np.cos(t), np.sin(t)], 1)
-    pose, colour, _ = _object(rng, canvas, outline, 30, 230, 60)
+    pose, colour = _object(rng, canvas, outline, 30, 230, 60)
     _surface(rng, canvas, 5, pose.angle, 0.2)
     a = 2 * np.pi / n * np.arange(n) + np.pi / n
     flute = np.array([(0.40, -0.1), (0.475, -0.32), (0.475, 0.32), (0.40, 0.1)])
@@ -654,7 +670,7 @@ def _bottle_top(rng: Rng, canvas: _Canvas, omit: bool) -> None:
 
 def _cable(rng: Rng, canvas: _Canvas, omit: bool) -> None:
     """A cut cable, seen from its end."""
-    pose, colour, _ = _object(rng, canvas, _circle(np.zeros(2), 0.5, 72), 15, 225, 30)
+    pose, colour = _object(rng, canvas, _circle(np.zeros(2), 0.5, 72), 15, 225, 30)
     _surface(rng, canvas, 7)
     filler = _against(rng, colour, 15, 200, 12, 18)
     canvas.paint(canvas.cover(pose(_circle(np.zeros(2), 0.43, 60))), filler, lift=-20)
@@ -769,7 +785,7 @@ def _walk(rng: Rng, at: Points, length: float, steps: int, wander: float, headin
 def _scratch(rng: Rng, canvas: _Canvas) -> Coverage:
     at = _spot(rng, canvas)
     colour, deviation = _local(canvas, at)
-    change = _differ(rng, colour.mean(), deviation, 28)
+    change = _differ(rng, colour.mean(), deviation, 20)
     heading, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.12, 0.5)
     coverage = np.zeros((canvas.size, canvas.size), np.uint8)
     for k in range(int(rng.choice([1, 1, 2, 3, 5]))):
@@ -784,7 +800,7 @@ def _scratch(rng: Rng, canvas: _Canvas) -> Coverage:
 def _stain(rng: Rng, canvas: _Canvas) -> Coverage:
     at = _spot(rng, canvas)
     colour, deviation = _local(canvas, at)
-    change = _differ(rng, colour.mean(), deviation, 18)
+    change = _differ(rng, colour.mean(), deviation, 13)
     radius = rng.uniform(0.025, 0.12)
     coverage = canvas.cover(_blob(rng, at, radius, 0.18))
     for _ in range(int(rng.integers(0, 4))):
@@ -804,7 +820,7 @@ def _stain(rng: Rng, canvas: _Canvas) -> Coverage:
 def _pit(rng: Rng, canvas: _Canvas) -> Coverage:
     at = _spot(rng, canvas)
     colour, deviation = _local(canvas, at)
-    change = _differ(rng, colour.mean(), deviation, 30)
+    change = _differ(rng, colour.mean(), deviation, 22)
     coverage = np.zeros((canvas.size, canvas.size), np.uint8)
     spread, n = rng.uniform(0.02, 0.05), int(rng.choice([1, 1, 2, 3, 4, 8]))
     for k in range(n):
@@ -821,7 +837,7 @@ def _pit(rng: Rng, canvas: _Canvas) -> Coverage:
 def _crack(rng: Rng, canvas: _Canvas) -> Coverage:
     at = _spot(rng, canvas)
     colour, deviation = _local(canvas, at)
-    change = _differ(rng, colour.mean(), deviation, 38)
+    change = _differ(rng, colour.mean(), deviation, 28)
     heading, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.15, 0.5)
     trunk = _walk(rng, at, length, 22, 0.5, heading)
     coverage = canvas.line(trunk, width=rng.uniform(0.004, 0.011))
@@ -838,7 +854,7 @@ def _crack(rng: Rng, canvas: _Canvas) -> Coverage:
 def _fibre(rng: Rng, canvas: _Canvas) -> Coverage:
     at = _spot(rng, canvas)
     local, deviation = _local(canvas, at)
-    change = _differ(rng, local.mean(), deviation, 38)
+    change = _differ(rng, local.mean(), deviation, 28)
     turns = np.cumsum(np.cumsum(rng.normal(0, rng.uniform(0.02, 0.06), 40))) + rng.uniform(0, 2 * np.pi)
     path = np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 1) * rng.uniform(0.2, 0.6) / 40, 0)
     path = path - path.mean(0) + at
@@ -862,8 +878,8 @@ def _window(canvas: _Canvas, at: Points, reach: float) -> tuple[Any, Field, Fiel
 def _dent(rng: Rng, canvas: _Canvas) -> Coverage:
     at = _spot(rng, canvas)
     colour, deviation = _local(canvas, at)
-    amount = abs(_differ(rng, colour.mean(), deviation, 24))
-    radius, stretch, angle = rng.uniform(0.02, 0.06), rng.uniform(0.4, 1), rng.uniform(0, np.pi)
+    amount = abs(_differ(rng, colour.mean(), deviation, 16))
+    radius, stretch, angle = _between(rng, 0.014, 0.05), rng.uniform(0.4, 1), rng.uniform(0, np.pi)
     box, x, y = _window(canvas, at, 3 * radius)
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     bowl = np.exp(-0.5 * (along**2 + (across / stretch) ** 2) / radius**2).astype(np.float32)
@@ -872,14 +888,14 @@ def _dent(rng: Rng, canvas: _Canvas) -> Coverage:
     shade = slope / max(float(np.abs(slope).max()), 1e-6) - np.float32(0.3) * bowl
     canvas.colour[box] += np.float32(amount) * shade * canvas.part[box]
     coverage = np.zeros((canvas.size, canvas.size), np.uint8)
-    coverage[box] = (bowl > 0.3) * canvas.part[box] * np.uint8(255)
+    coverage[box] = (bowl > 0.06) * canvas.part[box] * np.uint8(255)
     return coverage
 
 
 def _chipped_edge(rng: Rng, canvas: _Canvas) -> Coverage:
     in_frame = canvas.rim[((canvas.rim >= 0) & (canvas.rim <= 1)).all(1)]
     at = in_frame[rng.integers(len(in_frame))]
-    outline = _blob(rng, at, rng.uniform(0.03, 0.09), 0.2, 18)
+    outline = _blob(rng, at, _between(rng, 0.03, 0.15), 0.2, 18)
     coverage = canvas.cover(outline + rng.normal(0, 0.004, outline.shape)) * canvas.part
     colour, deviation = _local(canvas, at)
     face = np.clip(colour + _differ(rng, colour.mean(), deviation, 14) * 0.7, 4, 250)
@@ -892,7 +908,7 @@ def _chipped_edge(rng: Rng, canvas: _Canvas) -> Coverage:
 def _bubble(rng: Rng, canvas: _Canvas) -> Coverage:
     at = _spot(rng, canvas)
     colour, deviation = _local(canvas, at)
-    amount = np.float32(abs(_differ(rng, colour.mean(), deviation, 26)))
+    amount = np.float32(abs(_differ(rng, colour.mean(), deviation, 18)))
     coverage = np.zeros((canvas.size, canvas.size), np.uint8)
     for k in range(int(rng.choice([1, 1, 2, 3, 5]))):
         centre, radius = at + rng.normal(0, 0.05, 2) * (k > 0), _between(rng, 0.014, 0.05)
@@ -915,7 +931,7 @@ def _bubble(rng: Rng, canvas: _Canvas) -> Coverage:
 def _burn_mark(rng: Rng, canvas: _Canvas) -> Coverage:
     at = _spot(rng, canvas)
     colour, deviation = _local(canvas, at)
-    change = _differ(rng, colour.mean(), deviation, 35)
+    change = _differ(rng, colour.mean(), deviation, 28)
     char = (
         np.clip(colour + change, 4, 250) if colour.mean() < 60 else (colour - abs(change)).clip(4) * (1.05, 0.85, 0.7)
     )
@@ -967,6 +983,10 @@ def _photograph(rng: Rng, canvas: _Canvas) -> Image:
         glare = (x - np.float32(at[0])) ** 2 + (y - np.float32(at[1])) ** 2
         colour += np.float32(rng.uniform(5, 40)) * cv2.exp(glare * np.float32(-1 / _between(rng, 0.01, 0.2)))
     blur, noise = _between(rng, 0.0012, 0.004) * size, np.float32(_between(rng, 0.4, 7))
+    if rng.random() < 0.25:  # a flat light
+        flat = np.float32(rng.uniform(0.45, 0.9))
+        colour = colour * flat + (1 - flat) * np.float32(rng.uniform(60, 180))
+        noise *= flat**2
     shared, coloured = _grain(rng, size), rng.random() < 0.4
     planes = []
     for plane in colour:
