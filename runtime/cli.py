@@ -18,6 +18,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from vmad_edge.runtime.benchmark import benchmark, read_benchmark
+from vmad_edge.runtime.benchmark import compare as compare_benchmarks
+from vmad_edge.runtime.benchmark_page import facts as benchmark_facts
+from vmad_edge.runtime.benchmark_page import table as benchmark_table
+from vmad_edge.runtime.benchmark_page import write as write_benchmark
 from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, ScreenManifest
 from vmad_edge.runtime.calibrate import Targets, calibrate
 from vmad_edge.runtime.engines import Device
@@ -27,6 +32,7 @@ from vmad_edge.runtime.evaluate_page import warnings, write_page
 from vmad_edge.runtime.frame import list_images
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
+from vmad_edge.runtime.machine import Run
 from vmad_edge.runtime.report import Report, file_stem
 from vmad_edge.runtime.station import Calibration, Station
 
@@ -169,6 +175,35 @@ def add_calibrate(subcommands: Subcommands) -> None:
     parser.add_argument("--by", metavar="NAME", help="who answers for it; default: this account and machine")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_calibrate)
+
+
+def add_bench(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "bench",
+        help="measure how fast and how large a bundle is on this machine",
+        description="Time screen and review, stage by stage, the screen over bank sizes and the CLIP encoder in "
+        "batches; measure memory. Writes bench.json and bench.png.",
+        epilog="Exit status: 0 done; 1 the screen does not hold --target-ms; 2 usage, bundle or frame error.",
+    )
+    _add_bundle(parser)
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="images, or folders of them; default: drawn frames")
+    parser.add_argument("--object", metavar="NAME", help="compare with what is enrolled for it in the station")
+    parser.add_argument("--no-review", action="store_true", help="measure the screen alone")
+    parser.add_argument("--answer", choices=["full", "short"], help="of the reviews; default: the bundle's")
+    parser.add_argument("--repeats", type=int, metavar="N", default=100, help="runs of each thing; %(default)s")
+    parser.add_argument(
+        "--banks",
+        nargs="*",
+        type=int,
+        metavar="N",
+        default=[1, 10, 50, 200],
+        help="numbers of enrolled frames to screen against; default: 1 10 50 200",
+    )
+    parser.add_argument("--target-ms", type=float, metavar="N", help="the time that the screen must hold at p99")
+    parser.add_argument("--against", metavar="FILE", type=Path, help="an earlier bench.json to compare with")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="bench.json, bench.png; default: in the station")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_bench)
 
 
 def _shots(text: str) -> Shots:
@@ -356,6 +391,37 @@ def _evaluate(args: argparse.Namespace) -> int:
         _out.print(_figures({**rows, "mean": evaluation.mean}))
         _err.print(f"{'with reviews' if args.review else 'the screen alone'}; page: {page}", soft_wrap=True)
     return 3 if any(category.not_inspected for category in evaluation.categories) else 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    before = None if args.against is None else read_benchmark(args.against)
+    bundle = Bundle.open(args.bundle)
+    station = Station(None if args.station is None else Path(args.station), bundle)
+    paths = list_images(args.paths) if args.paths else None
+    found = benchmark(
+        bundle,
+        station,
+        paths,
+        run=Run.begin(),
+        object=args.object,
+        review=not args.no_review,
+        answer=cast("Answer | None", args.answer),
+        repeats=args.repeats,
+        banks=args.banks,
+        target_ms=args.target_ms,
+        device=cast(Device, args.device),
+        progress=lambda turns, what: track(turns, what, console=_err, transient=True),
+    )
+    ratios = {} if before is None else compare_benchmarks(found, before)
+    out = write_benchmark(found, args.out or station.path / "results" / "bench")
+    if args.json:
+        against = {} if before is None else {"against": {name: ratio.model_dump() for name, ratio in ratios.items()}}
+        print(json.dumps({**found.model_dump(), **against}, indent=2))
+    else:
+        _out.print(benchmark_table(found, ratios))
+        _print_facts(benchmark_facts(found, before), False)
+        _err.print(f"written: {out}", soft_wrap=True)
+    return 0 if found.target is None or found.target.holds else 1
 
 
 def _calibrate(args: argparse.Namespace) -> int:

@@ -125,6 +125,11 @@ class ReviewProcess:
                 _send(cast(IO[bytes], process.stdin), head, arrays)
         return pending
 
+    @property
+    def pid(self) -> int | None:
+        """None before the first start."""
+        return None if self._process is None else self._process.pid
+
     def close(self) -> None:
         """End the process; pending reviews get a fault."""
         if self._process is not None:

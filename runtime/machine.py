@@ -1,0 +1,168 @@
+"""What a measurement was taken on: machine, versions, date, command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from vmad_edge.runtime.bundle import Record
+from vmad_edge.runtime.engines.gpu import gpu
+from vmad_edge.runtime.errors import VmadError
+
+PACKAGES = (
+    "vmad-edge",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "llama-cpp-python",
+    "numpy",
+    "opencv-python-headless",
+    "pillow",
+)
+_SIMD = {"avx512f": "AVX-512", "avx2": "AVX2", "sve2": "SVE2", "asimd": "NEON"}
+"""By /proc/cpuinfo's names; the first that is there is told."""
+
+
+class Clock(Record):
+    """MHz. `jetson_clocks` makes lowest and highest equal."""
+
+    now: float
+    lowest: float
+    highest: float
+
+
+class Machine(Record):
+    """What the system does not tell is None."""
+
+    processor: str
+    cores: int
+    """Those that this process may use."""
+    memory_gib: float | None
+    system: str
+    accelerator: str | None
+    power_mode: str | None
+    """A Jetson's, as nvpmodel names it."""
+    clocks: dict[str, Clock] | None
+
+
+class Run(Record):
+    """Of one measurement: what was run, when, and on what."""
+
+    command: str
+    date: str
+    machine: Machine
+    versions: dict[str, str]
+    load: float
+    """Processes that wanted a core in the minute before (load average): near 0 on a quiet machine."""
+
+    @staticmethod
+    def begin(packages: Sequence[str] = ()) -> Run:
+        """As of now.
+
+        Args:
+            packages: whose versions matter beside the runtime's own.
+        """
+        return Run(
+            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            date=time.strftime("%Y-%m-%d"),
+            machine=describe_machine(),
+            versions={"python": platform.python_version()}
+            | {package: found for package in (*PACKAGES, *packages) if (found := _version(package))},
+            load=round(os.getloadavg()[0], 2),
+        )
+
+
+def describe_machine(root: Path = Path("/")) -> Machine:
+    """What the files of /proc and /sys (under `root`), nvpmodel and the NVIDIA driver tell."""
+    return Machine(
+        processor=_processor(root),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=_memory_gib(root),
+        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        accelerator=_accelerator(),
+        power_mode=_power_mode(),
+        clocks=dict(_clocks(root)) or None,
+    )
+
+
+def peak_mib(process: int | None) -> float | None:
+    """A process's peak resident memory in MiB; None where the system does not tell."""
+    kib = _field(Path(f"/proc/{process}/status"), "VmHWM")
+    return None if kib is None else round(int(kib.split()[0]) / 1024, 1)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor(root: Path) -> str:
+    cpuinfo = root / "proc/cpuinfo"
+    # ARM's cpuinfo has no names; a board's device tree has.
+    board = _text(root / "proc/device-tree/model").rstrip("\0")
+    name = board or _field(cpuinfo, "model name") or platform.processor() or platform.machine()
+    flags = (_field(cpuinfo, "flags") or _field(cpuinfo, "Features") or "").split()
+    return ", ".join([name, *[simd for flag, simd in _SIMD.items() if flag in flags][:1]])
+
+
+def _memory_gib(root: Path) -> float | None:
+    kib = _field(root / "proc/meminfo", "MemTotal")
+    return None if kib is None else round(int(kib.split()[0]) / 2**20, 1)
+
+
+def _clocks(root: Path) -> Iterator[tuple[str, Clock]]:
+    """The processor's and, on a Jetson, the GPU's and the memory's."""
+    for names, files, per_mhz in (
+        ("sys/devices/system/cpu/cpufreq/policy*", "scaling_{}_freq", 1e3),
+        ("sys/class/devfreq/*", "{}_freq", 1e6),
+    ):
+        for folder in sorted(root.glob(names)):
+            values = [_text(folder / files.format(which)).strip() for which in ("cur", "min", "max")]
+            if all(value.isdecimal() for value in values):
+                now, lowest, highest = (int(value) / per_mhz for value in values)
+                yield folder.name, Clock(now=now, lowest=lowest, highest=highest)
+
+
+def _field(path: Path, name: str) -> str | None:
+    """The first `name: value` of a /proc file."""
+    for line in _text(path).splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _accelerator() -> str | None:
+    try:
+        found = gpu()
+    except VmadError:
+        return None
+    return f"{found}, driver {found.driver}"
+
+
+def _power_mode() -> str | None:
+    """nvpmodel prints "NV Power Mode: MAXN", then the mode's number."""
+    if shutil.which("nvpmodel") is None:
+        return None
+    try:
+        done = subprocess.run(["nvpmodel", "-q"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.partition("\n")[0].partition(": ")[2].strip() or None
