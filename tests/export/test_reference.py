@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
-import cv2
 import numpy as np
 import pytest
 import sentencepiece
@@ -17,7 +15,7 @@ from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.reference import train
 from vmad_edge.export.reference.evaluate import Evaluation, auroc
 from vmad_edge.export.reference.model import Batch, ReferenceModel
-from vmad_edge.export.reference.parts import FAMILIES, KINDS, PLACES, Kind, draw, place
+from vmad_edge.export.reference.parts import KINDS, Kind, draw
 from vmad_edge.export.reference.text import (
     ANSWERS,
     PARAPHRASES,
@@ -29,75 +27,6 @@ from vmad_edge.export.reference.text import (
     make_tokenizer,
 )
 
-# --- parts
-
-
-def test_a_part_follows_from_its_seed() -> None:
-    first, again, other = (draw(np.random.default_rng(seed), None, "random", 128) for seed in (5, 5, 6))
-    assert (first.image == again.image).all() and (first.mask == again.mask).all()
-    assert (first.object, first.kind, first.place) == (again.object, again.kind, again.place)
-    assert (first.image != other.image).any()
-
-
-def test_drawing_leaves_the_global_generator_alone() -> None:
-    before = np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
-    draw(np.random.default_rng(0), None, "random", 64)
-    assert np.random.get_state()[1].tolist() == before  # type: ignore[index, union-attr]
-
-
-@pytest.mark.parametrize("kind", [None, *KINDS])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_mask_and_place_say_what_was_drawn(family: str, kind: Kind | None) -> None:
-    for seed in range(3):
-        part = draw(np.random.default_rng([seed, 9]), family, kind, 160)
-        assert part.image.shape == (160, 160, 3) and part.image.dtype == np.uint8
-        assert part.mask.shape == (160, 160) and part.mask.dtype == bool
-        assert (part.object, part.kind) == (family, kind)
-        if kind is None:
-            assert not part.mask.any() and part.place is None
-            continue
-        # Large enough for a person, and for one of CLIP's 16×16 patches to be mostly about it.
-        assert 0.0012 * 160**2 <= part.mask.sum() < 0.25 * 160**2
-        moments = cv2.moments(part.mask.astype(np.uint8), binaryImage=True)
-        x, y = moments["m10"] / moments["m00"] + 0.5, moments["m01"] / moments["m00"] + 0.5
-        assert part.place == PLACES[int(3 * y / 160)][int(3 * x / 160)]
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "missing feature"])
-def test_a_defect_is_seen(kind: Kind) -> None:
-    """Inside its mask a defective part has stronger local contrast than good parts have in the same place."""
-
-    def contrast(image: np.ndarray, mask: np.ndarray) -> float:
-        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
-        return float(np.abs(grey - cv2.GaussianBlur(grey, (0, 0), 25))[mask].mean())
-
-    bad = [draw(np.random.default_rng([i, 1]), "tile", kind, 128) for i in range(16)]
-    good = [draw(np.random.default_rng([i, 2]), "tile", None, 128) for i in range(16)]
-    seen = np.mean([contrast(part.image, part.mask) for part in bad])
-    chance = np.mean([contrast(g.image, b.mask) for g, b in zip(good, bad, strict=True)])
-    assert seen > 1.4 * chance
-
-
-@pytest.mark.parametrize(
-    ("row", "column", "expected"),
-    [
-        (0, 0, "upper left"),
-        (9, 10, "upper centre"),
-        (0, 29, "upper right"),
-        (10, 9, "centre left"),
-        (15, 15, "centre"),
-        (19, 20, "centre right"),
-        (29, 0, "lower left"),
-        (20, 19, "lower centre"),
-        (29, 29, "lower right"),
-    ],
-)
-def test_place_of_one_pixel(row: int, column: int, expected: str) -> None:
-    mask = np.zeros((30, 30), bool)
-    mask[row, column] = True
-    assert place(mask) == expected
-
-
 # --- texts
 
 
@@ -107,7 +36,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
 
 
 def test_every_kind_has_its_advice() -> None:
-    assert set(ANSWERS) == set(get_args(Kind)) == set(KINDS)
+    assert set(KINDS) <= set(ANSWERS)
 
 
 @pytest.mark.parametrize("question", [QUESTION, *PARAPHRASES])
@@ -123,7 +52,7 @@ def test_prompt_ids_are_sentencepieces_own(reader: Reader, question: str) -> Non
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_answers_begin_with_one_decision_and_end_with_seg(reader: Reader, kind: Kind | None) -> None:
     rng = np.random.default_rng(0)
-    part = draw(rng, "connector", kind, 96)
+    part = draw(rng, "connector", [kind] if kind else [], 96)
     ids = reader.answer(text := answer(part, "connector", rng))
     assert ids[0] == (reader.no_id if kind is None else reader.yes_id)
     assert ids[-1] == reader.seg_id and ids.count(reader.seg_id) == 1
@@ -153,7 +82,7 @@ def model(reader: Reader) -> ReferenceModel:
 def batch(reader: Reader) -> Batch:
     """Two defective parts and a good one; the answers differ in length."""
     rng = np.random.default_rng(3)
-    parts = [draw(rng, "gear", "crack"), draw(rng, "tile", "pit", 352), draw(rng, "plate", None)]
+    parts = [draw(rng, "gear", ["crack"]), draw(rng, "tile", ["pit"], 352), draw(rng, "plate")]
     prompts = [reader.prompt(q.replace("{object}", p.object)) for q, p in zip(PARAPHRASES, parts, strict=True)]
     return train.collate(parts, prompts, [reader.answer(answer(p, p.object, rng)) for p in parts])
 
