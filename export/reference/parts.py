@@ -457,6 +457,10 @@ def _casting(rng: Rng, canvas: _Canvas, omit: bool) -> None:
     if rng.random() < 0.5:
         ring = pose(outline * rng.uniform(0.85, 0.92))
         canvas.paint(canvas.line(ring, width=rng.uniform(0.01, 0.03), closed=True), colour * 1.05, 0.4, 40)
+    if rng.random() < 0.2:  # grains of another stuff, all over
+        grains = [pose(_blob(rng, p, rng.uniform(0.015, 0.04), 0.15, 10)) for p in rng.uniform(-0.45, 0.45, (24, 2))]
+        inclusions = np.maximum.reduce([canvas.cover(*grains[k::4]) for k in range(4)]) * canvas.part
+        canvas.paint(inclusions, np.clip(colour + rng.uniform(-60, 40), 4, 250), rng.uniform(0.5, 0.9), lift=6)
     spots = _circle(np.zeros(2), 0.6 * least, n)
     boss, bore = rng.uniform(0.06, 0.09) * 2 * least, rng.uniform(0.4, 0.65)
     if rng.random() < 0.5:
@@ -801,7 +805,7 @@ def _stain(rng: Rng, canvas: _Canvas) -> Coverage:
     at = _spot(rng, canvas)
     colour, deviation = _local(canvas, at)
     change = _differ(rng, colour.mean(), deviation, 13)
-    radius = rng.uniform(0.025, 0.12)
+    radius = _between(rng, 0.022, 0.15)
     coverage = canvas.cover(_blob(rng, at, radius, 0.18))
     for _ in range(int(rng.integers(0, 4))):
         drop = at + rng.normal(0, radius, 2)
