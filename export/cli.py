@@ -1,4 +1,4 @@
-"""`vmad export`."""
+"""`vmad export`, `vmad parity`, `vmad export-features`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from vmad_edge.runtime.bundle import Bundle, Language, Precision
+from vmad_edge.runtime.bundle import Bundle, ClipInput, Language, Precision, Similarity, Weights
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import list_images
 
 _QUANTIZATIONS = get_args(Language.model_fields["quantization"].annotation)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def add_export(subcommands: Any) -> None:
@@ -76,6 +78,51 @@ def add_parity(subcommands: Any) -> None:
         "--page", type=Path, metavar="FILE", help="write the figures and pictures of both sides as HTML"
     )
     parser.set_defaults(run=lambda args: _with_extra("parity", _parity, args))
+
+
+def add_export_features(subcommands: Any) -> None:
+    """Register `vmad export-features` with argparse's subparsers."""
+    parser = subcommands.add_parser(
+        "export-features",
+        help="make a bundle that screens only out of any feature graph",
+        description="Make a bundle that screens only, PatchCore's way, out of any network whose ONNX graph gives out "
+        "feature maps: the levels are averaged over 3×3 places, resized to the finest grid and joined. Parts are then "
+        "compared with enrolled references, or with --references.",
+        epilog="Example: vmad export-features efficientnet.onnx my-bundle --levels reduction_3,reduction_4",
+    )
+    parser.add_argument(
+        "onnx", type=Path, metavar="ONNX", help="takes [B,3,S,S]; its outputs are [B,C,h,h] or [B,h²,C]"
+    )
+    parser.add_argument(
+        "bundle", type=Path, metavar="BUNDLE", help="folder to write; a bundle that is there is replaced"
+    )
+    parser.add_argument("--levels", required=True, metavar="NAME[,NAME]", help="outputs of the graph to join")
+    parser.add_argument("--size", type=int, metavar="S", help="of the input in pixels (default: what the graph says)")
+    for name, values, what in (("mean", _IMAGENET_MEAN, "taken off"), ("std", _IMAGENET_STD, "divided by, after that")):
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            nargs=3,
+            default=values,
+            help=f"{what}, of pixels from 0 to 1 (default: ImageNet's)",
+        )
+    for name, field, record in (
+        ("resize", "resize", ClipInput),
+        ("resample", "resample", ClipInput),
+        ("score-rule", "score_rule", Similarity),
+    ):
+        choices = get_args(record.model_fields[field].annotation)
+        parser.add_argument(f"--{name}", choices=choices, default=choices[0], help="default: %(default)s")
+    parser.add_argument("--pad-to-square", action="store_true", help="pad the shorter side first")
+    parser.add_argument(
+        "--smoothing-sigma", type=float, default=4.0, metavar="PX", help="of the map, in input pixels; %(default)s"
+    )
+    parser.add_argument(
+        "--coreset", type=float, default=1.0, metavar="SHARE", help="of enrolled patches to keep (default: all)"
+    )
+    parser.add_argument("--origin", help="of the weights (default: the file's name)")
+    parser.add_argument("--licence", default="not stated", help="of the weights (default: %(default)s)")
+    parser.set_defaults(run=lambda args: _with_extra("export-features", _export_features, args))
 
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
@@ -158,6 +205,30 @@ def _parity(args: argparse.Namespace) -> int:
     _print(parity.table(), sys.stdout)
     print(parity.failure or "within all limits")
     return 1 if parity.failure else 0
+
+
+def _export_features(args: argparse.Namespace) -> int:
+    from vmad_edge.export.features import export_features, input_size
+
+    fields = {name: getattr(args, name) for name in ("resize", "resample", "pad_to_square", "mean", "std")}
+    try:
+        clip = ClipInput(size=args.size or input_size(args.onnx), rescale_factor=1 / 255, **fields)
+        similarity = Similarity(score_rule=args.score_rule, smoothing_sigma=args.smoothing_sigma, coreset=args.coreset)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise VmadError(f"--{option}: {first['msg']}, found {first['input']}") from None
+    manifest = export_features(
+        args.onnx,
+        args.bundle,
+        args.levels.split(","),
+        clip=clip,
+        similarity=similarity,
+        weights=Weights(origin=args.origin or args.onnx.name, licence=args.licence),
+    )
+    vision = manifest.vision
+    print(f"{args.bundle}: {clip.size} px, {vision.grid}×{vision.grid} patches of width {vision.width}")
+    return 0
 
 
 def _print(table: Table, file: TextIO) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,14 +12,14 @@ from safetensors.numpy import save
 from safetensors.torch import load_file
 
 from vmad_edge.export.checkpoint import Checkpoint
+from vmad_edge.export.folder import new_bundle, refuse_other_folder, with_files
 from vmad_edge.export.graphs import clip_encoder, ltc_projector, mask_decoder, sam_encoder
 from vmad_edge.export.language import Quantization, export_language
 from vmad_edge.export.parity import ParityError, measure
 from vmad_edge.export.parity_page import ParityPage
 from vmad_edge.export.precision import lower
-from vmad_edge.runtime.bundle import MANIFEST, Bundle, Language, Manifest, Precision, Vision, seal
-from vmad_edge.runtime.errors import BundleError, CheckpointError
-from vmad_edge.runtime.files import sha256, whole_folder
+from vmad_edge.runtime.bundle import Bundle, Language, Manifest, Precision, Vision, seal
+from vmad_edge.runtime.errors import CheckpointError
 from vmad_edge.runtime.frame import list_images
 
 _WRITERS = ("vmad-edge", "torch", "transformers", "onnx", "onnxscript", "gguf", "llama-cpp-python")
@@ -50,11 +48,11 @@ def export(
         ParityError: the export is past a limit of parity.
         BundleError: something else than a bundle is at `bundle`, or there is no room for one.
     """
-    _refuse_other_folder(bundle)
+    refuse_other_folder(bundle)
     progress("checkpoint")
     source = Checkpoint.open(checkpoint)
     images = list_images([str(parity_images or own_images(source))])
-    with _told_when_full(bundle), whole_folder(bundle) as folder:
+    with new_bundle(bundle) as folder:
         for graph in (clip_encoder, ltc_projector, sam_encoder, mask_decoder):
             name = graph.__name__.rpartition(".")[2]
             progress(name)
@@ -65,7 +63,7 @@ def export(
         manifest = _manifest(source, quantization)
         if precision == "fp16":
             manifest = manifest.model_copy(update={"precision": lower(folder, manifest, images, progress)})
-        manifest = _with_files(manifest, folder)
+        manifest = with_files(manifest, folder)
         page = ParityPage()
         unsealed = Bundle(folder, "not sealed yet", manifest)
         parity = measure(source, unsealed, images, progress=progress, each=page.add)
@@ -77,34 +75,9 @@ def export(
             )
         (folder / "parity.json").write_text(parity.model_dump_json(indent=2) + "\n")
         page.write(folder / "parity.html", parity)
-        manifest = _with_files(manifest, folder)
+        manifest = with_files(manifest, folder)
         seal(folder, manifest)
     return manifest
-
-
-@contextmanager
-def _told_when_full(bundle: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        by_numpy = error.errno is None and str(error).endswith(" written")  # ndarray.tofile, of fewer bytes than asked
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not by_numpy:
-            raise
-        raise BundleError(
-            f"{bundle} was not written: {error.strerror or error}. Make room there, or name another place."
-        ) from None
-
-
-def _with_files(manifest: Manifest, folder: Path) -> Manifest:
-    """With every file in `folder`, hashed unless it is listed already."""
-    hashed = {path.name: manifest.files.get(path.name) or sha256(path) for path in sorted(folder.iterdir())}
-    return manifest.model_copy(update={"files": hashed})
-
-
-def _refuse_other_folder(bundle: Path) -> None:
-    replaceable = bundle.is_dir() and ((bundle / MANIFEST).is_file() or not any(bundle.iterdir()))
-    if bundle.exists() and not replaceable:
-        raise BundleError(f"{bundle} exists and is no bundle: expected a new path, or a bundle to replace")
 
 
 def own_images(source: Checkpoint) -> Path:

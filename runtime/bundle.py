@@ -29,6 +29,7 @@ MANIFEST_HASH = "manifest.sha256"
 
 Triple = tuple[float, float, float]
 Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Answer = Literal["full", "short"]
 Precision = Literal["fp32", "fp16"]
 SpacePrefix = Literal["first", "always", "never"]
@@ -50,7 +51,7 @@ class ClipInput(Record):
     resample: Literal["bilinear", "bicubic", "lanczos"]
     rescale_factor: float
     mean: Triple
-    std: Triple
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
 class SamInput(Record):
@@ -125,7 +126,7 @@ class Thresholds(Record):
 class Similarity(Record):
     score_rule: Literal["max", "mean_top_1_percent"] = "mean_top_1_percent"
     """Image score from patch scores: the largest (MuSc, WinCLIP) or the mean of the top 1% (AnomalyDINO)."""
-    temperature: Annotated[float, Field(gt=0)] = 0.07
+    temperature: PositiveFloat = 0.07
     """Of the softmax between normal and abnormal features, where the bundle has abnormal ones."""
     smoothing_sigma: Annotated[float, Field(ge=0)] = 4.0
     """Gaussian on the anomaly map, in pixels of `clip_pixels` (AnomalyCLIP: 4)."""
