@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, TaskID, track
 from rich.table import Table
 
 from vmad_edge.runtime.benchmark import benchmark, read_benchmark
@@ -26,6 +26,8 @@ from vmad_edge.runtime.benchmark_page import write as write_benchmark
 from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, ScreenManifest
 from vmad_edge.runtime.calibrate import Targets, calibrate
 from vmad_edge.runtime.engines import Device
+from vmad_edge.runtime.engines.gpu import gpu
+from vmad_edge.runtime.engines.tensorrt import build_plans
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.evaluate import Figures, Shots, compare, evaluate, read_evaluation
 from vmad_edge.runtime.evaluate_page import warnings, write_page
@@ -175,6 +177,21 @@ def add_calibrate(subcommands: Subcommands) -> None:
     parser.add_argument("--by", metavar="NAME", help="who answers for it; default: this account and machine")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_calibrate)
+
+
+def add_build(subcommands: Subcommands) -> None:
+    parser = subcommands.add_parser(
+        "build",
+        help="build TensorRT plans of a bundle's graphs for this device",
+        description="Build a TensorRT plan of each graph, for this GPU, driver and TensorRT, and keep it in the station. "
+        "Plans that fit are left alone; what changed is said of those that do not, and they are built again.",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by `vmad export`")
+    parser.add_argument("--station", metavar="DIR", help="the device's own folder (default: your user data folder)")
+    parser.add_argument(
+        "--workspace-mib", type=int, metavar="N", help="memory that a plan may work in; default: all there is"
+    )
+    parser.set_defaults(run=_build)
 
 
 def add_bench(subcommands: Subcommands) -> None:
@@ -349,6 +366,25 @@ def _review_facts(manifest: ScreenManifest) -> dict[str, str]:
         f"answers {language.answer}",
         "sam": f"{manifest.sam.size} px",
     }
+
+
+def _build(args: argparse.Namespace) -> int:
+    bundle = Bundle.open(args.bundle)
+    plans = Station(None if args.station is None else Path(args.station), bundle).plans
+    with Progress(console=_err, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(graph: str, phase: str, share: float) -> None:
+            if graph not in tasks:
+                tasks[graph] = bar.add_task(graph, total=1.0)
+            bar.update(tasks[graph], description=f"{graph}: {phase}", completed=share)
+
+        workspace = None if args.workspace_mib is None else args.workspace_mib << 20
+        built = build_plans(bundle, plans, gpu(), workspace=workspace, progress=tell)
+    for graph, reason in built.items():
+        print(f"{graph}: built, for {reason}")
+    print(f"{len(built)} plans built in {plans.folder}; every plan fits now")
+    return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:

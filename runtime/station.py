@@ -6,6 +6,8 @@ station/<first 16 of the bundle's hash>/banks/<object>/
 station/<the same>/calibrations/<object>/
   calibration.json   the Calibration below
   calibration.sha256
+station/<the same>/engines/<graph>/
+  plan.trt …         a TensorRT plan, see engines/plans.py
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vmad_edge.runtime.bundle import Bundle, Record, Thresholds
+from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import BundleError
 from vmad_edge.runtime.files import sha256, whole_folder
 from vmad_edge.runtime.stages.preprocess import View
@@ -73,6 +76,7 @@ class Station:
     def __init__(self, folder: Path | None, bundle: Bundle) -> None:
         root = folder or platformdirs.user_data_path("vmad-edge")
         self.path = root / bundle.hash[:16]
+        self.plans = Plans(self.path / "engines")
         self._bundle = bundle
 
     def save_references(self, object: str, references: References) -> Path:

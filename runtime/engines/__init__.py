@@ -18,3 +18,8 @@ class Engine(Protocol):
     """What runs it, for people."""
 
     def run(self, inputs: Arrays) -> Arrays: ...
+
+
+def ran_out_of_memory(message: str) -> bool:
+    """Whether a library's error says so, in its words."""
+    return any(words in message.lower() for words in ("out of memory", "outofmemory", "failed to allocate"))

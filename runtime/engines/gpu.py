@@ -35,7 +35,7 @@ def gpu() -> Gpu:
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise VmadError(f"no NVIDIA driver ({error})") from None
+        raise VmadError(f"no NVIDIA driver ({error}): install one, or run on the CPU") from None
     version, device = ctypes.c_int(), ctypes.c_int()
     if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value < LEAST_CUDA:
         raise VmadError(

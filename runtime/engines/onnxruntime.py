@@ -10,7 +10,7 @@ from typing import Literal
 
 import onnxruntime as ort
 
-from vmad_edge.runtime.engines import Arrays
+from vmad_edge.runtime.engines import Arrays, ran_out_of_memory
 from vmad_edge.runtime.errors import BundleError, VmadError
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -68,11 +68,6 @@ _OUT_OF_MEMORY = (
     "{path}: no memory left for it ({error:.200}). Free some, keep fewer of the language model's layers on the GPU, or "
     "export with a smaller --llm or --precision fp16."
 )
-
-
-def ran_out_of_memory(message: str) -> bool:
-    """Whether a library's error says so, in its words."""
-    return any(words in message.lower() for words in ("out of memory", "outofmemory", "failed to allocate"))
 
 
 def _why_no_cuda() -> str:

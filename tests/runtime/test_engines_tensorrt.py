@@ -1,0 +1,300 @@
+"""TensorRT's plans: built without a GPU where the package can, kept, and refused. Running them needs a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vmad_edge.runtime.bundle import Bundle
+from vmad_edge.runtime.engines import tensorrt
+from vmad_edge.runtime.engines.gpu import Gpu
+from vmad_edge.runtime.engines.plans import PlanKey, Plans
+from vmad_edge.runtime.engines.tensorrt import FLAVOURS, TensorRt, build, build_plans, plan_key
+from vmad_edge.runtime.errors import BundleError, VmadError
+
+DEMO = Path(__file__).parents[2] / "demo/bundle"
+GRAPHS = ("clip_encoder", "ltc_projector", "mask_decoder", "sam_encoder")
+AMPERE, ADA = Gpu("GeForce RTX 3090", (8, 6), "580.1, CUDA 13.0"), Gpu("GeForce RTX 4090", (8, 9), "580.1, CUDA 13.0")
+ORIN = Gpu("Orin", (8, 7), "540.4, CUDA 12.6")
+needs_rtx = pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
+
+
+@pytest.fixture(scope="module")
+def demo() -> Bundle:
+    return Bundle.open(DEMO)
+
+
+@pytest.fixture
+def small(demo: Bundle) -> Bundle:
+    """The demo bundle as if it had one graph."""
+    name = "ltc_projector.onnx"
+    files = {name: demo.manifest.files[name]}
+    return replace(demo, manifest=demo.manifest.model_copy(update={"files": files}))
+
+
+@pytest.fixture
+def rtx() -> TensorRt:
+    return TensorRt(FLAVOURS[1], pytest.importorskip("tensorrt_rtx"), "1.7")
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_every_graph_is_built_for_two_architectures(graph: str, demo: Bundle, rtx: TensorRt) -> None:
+    path = demo.file(f"{graph}.onnx")
+    plans = [build(rtx, path, demo.manifest.dynamic_axes, gpu.compute_capability)[0] for gpu in (AMPERE, ADA)]
+    assert plans[0] != plans[1]
+    for plan in plans:  # the weights, FP16 in the file where that is exact, must be in there
+        assert len(plan) > 0.9 * path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "axes,target,damage,error,says",
+    [
+        ({"batch": 8}, (8, 7), None, VmadError, r"does not build for SM87: it lists .*SM86"),  # Jetson's
+        ({"prompts": 4}, (8, 6), None, BundleError, r"axis 0 of patches is dynamic and called 'batch'"),
+        ({"batch": 8}, (8, 6), b"no graph", BundleError, "cannot parse"),
+    ],
+)
+def test_what_cannot_be_built(
+    axes: dict[str, int],
+    target: tuple[int, int],
+    damage: bytes | None,
+    error: type[VmadError],
+    says: str,
+    demo: Bundle,
+    rtx: TensorRt,
+    tmp_path: Path,
+) -> None:
+    path = demo.file("ltc_projector.onnx")
+    if damage is not None:
+        path = tmp_path / "ltc_projector.onnx"
+        path.write_bytes(damage)
+    with pytest.raises(error, match=says):
+        build(rtx, path, axes, target)
+
+
+@needs_rtx
+def test_plans_are_built_once_and_again_when_something_changed(
+    small: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rtx: TensorRt
+) -> None:
+    monkeypatch.setattr(tensorrt, "tensorrt", lambda: rtx)
+    plans = Plans(tmp_path / "engines")
+    shares: list[float] = []
+
+    def built(gpu: Gpu = AMPERE) -> dict[str, str]:
+        return build_plans(small, plans, gpu, progress=lambda graph, phase, share: shares.append(share))
+
+    assert "there is no plan" in built()["ltc_projector"]
+    assert shares == sorted(shares) and 0 < shares[0] < shares[-1] <= 1
+    assert oct((tmp_path / "engines").stat().st_mode)[-3:] == "700"
+    assert built() == {}
+    assert (
+        "another driver (580.1, CUDA 13.0, now 590" in built(replace(AMPERE, driver="590, CUDA 13.2"))["ltc_projector"]
+    )
+    assert "another gpu" in built(ADA)["ltc_projector"]
+    plan = tmp_path / "engines/ltc_projector/plan.trt"
+    plan.write_bytes(plan.read_bytes()[:-1])
+    assert "is not what was built here" in built(ADA)["ltc_projector"]
+    assert built(ADA) == {}
+
+
+@needs_rtx
+def test_an_interrupted_build_leaves_nothing(
+    small: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rtx: TensorRt
+) -> None:
+    def interrupt(graph: str, phase: str, share: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensorrt, "tensorrt", lambda: rtx)
+    with pytest.raises(KeyboardInterrupt):
+        build_plans(small, Plans(tmp_path / "engines"), AMPERE, progress=interrupt)
+    assert not list(tmp_path.rglob("*.trt"))
+
+
+KEY = PlanKey(
+    graph="ab" * 32,
+    tensorrt="tensorrt 10.3.0",
+    gpu="Orin, SM 8.7",
+    driver="540.4, CUDA 12.6",
+    precision="fp16",
+    profile="batch 1…8",
+    flags="none",
+)
+
+
+@pytest.mark.parametrize(
+    "part,now",
+    [
+        ("graph", "cd" * 32),  # another export
+        ("tensorrt", "tensorrt 10.16.2"),  # JetPack was updated
+        ("gpu", "Thor, SM 11.0"),  # the station was copied to another device
+        ("driver", "540.5, CUDA 12.6"),
+        ("precision", "fp32"),
+        ("profile", "batch 1…4"),
+        ("flags", "strongly typed"),
+    ],
+)
+def test_a_plan_for_something_else_is_refused_and_the_part_named(part: str, now: str, tmp_path: Path) -> None:
+    plans = Plans(tmp_path / "engines")
+    plans.save("clip_encoder", KEY, b"plan", b"timings")
+    assert plans.load("clip_encoder", KEY) == b"plan"
+    assert plans.timings("clip_encoder") == b"timings"
+    other = KEY.model_copy(update={part: now})
+    with pytest.raises(BundleError, match=f"built for another {part} .*, now {now}"):
+        plans.load("clip_encoder", other)
+
+
+def _reseal_nothing(folder: Path) -> None:
+    (folder / "clip_encoder/plan.trt").write_bytes(b"evil")
+
+
+def _forget_the_record(folder: Path) -> None:
+    (folder / "clip_encoder/plan.json").unlink()
+
+
+def _unlist(folder: Path) -> None:
+    path = folder / "clip_encoder/plan.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sha256": {}}))
+
+
+@pytest.mark.parametrize(
+    "damage,says",
+    [
+        (_reseal_nothing, "is not what was built here"),
+        (_forget_the_record, "there is no plan of clip_encoder"),
+        (_unlist, "is not what was built here"),
+        (lambda folder: (folder / "clip_encoder/plan.json").write_text("{}"), "no plan's record"),
+        (lambda folder: (folder / "clip_encoder/plan.trt").unlink(), "is not what was built here"),
+        # whoever may write there may plant code
+        (lambda folder: folder.chmod(0o770), "nobody else can enter, found owner .*, mode 770"),
+        # a link to a folder that somebody else filled
+        (lambda folder: folder.symlink_to(folder.rename(folder.with_name("elsewhere"))), "holds executable code"),
+    ],
+)
+def test_a_plan_that_may_not_be_ours_is_refused(damage: Callable[[Path], object], says: str, tmp_path: Path) -> None:
+    plans = Plans(tmp_path / "engines")
+    plans.save("clip_encoder", KEY, b"plan", b"")
+    damage(plans.folder)
+    with pytest.raises(BundleError, match=says):
+        plans.load("clip_encoder", KEY)
+
+
+class FakeTensorRt:
+    """The calls of TensorRT 10's Python API that building makes, as it documents them, without its work."""
+
+    __version__ = "10.3.0"
+    Cache = SimpleNamespace
+
+    class ILogger:
+        Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1)
+
+    class IProgressMonitor:
+        pass
+
+    NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
+    BuilderFlag = SimpleNamespace(TF32=6)
+    MemoryPoolType = SimpleNamespace(WORKSPACE=0)
+
+    def __init__(self, failure: str | None = None) -> None:
+        self.failure = failure
+        self.calls: list[tuple[Any, ...]] = []
+
+    def OnnxParser(self, network: Any, log: Any) -> Any:
+        return SimpleNamespace(parse_from_file=lambda path: True)
+
+    def Builder(self, log: Any) -> Any:
+        def serialize(network: Any, config: Any) -> bytes | None:
+            if self.failure is not None:
+                log.log(1, self.failure)
+                return None
+            return b"plan"
+
+        return SimpleNamespace(
+            create_network=lambda flags: self.calls.append(("network", flags)) or SimpleNamespace(num_inputs=0),
+            create_builder_config=lambda: self,
+            create_optimization_profile=SimpleNamespace,
+            build_serialized_network=serialize,
+        )
+
+    def clear_flag(self, flag: int) -> None:
+        self.calls.append(("clear", flag))
+
+    def set_memory_pool_limit(self, pool: int, size: int) -> None:
+        self.calls.append(("workspace", size))
+
+    def add_optimization_profile(self, profile: Any) -> int:
+        return 0
+
+    def create_timing_cache(self, blob: bytes) -> Any:
+        return SimpleNamespace(blob=blob, serialize=lambda: blob + b"+")
+
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+        self.calls.append(("timings", cache.blob))
+        self.cache = cache
+        return ignore_mismatch or not cache.blob.startswith(b"another chip")
+
+    def get_timing_cache(self) -> Any:
+        return self.cache
+
+
+def test_timings_are_kept_for_the_next_build(small: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTensorRt()
+    monkeypatch.setattr(tensorrt, "tensorrt", lambda: TensorRt(FLAVOURS[0], fake, "10.3.0"))
+    plans = Plans(tmp_path / "engines")
+    for driver in ("540.4", "540.5"):
+        build_plans(small, plans, replace(ORIN, driver=driver), workspace=1 << 20)
+    assert [call[1] for call in fake.calls if call[0] == "timings"] == [b"", b"+"]
+    assert {("network", 2), ("clear", 6), ("workspace", 1 << 20)} <= set(fake.calls)
+
+    key = plan_key(small, "ltc_projector", tensorrt.tensorrt(), ORIN)
+    plans.save("ltc_projector", key, b"plan", b"another chip's")
+    build_plans(small, plans, replace(ORIN, driver="540.6"))
+    assert [call[1] for call in fake.calls if call[0] == "timings"][2:] == [b"another chip's", b""]
+
+
+@pytest.mark.parametrize(
+    "failure,error,says",
+    [
+        ("Error Code 2: OutOfMemory (Requested size was 4294967296 bytes.)", VmadError, "--workspace-mib"),
+        ("Error Code 10: Internal Error (Could not find any implementation for node X)", BundleError, "node X"),
+    ],
+)
+def test_a_build_that_fails_says_why(failure: str, error: type[VmadError], says: str, small: Bundle) -> None:
+    trt = TensorRt(FLAVOURS[0], FakeTensorRt(failure), "10.3.0")
+    with pytest.raises(error, match=says):
+        build(trt, small.file("ltc_projector.onnx"), small.manifest.dynamic_axes, (8, 7))
+
+
+@pytest.mark.parametrize(
+    "installed,expected",
+    [
+        ({"tensorrt": "10.3.0"}, "tensorrt 10.3.0"),  # Jetson
+        ({"tensorrt": "11.4.1", "tensorrt_rtx": "1.7.1"}, "tensorrt 11.4.1"),  # a workstation with both
+        ({"tensorrt_rtx": "1.7.1"}, "tensorrt_rtx 1.7.1"),
+        # PyPI's shell, which has no libraries, beside RTX
+        ({"tensorrt": ImportError("libnvinfer.so.10"), "tensorrt_rtx": "1.7.1"}, "tensorrt_rtx 1.7.1"),
+        ({"tensorrt": ImportError("libnvinfer.so.10")}, r"tensorrt is installed but cannot be imported \(libnvinfer"),
+        ({"tensorrt": "8.6.2"}, r"expected tensorrt 10\.x or 11\.x, found 8\.6\.2"),  # JetPack 5
+        ({}, "TensorRT is not installed"),
+    ],
+)
+def test_which_tensorrt(installed: dict[str, str | Exception], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        if isinstance(found := installed[name], Exception):
+            raise found
+        return SimpleNamespace(__version__=found)
+
+    monkeypatch.setattr(tensorrt, "find_spec", lambda name: installed.get(name))
+    monkeypatch.setattr(tensorrt, "import_module", load)
+    find = tensorrt.tensorrt.__wrapped__
+    if expected.startswith(("tensorrt 1", "tensorrt_rtx 1")):
+        assert str(find()) == expected
+    else:
+        with pytest.raises(VmadError, match=expected):
+            find()
