@@ -71,7 +71,7 @@ def test_labels_and_place_say_what_was_drawn(family: str, kind: Kind) -> None:
         drawn = part(seed, family, kind)
         assert (drawn.object, drawn.kind) == (family, kind)
         assert set(np.unique(drawn.kinds)) == {0, 1 + ALL_KINDS.index(kind)}
-        assert 0.0012 <= drawn.mask.mean() < 0.25
+        assert 0.003 <= drawn.mask.mean() < 0.25
         moments = cv2.moments(drawn.mask.astype(np.uint8), binaryImage=True)
         x, y = moments["m10"] / moments["m00"] + 0.5, moments["m01"] / moments["m00"] + 0.5
         assert drawn.place == PLACES[int(3 * y / 128)][int(3 * x / 128)]
