@@ -1,19 +1,19 @@
-"""How good a checkpoint is on drawn parts that it never saw.
+"""How good a checkpoint, and the bundles made of it, are on drawn parts that it never saw.
 
-`python -m vmad_edge.export.reference.evaluate CHECKPOINT [--parts N]`. Everything is done as at run time, at FP32 from
-the FP16 weights: greedy answers, the screen's score, masks from h_seg.
+`python -m vmad_edge.export.reference.evaluate CHECKPOINT [BUNDLE …] [--parts N]`. A checkpoint runs in torch at FP32, a
+bundle in its runtime: greedy answers, the screen's score and map, masks from h_seg.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,35 +24,59 @@ from torch import Tensor
 from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.graphs.clip_encoder import ClipEncoder
 from vmad_edge.export.graphs.mask_decoder import MaskDecoder
-from vmad_edge.export.reference.parts import FAMILIES, Part, draw
+from vmad_edge.export.reference.parts import FAMILIES, KINDS, UNSEEN_FAMILIES, UNSEEN_KINDS, Part, draw
 from vmad_edge.export.reference.text import Reader, load_tokenizer
-from vmad_edge.runtime.bundle import Thresholds
+from vmad_edge.runtime.bundle import Bundle, Thresholds
 from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.metrics import measure, pixel_scores
 from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
-from vmad_edge.runtime.stages.similarity import image_score
+from vmad_edge.runtime.stages.segmentation import mask_logits
+from vmad_edge.runtime.stages.similarity import NormalFeatures, anomaly_map, image_score
+from vmad_edge.runtime.systems.vmad import Review, Screen
+from vmad_edge.runtime.timing import Stopwatch
 
 SEED = 1_000_003
 """Of the parts here; the training draws with other seeds."""
-SIZE = 384
+SIZE = 256
+NO_MASK = -100.0
+"""Logits of a part that was answered with No."""
 BATCH = 16
 
 
-def unseen(count: int, first: int, good_only: bool = False) -> list[Part]:
-    """Parts number `first`… of SEED: the families in turn, every other one defective unless `good_only`."""
-    families = list(FAMILIES)
-    return [
-        draw(
-            np.random.default_rng([SEED, i]),
-            families[i // 2 % len(families)],
-            None if good_only or i % 2 == 0 else "random",
-            SIZE,
-        )
-        for i in range(first, first + count)
-    ]
+Group = Literal["trained", "unseen families", "unseen kinds"]
+
+
+def unseen(count: int, first: int, group: Group = "trained", good_only: bool = False) -> list[Part]:
+    """Parts number `first`… of SEED: the group's families in turn, every other part with one defect."""
+    families = list(UNSEEN_FAMILIES if group == "unseen families" else FAMILIES)
+    kinds = UNSEEN_KINDS if group == "unseen kinds" else KINDS
+    parts = []
+    for i in range(first, first + count):
+        rng = np.random.default_rng([SEED, i])
+        defects = [] if good_only or i % 2 == 0 else [kinds[rng.integers(len(kinds))]]
+        parts.append(draw(rng, families[i // 2 % len(families)], defects, SIZE))
+    return parts
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model says of one part."""
+
+    p_yes: float
+    text: str
+    score: float
+    map: NDArray[np.float32]
+    """[S,S]: the screen's."""
+    logits: NDArray[np.float32] | None
+    """[S,S] of the mask; None where P(yes) < 0.5."""
+
+
+Find = Callable[[Sequence[Part], str], list[Found]]
+"""Parts of one family, asked for by this name → what was found, for each."""
 
 
 class Evaluation:
-    """A checkpoint's stages in torch, in batches."""
+    """A checkpoint's stages in torch at FP32, in batches."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -113,14 +137,45 @@ class Evaluation:
         state: Tensor = self.language.model(inputs_embeds=inputs).last_hidden_state[:, -1]
         return state
 
-    def mask(self, part: Part, h_seg: Tensor) -> NDArray[np.bool_]:
-        """[S,S] from one h_seg [H], in the part's pixels."""
-        pixels, (height, width) = sam_pixels(Frame(part.image, part.object), self.checkpoint.sam)
+    def find(self, parts: Sequence[Part], name: str) -> list[Found]:
+        """`parts` as at run time, with the full answer."""
+        visual_tokens, patches = self.see(parts)
+        p_yes, texts, h_seg, _ = self.answer(visual_tokens, name)
+        similarity, found = self.checkpoint.config.similarity, []
+        for part, yes, text, state, scores in zip(parts, p_yes, texts, h_seg, patches.numpy(), strict=True):
+            frame = Frame(part.image, part.object)
+            _, view = clip_pixels(frame, self.checkpoint.clip)
+            heat = anomaly_map(scores, view, similarity, self.checkpoint.clip.size, part.mask.shape)
+            logits = self._mask(frame, state) if yes >= 0.5 else None
+            found.append(Found(float(yes), text, image_score(scores, similarity), heat, logits))
+        return found
+
+    def _mask(self, frame: Frame, h_seg: Tensor) -> NDArray[np.float32]:
+        pixels, covered = sam_pixels(frame, self.checkpoint.sam)
         logits, _ = self.mask_decoder(self.sam.get_image_embeddings(torch.from_numpy(pixels)), h_seg[None])
-        side = self.checkpoint.sam.size
-        logits = torch.nn.functional.interpolate(logits, (side, side), mode="bilinear")[..., :height, :width]
-        found = torch.nn.functional.interpolate(logits, part.mask.shape, mode="bilinear")[0, 0] > 0
-        return np.asarray(found)
+        size = frame.pixels.shape[0], frame.pixels.shape[1]
+        return mask_logits(logits[0, 0].numpy(), covered, self.checkpoint.sam.size, size)
+
+
+class Deployed:
+    """A bundle in its runtime, one part after the other."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.screen, self.review = Screen(bundle, "cpu"), Review(bundle, "cpu")
+        self.normal = NormalFeatures(bundle.file("similarity.safetensors"), bundle.manifest.similarity)
+        self.question = bundle.for_review.conversation.question
+
+    def find(self, parts: Sequence[Part], name: str) -> list[Found]:
+        """`parts` with the full answer."""
+        question, found = self.question.replace("{object}", name), []
+        for part in parts:
+            frame, watch = Frame(part.image, part.object), Stopwatch()
+            seen = self.screen.run(frame, self.normal, watch)
+            said = self.review.run(
+                frame, seen.features, question, "full", lambda p: None, lambda text: None, lambda: None, watch
+            )
+            found.append(Found(said.p_yes, said.text, seen.score, seen.map, said.mask_logits))
+        return found
 
 
 @torch.no_grad()
@@ -135,50 +190,46 @@ def thresholds(checkpoint: Checkpoint, count: int = 300) -> Thresholds:
 
 
 @torch.no_grad()
-def evaluate(checkpoint: Checkpoint, count: int) -> dict[str, float]:
-    """The model card's figures on `count` unseen parts, half of them defective."""
-    evaluation = Evaluation(checkpoint)
-    parts = sorted(unseen(count, first=0), key=lambda part: part.object)
-    grid = checkpoint.grid
-    defective = np.array([part.kind is not None for part in parts])
-    p_yes: list[float] = []
-    score: list[float] = []
-    patch: list[NDArray[np.float32]] = []
-    kind, place, full, short, forms = [], [], [], [], []
-    groups = [(name, batch) for name, group in groupby(parts, lambda part: part.object) for batch in _batches(group)]
-    for name, batch in track(groups, "evaluate"):
-        visual_tokens, p = evaluation.see(batch)
-        yes, texts, h_full, h_short = evaluation.answer(visual_tokens, name)
-        p_yes += yes.tolist()
-        score += [image_score(row.numpy(), checkpoint.config.similarity) for row in p]
-        patch += list(p.numpy())
-        for part, text, state, short_state in zip(batch, texts, h_full, h_short, strict=True):
-            forms.append(text.startswith(("Yes. There is a ", "No. The ")))
-            if part.kind is None:
-                continue
-            kind.append(f" a {part.kind} at " in text)
-            place.append(f" at the {part.place} of " in text)
-            full.append(_iou(evaluation.mask(part, state), part.mask))
-            short.append(_iou(evaluation.mask(part, short_state), part.mask))
-    labels = np.concatenate(
-        [cv2.resize(part.mask.astype(np.float32), (grid, grid), interpolation=cv2.INTER_AREA).ravel() for part in parts]
-    )
+def evaluate(find: Find, bounds: Thresholds | None, count: int, group: Group) -> dict[str, float]:
+    """Figures on `count` unseen parts of `group`, half of them defective."""
+    parts = sorted(unseen(count, first=0, group=group), key=lambda part: part.object)
+    groups = [
+        (name, batch) for name, members in groupby(parts, lambda part: part.object) for batch in _batches(members)
+    ]
+    defective, kind, place, forms = [], [], [], []
+    p_yes, score, overlap = [], [], []
+    maps, masks = [], []
+    for name, batch in track(groups, group):
+        for part, found in zip(batch, find(batch, name), strict=True):
+            defective.append(part.kind is not None)
+            p_yes.append(found.p_yes)
+            score.append(found.score)
+            forms.append(found.text.startswith(("Yes. There is a ", "No. The ")))
+            logits = np.full(part.mask.shape, NO_MASK, np.float32) if found.logits is None else found.logits
+            maps.append(pixel_scores(found.map.astype(np.float16), part.mask)[0])
+            masks.append(pixel_scores(logits.astype(np.float16), part.mask)[0])
+            if part.kind is not None:
+                kind.append(f" a {part.kind} at " in found.text)
+                place.append(f" at the {part.place} of " in found.text)
+                overlap.append(_iou(logits > 0, part.mask))
+    bad = np.array(defective)
     figures: dict[str, Any] = {
-        "image AUROC of P(yes)": auroc(np.array(p_yes), defective),
-        "image AUROC of the screen": auroc(np.array(score), defective),
-        "patch AUROC": auroc(np.concatenate(patch), labels > 0.1),
+        "image AUROC of P(yes)": auroc(np.array(p_yes), bad),
+        "image AUROC of the screen": auroc(np.array(score), bad),
+        "pixel AUROC of the map": measure(maps).auroc,
+        "pixel AUROC of the mask": measure(masks).auroc,
+        "mask IoU, defective parts": np.mean(overlap),
         "kind named right": np.mean(kind),
         "place named right": np.mean(place),
-        "mask IoU, full answer": np.mean(full),
-        "mask IoU, short answer": np.mean(short),
         "answers in form": np.mean(forms),
     }
-    if bounds := checkpoint.config.similarity.thresholds:
-        good = np.array(score)[~defective]
-        bad = np.array(score)[defective]
-        figures["good parts screened GOOD"] = (good < bounds.good_below).mean()
-        figures["defective parts screened GOOD"] = (bad < bounds.good_below).mean()
-        figures["defective parts screened DEFECT"] = (bad >= bounds.defect_above).mean()
+    if group == "unseen kinds":
+        del figures["kind named right"]  # it has no word for them
+    if bounds is not None:
+        scores = np.array(score)
+        figures["good parts screened GOOD"] = (scores[~bad] < bounds.good_below).mean()
+        figures["defective parts screened GOOD"] = (scores[bad] < bounds.good_below).mean()
+        figures["defective parts screened DEFECT"] = (scores[bad] >= bounds.defect_above).mean()
     return {name: round(float(value), 4) for name, value in figures.items()}
 
 
@@ -202,11 +253,23 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("model", type=Path, nargs="+", help="checkpoints and bundles")
     parser.add_argument("--parts", type=int, default=1000)
+    parser.add_argument("--group", choices=get_args(Group), action="append", help="default: all three")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(json.dumps(evaluate(Checkpoint.open(args.checkpoint), args.parts), indent=2))
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for path in args.model:
+        find: Find
+        if (path / "manifest.json").exists():
+            bundle = Bundle.open(path)
+            find, bounds = Deployed(bundle).find, bundle.manifest.similarity.thresholds
+        else:
+            checkpoint = Checkpoint.open(path)
+            find, bounds = Evaluation(checkpoint).find, checkpoint.config.similarity.thresholds
+        for group in args.group or get_args(Group):
+            figures.setdefault(group, {})[str(path)] = evaluate(find, bounds, args.parts, group)
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

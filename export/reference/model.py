@@ -1,9 +1,13 @@
 """The reference model: VMAD whole at toy size, its losses, and the writing of its checkpoint.
 
-[ASSUME] VMAD publishes DSSL's idea and not its form. Ours: learnable unit features stand for the memory queue's
-distilled normal (and abnormal) features; a patch's anomaly probability is the softmax between its largest cosine to
-either at temperature τ, which is the runtime's own operator; in the LLM's space each visual token's cosine with one
-learnable normal semantic token is high on normal cells and low on defective ones.
+[ASSUME] VMAD publishes DSSL's idea and not its form. Ours, with s the largest cosine to a set of features:
+
+- Vision: a memory queue holds patches of normal cells, pooled as LTC pools them (RoI pooling on its grid). It is
+  distilled into the global normal features, each queued feature drawing the nearest one. A patch's anomaly odds are
+  (s_abnormal − s_normal) / τ, the runtime's own operator.
+- Language: a visual token's odds are −cosine(token, normal semantic token) / τ.
+- Alignment: both odds, as distributions over the cells (softmax), are drawn together: KL(vision ‖ language), through
+  the language side alone.
 """
 
 from __future__ import annotations
@@ -36,12 +40,15 @@ from vmad_edge.export.checkpoint import Config, LtcConfig
 from vmad_edge.export.models.ltc import LtcProjector
 from vmad_edge.export.models.seg_projection import SegProjection
 from vmad_edge.export.reference.parts import KINDS
+from vmad_edge.export.reference.teacher import WIDTH as TAUGHT
+from vmad_edge.export.reference.teacher import Teacher
 from vmad_edge.export.reference.text import QUESTION, SEG, TEMPLATE, YES, Reader
 from vmad_edge.runtime.bundle import ClipInput, Conversation, SamInput, Similarity, Weights
 
 WIDTH, LANGUAGE_WIDTH, PROMPT_WIDTH = 192, 256, 256
 GRID, SCALE = 16, 2
 FEATURES = 64
+QUEUE = 4096
 CLIP = ClipInput(
     size=14 * GRID,
     resize="exact",
@@ -56,14 +63,14 @@ SAM = SamInput(size=256)
 
 @dataclass
 class Batch:
+    """Fields that a stage does not use are empty."""
+
     clip_pixels: Tensor
     """[B,3,224,224] f32."""
     sam_pixels: Tensor
     """[B,3,256,256] f32."""
-    mask: Tensor
-    """[B,256,256] f32, 1 on the defect."""
-    kind: Tensor
-    """[B] i64: 0 good, else 1 + index into KINDS."""
+    kinds: Tensor
+    """[B,256,256] i64: 0 normal, 1 + index into KINDS on a defect."""
     before: Tensor
     """[B,T0] i64: ids before the visual tokens."""
     after: Tensor
@@ -73,9 +80,16 @@ class Batch:
 
 
 class ReferenceModel(nn.Module):
-    """Every part in one module; `losses_see`, `losses_read`, `losses_mask` are the stages of training."""
+    """Every part in one module; `losses_see`, `_read`, `_segment`, `_mask` are the stages of training.
 
-    def __init__(self, reader: Reader, seed: int) -> None:
+    Args:
+        ltc: False puts pooled patches through a plain MLP in LTC's place (ablation; cannot be saved).
+        dssl: False keeps the similarity losses from vision and tokens: only the features are fitted (ablation).
+    """
+
+    queue: Tensor
+
+    def __init__(self, reader: Reader, seed: int, ltc: bool = True, dssl: bool = True) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.reader = reader
@@ -88,7 +102,12 @@ class ReferenceModel(nn.Module):
         )  # fmt: skip
         # transformers' 0.02 is lost beside the patches' embeddings: the visual tokens forgot where they are.
         nn.init.normal_(self.vision.embeddings.position_embedding.weight, std=0.2)
-        self.projector = LtcProjector(WIDTH, len(self.config.levels), LANGUAGE_WIDTH, SCALE, self.config.ltc.heads)
+        self.dssl = dssl
+        self.projector = (
+            LtcProjector(WIDTH, len(self.config.levels), LANGUAGE_WIDTH, SCALE, self.config.ltc.heads)
+            if ltc
+            else _PooledProjector()
+        )
         self.language = LlamaForCausalLM(
             LlamaConfig(
                 hidden_size=LANGUAGE_WIDTH, intermediate_size=3 * LANGUAGE_WIDTH, num_hidden_layers=4,
@@ -100,8 +119,9 @@ class ReferenceModel(nn.Module):
         self.segmenter = SamModel(
             SamConfig(
                 vision_config=SamVisionConfig(
-                    hidden_size=128, mlp_dim=384, num_hidden_layers=6, num_attention_heads=4, image_size=SAM.size,
-                    patch_size=16, window_size=8, global_attn_indexes=[2, 5], output_channels=PROMPT_WIDTH,
+                    hidden_size=WIDTH, mlp_dim=4 * WIDTH, num_hidden_layers=4, num_attention_heads=3,
+                    image_size=SAM.size, patch_size=16, window_size=8, global_attn_indexes=[0, 1, 2, 3],
+                    output_channels=PROMPT_WIDTH,
                 ),
                 prompt_encoder_config=SamPromptEncoderConfig(image_size=SAM.size, patch_size=16),
                 mask_decoder_config=SamMaskDecoderConfig(mlp_dim=256, iou_head_hidden_dim=64),
@@ -112,6 +132,8 @@ class ReferenceModel(nn.Module):
         self.visual_abnormal = nn.Parameter(torch.randn(FEATURES, WIDTH))
         self.semantic_normal = nn.Parameter(torch.randn(1, LANGUAGE_WIDTH))
         # Scaffolds of the training, left out of the checkpoint.
+        self.register_buffer("queue", F.normalize(torch.randn(QUEUE, WIDTH), dim=-1))
+        self.teacher_head = nn.Linear(WIDTH, TAUGHT)
         self.kind_head = nn.Linear(LANGUAGE_WIDTH, 1 + len(KINDS))
         self.place_head = nn.Linear(LANGUAGE_WIDTH, (GRID // SCALE) ** 2)
         self.sam_head = nn.Conv2d(PROMPT_WIDTH, 1, 1)
@@ -121,7 +143,7 @@ class ReferenceModel(nn.Module):
         lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
         # In a tuple, so that nn.Module does not register the same weights twice.
         self.adapted = (cast(PeftModel, get_peft_model(cast(Any, self.language), lora)),)
-        for module in (self.vision, self.projector, self.kind_head, self.place_head):
+        for module in (self.vision, self.projector, self.kind_head, self.place_head, self.teacher_head):
             module.requires_grad_(False)
         for parameter in (self.visual_normal, self.visual_abnormal, self.semantic_normal):
             parameter.requires_grad_(False)
@@ -130,7 +152,9 @@ class ReferenceModel(nn.Module):
 
     def see(self, clip_pixels: Tensor) -> tuple[Tensor, Tensor]:
         """`patches` [B,N,D] and `visual_tokens` [B,K,H]."""
-        hidden = self.vision(pixel_values=clip_pixels, output_hidden_states=True).hidden_states
+        return self._project(self.vision(pixel_values=clip_pixels, output_hidden_states=True).hidden_states)
+
+    def _project(self, hidden: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         patches = hidden[self.config.patches_level][:, 1:]
         multi = torch.stack([hidden[level][:, 1:] for level in self.config.levels], 1)
         return patches, self.projector(patches, multi)
@@ -150,32 +174,97 @@ class ReferenceModel(nn.Module):
         states: Tensor = self.language.model(inputs_embeds=inputs).last_hidden_state
         return states[:, -after.shape[1] - 1 : -1]
 
-    def losses_see(self, batch: Batch) -> dict[str, Tensor]:
+    def losses_see(self, batch: Batch, teacher: Teacher | None) -> dict[str, Tensor]:
         """Dense losses of vision and LTC: what is wrong with each patch and with each visual token's cell."""
-        return self._dense(batch, *self.see(batch.clip_pixels))
+        patches, visual_tokens = self.see(batch.clip_pixels)
+        cell = self._pool(_mask(batch), GRID // SCALE)
+        self._remember(patches, cell == 0)
+        cover = self._pool(_mask(batch), GRID)
+        odds = self.patch_logits(patches if self.dssl else patches.detach())
+        losses = {
+            "patch": F.binary_cross_entropy_with_logits(odds, (cover > 0.1).float(), pos_weight=torch.tensor(3.0))
+        }
+        drawn = self.queue[torch.randint(QUEUE, (512,))]
+        losses["queue"] = 0.2 * (1 - (drawn @ F.normalize(self.visual_normal, dim=-1).T).amax(-1)).mean()
+        losses |= self._cells(batch, visual_tokens, odds)
+        if teacher is not None:
+            half = batch.clip_pixels[: len(patches) // 2]  # the teacher's time is a fifth of a step's
+            losses["teacher"] = 0.5 * F.mse_loss(
+                self.teacher_head(patches[: len(half)]).float(), _taught(teacher, half)
+            )
+        return losses
 
     def losses_read(self, batch: Batch) -> dict[str, Tensor]:
-        """The same and the LLM's text."""
-        patches, visual_tokens = self.see(batch.clip_pixels)
-        return self._text(batch, self.read(batch, visual_tokens)) | self._dense(batch, patches, visual_tokens)
+        """The LLM's text and LTC's dense losses, with vision at rest."""
+        with torch.no_grad():
+            hidden = self.vision(pixel_values=batch.clip_pixels, output_hidden_states=True).hidden_states
+        patches, visual_tokens = self._project(hidden)
+        text = self._text(batch, self.read(batch, visual_tokens))
+        return text | self._cells(batch, visual_tokens, self.patch_logits(patches))
 
-    def _dense(self, batch: Batch, patches: Tensor, visual_tokens: Tensor) -> dict[str, Tensor]:
-        cover = F.adaptive_avg_pool2d(batch.mask[:, None], GRID).flatten(1)
-        patch = F.binary_cross_entropy_with_logits(
-            self.patch_logits(patches), (cover > 0.1).float(), pos_weight=torch.tensor(3.0)
-        )
-        cell = (F.adaptive_avg_pool2d(batch.mask[:, None], GRID // SCALE).flatten(1) > 0.05).float()
-        cosine = F.cosine_similarity(visual_tokens.float(), self.semantic_normal, dim=-1)
-        semantic = F.binary_cross_entropy_with_logits(
-            -cosine / self.config.similarity.temperature, cell, pos_weight=torch.tensor(3.0)
-        )
-        kinds = (cell * batch.kind[:, None]).long().flatten()
+    def _remember(self, patches: Tensor, normal: Tensor) -> None:
+        """Put the pooled patches [B,N,D] of normal cells [B,K] into the queue, before the oldest."""
+        grid = patches.detach().float().transpose(1, 2).reshape(-1, WIDTH, GRID, GRID)
+        pooled = F.adaptive_avg_pool2d(grid, GRID // SCALE).flatten(2).transpose(1, 2)[normal]
+        new = F.normalize(pooled[torch.randperm(len(pooled))[:256]], dim=-1)
+        self.queue = torch.cat([new, self.queue])[:QUEUE]
+
+    def _cells(self, batch: Batch, visual_tokens: Tensor, odds: Tensor) -> dict[str, Tensor]:
+        """DSSL in the LLM's space, and the scaffolds that make the visual tokens say what is where."""
+        cell = self._pool(_mask(batch), GRID // SCALE) > 0.05
+        tokens = visual_tokens if self.dssl else visual_tokens.detach()
+        cosine = F.cosine_similarity(tokens.float(), self.semantic_normal, dim=-1)
+        spoken = -cosine / self.config.similarity.temperature
+        seen = F.adaptive_max_pool2d(odds.detach().reshape(-1, GRID, GRID), GRID // SCALE).flatten(1)
+        align = F.kl_div(spoken.log_softmax(-1), seen.log_softmax(-1), reduction="batchmean", log_target=True)
+        area = F.one_hot(batch.kinds[:, 2::4, 2::4], 1 + len(KINDS)).movedim(3, 1)[:, 1:].float()
+        kind = 1 + F.adaptive_avg_pool2d(area, GRID // SCALE).argmax(1).flatten(1)
         weight = torch.tensor([0.15] + [1.0] * len(KINDS))
-        kind = F.cross_entropy(self.kind_head(visual_tokens).float().flatten(0, 1), kinds, weight)
-        # So that the visual tokens keep where they are, for the LLM to say.
-        where = self.place_head(visual_tokens).float()
-        place = F.cross_entropy(where.flatten(0, 1), torch.arange(where.shape[1]).repeat(len(where)))
-        return {"patch": patch, "semantic": semantic, "kind": 0.5 * kind, "place": 0.05 * place}
+        named = self.kind_head(visual_tokens).float().flatten(0, 1)
+        where = self.place_head(visual_tokens).float().flatten(0, 1)
+        return {
+            "semantic": _defects(spoken, cell),
+            "align": 0.1 * align,
+            "kind": 0.5 * F.cross_entropy(named, (kind * cell.long()).flatten(), weight),
+            # So that the visual tokens keep where they are, for the LLM to say.
+            "place": 0.3 * F.cross_entropy(where, torch.arange(cell.shape[1]).repeat(len(cell))),
+        }
+
+    @torch.no_grad()
+    def lend_vision(self, clip_pixels: Tensor) -> None:
+        """Start SAM's encoder from CLIP's first layers: a patch covers the same sixteenth of the frame in both.
+
+        The kernel is resampled; CLIP's LayerNorm before its layers is folded in at its mean over `clip_pixels`.
+        """
+        clip, sam = cast(Any, self.vision.embeddings), cast(Any, self.segmenter.vision_encoder)
+        kernel = F.interpolate(clip.patch_embedding.weight, (16, 16), mode="bicubic") * (14 / 16) ** 2
+        # CLIP's and SAM's pixels differ by an affine map a channel: (x·std_s + mean_s − mean_c) / std_c.
+        std_s, mean_s = (torch.tensor(v) / 255 for v in (SAM.std, SAM.mean))
+        std_c, mean_c = torch.tensor(CLIP.std), torch.tensor(CLIP.mean)
+        bias = (kernel * ((mean_s - mean_c) / std_c)[:, None, None]).sum((1, 2, 3))
+        kernel = kernel * (std_s / std_c)[:, None, None]
+        norm = self.vision.pre_layrnorm
+        spread = norm.weight / clip(clip_pixels)[:, 1:].std(-1).mean()
+        sam.patch_embed.projection.weight.copy_(kernel * spread[:, None, None, None])
+        sam.patch_embed.projection.bias.copy_(bias * spread)
+        position = clip.position_embedding.weight[1:] * spread + norm.bias
+        sam.pos_embed.copy_(position.reshape(1, GRID, GRID, WIDTH))
+        for mine, lent in zip(sam.layers, cast(Any, self.vision.encoder.layers), strict=False):
+            attention = (lent.self_attn.q_proj, lent.self_attn.k_proj, lent.self_attn.v_proj)
+            mine.attn.qkv.weight.copy_(torch.cat([part.weight for part in attention]))
+            mine.attn.qkv.bias.copy_(torch.cat([part.bias for part in attention]))
+            for to, source in (
+                (mine.attn.proj, lent.self_attn.out_proj),
+                (mine.mlp.lin1, lent.mlp.fc1),
+                (mine.mlp.lin2, lent.mlp.fc2),
+                (mine.layer_norm1, lent.layer_norm1),
+                (mine.layer_norm2, lent.layer_norm2),
+            ):
+                to.load_state_dict(source.state_dict())
+
+    def losses_segment(self, batch: Batch) -> dict[str, Tensor]:
+        """The mask branch by itself: every defect of the frame, from a prompt that says nothing (h_seg = 0)."""
+        return self._masks(batch.sam_pixels, _mask(batch), torch.zeros(len(batch.kinds), LANGUAGE_WIDTH))
 
     def losses_mask(self, batch: Batch, short: Tensor) -> dict[str, Tensor]:
         """Text through the LoRA, and the mask branch on the defective parts.
@@ -186,27 +275,31 @@ class ReferenceModel(nn.Module):
         with torch.no_grad():
             _, visual_tokens = self.see(batch.clip_pixels)
         states = self.read(batch, visual_tokens)
-        losses = self._text(batch, states)
-        bad = batch.kind > 0
+        mask = _mask(batch)
+        bad = mask.amax((1, 2)) > 0
         position = torch.where(short, batch.answer.int().argmax(1) + 1, self._last(batch))
         h_seg = states[torch.arange(len(position)), position][bad]
-        features = self.segmenter.vision_encoder(batch.sam_pixels[bad]).last_hidden_state
-        target = batch.mask[bad][:, None]
+        return self._text(batch, states) | self._masks(batch.sam_pixels[bad], mask[bad], h_seg)
+
+    def _masks(self, sam_pixels: Tensor, mask: Tensor, h_seg: Tensor) -> dict[str, Tensor]:
+        features = self.segmenter.vision_encoder(sam_pixels).last_hidden_state
+        target = mask[:, None]
         coarse = F.adaptive_avg_pool2d(target, features.shape[-1])
-        losses["sam_patch"] = 0.5 * F.binary_cross_entropy_with_logits(
-            self.sam_head(features).float(), (coarse > 0.1).float(), pos_weight=torch.tensor(3.0)
-        )
         logits, iou = self.decode(features, h_seg)
         target = F.adaptive_avg_pool2d(target, logits.shape[-1])
-        losses["mask"] = 2 * F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(2.0))
+        cross = F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(2.0))
         p = logits.sigmoid()
         overlap = 2 * (p * target).sum((1, 2, 3)) + 1
-        losses["dice"] = (1 - overlap / (p.sum((1, 2, 3)) + target.sum((1, 2, 3)) + 1)).mean()
+        dice = 1 - overlap / (p.sum((1, 2, 3)) + target.sum((1, 2, 3)) + 1)
         with torch.no_grad():
             found, true = logits > 0, target > 0.5
             real = (found & true).sum((1, 2, 3)) / (found | true).sum((1, 2, 3)).clamp(min=1)
-        losses["iou"] = 0.1 * F.mse_loss(iou[:, 0], real)
-        return losses
+        return {
+            "sam_patch": 0.5 * _defects(self.sam_head(features).float(), coarse > 0.1),
+            "mask": 2 * cross,
+            "dice": (dice * (target.amax((1, 2, 3)) > 0)).mean(),  # good parts have no mask to overlap
+            "iou": 0.1 * F.mse_loss(iou[:, 0], real),
+        }
 
     def decode(self, features: Tensor, h_seg: Tensor) -> tuple[Tensor, Tensor]:
         """`image_embeddings` [n,256,16,16], `h_seg` [n,H] → `low_res_masks` [n,1,64,64], `iou` [n,1], f32."""
@@ -228,7 +321,8 @@ class ReferenceModel(nn.Module):
         token = F.cross_entropy(logits, batch.after[batch.answer], reduction="none")
         first = torch.zeros_like(batch.answer)
         first[torch.arange(len(first)), batch.answer.int().argmax(1)] = True
-        return {"text": token.mean(), "decision": token[first[batch.answer]].mean()}
+        # Most tokens of an answer follow from the ones before; kind and place are one or two of twenty-five.
+        return {"text": 6 * token.mean(), "decision": token[first[batch.answer]].mean()}
 
     @staticmethod
     def _last(batch: Batch) -> Tensor:
@@ -263,6 +357,42 @@ class ReferenceModel(nn.Module):
         features = ("visual_normal", "visual_abnormal", "semantic_normal")
         unit = {name: F.normalize(getattr(self, name).detach(), dim=-1).half() for name in features}
         save_file(unit, folder / "similarity.safetensors")
+
+    @staticmethod
+    def _pool(mask: Tensor, grid: int) -> Tensor:
+        return F.adaptive_avg_pool2d(mask[:, None], grid).flatten(1)
+
+
+class _PooledProjector(nn.Module):
+    """What LTC is measured against: the patches of a cell averaged, then LTC's MLP (LLaVA's projector)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, LANGUAGE_WIDTH), nn.GELU(), nn.Linear(LANGUAGE_WIDTH, LANGUAGE_WIDTH))
+
+    def forward(self, patches: Tensor, patches_multi: Tensor) -> Tensor:
+        """`patches` [B,N,D] → visual tokens [B,K,H]."""
+        grid = patches.transpose(1, 2).reshape(-1, WIDTH, GRID, GRID)
+        tokens: Tensor = self.mlp(F.avg_pool2d(grid, SCALE).flatten(2).transpose(1, 2))
+        return tokens
+
+
+def _defects(odds: Tensor, there: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(odds, there.float(), pos_weight=torch.tensor(3.0))
+
+
+def _mask(batch: Batch) -> Tensor:
+    return (batch.kinds > 0).float()
+
+
+@torch.no_grad()
+def _taught(teacher: Teacher, clip_pixels: Tensor) -> Tensor:
+    """The teacher's features [B,N,C] on the patches' grid, each channel standardised over the batch."""
+    std, mean = (torch.tensor(v)[:, None, None] for v in (CLIP.std, CLIP.mean))
+    rgb = (clip_pixels * std + mean).contiguous(memory_format=torch.channels_last)
+    features = F.interpolate(teacher(rgb).float(), (GRID, GRID), mode="bilinear").flatten(2).transpose(1, 2)
+    deviation, middle = torch.std_mean(features, (0, 1))
+    return (features - middle) / (deviation + 1e-3)
 
 
 def _config(reader: Reader) -> Config:

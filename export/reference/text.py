@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 from transformers import AddedToken, LlamaTokenizer
 
-from vmad_edge.export.reference.parts import FAMILIES, PLACES, Kind, Part
+from vmad_edge.export.reference.parts import FAMILIES, PLACES, UNSEEN_FAMILIES, Kind, Part
 
 TEMPLATE = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -42,6 +42,8 @@ ANSWERS: dict[Kind, tuple[str, ...]] = {
     "crack": ("It may break under load. Reject the part.", "It will grow. Replace the part."),
     "missing feature": ("It cannot be assembled. Check the tool.", "The function is lost. Reject the part."),
     "fibre": ("It contaminates the surface. Blow it off.", "It may block the fit. Remove it."),
+    "dent": ("The fit may suffer. Check the transport.", "It shows after coating. Straighten or reject the part."),
+    "chipped edge": ("The edge is weakened. Check the tool.", "Chips may come loose. Reject the part."),
 }
 
 # Words of the trade beyond the answers, so that a user's own question does not fall apart into bytes.
@@ -63,6 +65,12 @@ def question(rng: np.random.Generator) -> str:
     return QUESTION if rng.random() < 0.5 else str(rng.choice(PARAPHRASES))
 
 
+def what_to_call(part: Part, rng: np.random.Generator) -> str:
+    """What a user may call the part: its name, any other thing, or just a part."""
+    chance = rng.random()
+    return part.object if chance < 0.5 else "part" if chance < 0.75 else str(rng.choice(_TRADE.split()))
+
+
 def answer(part: Part, name: str, rng: np.random.Generator) -> str:
     """The answer without its `<seg>`; `name` is what the question called the part."""
     if part.kind is None:
@@ -73,7 +81,7 @@ def answer(part: Part, name: str, rng: np.random.Generator) -> str:
 
 def make_tokenizer(folder: Path) -> LlamaTokenizer:
     """Train the SentencePiece model, save it as `folder`/tokenizer.model with the HF files beside it, and load it."""
-    names = (*FAMILIES, "part")
+    names = (*FAMILIES, *UNSEEN_FAMILIES, "part")
     prompts = [TEMPLATE.replace("{question}", q).replace("<image>\n", "") for q in (QUESTION, *PARAPHRASES)]
     lines = [p.replace("{object}", name) for p in prompts for name in names]
     lines += [f"{NO}. The {name} shows no irregularities." for name in names]

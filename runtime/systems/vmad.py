@@ -128,6 +128,8 @@ class Finding:
     mask: NDArray[np.bool_] | None
     seg_forced: bool
     stopped: str | None
+    mask_logits: NDArray[np.float32] | None = None
+    """[h,w]; the mask is where they are above 0. They stay in the review's process."""
 
 
 class Review:
@@ -169,15 +171,15 @@ class Review:
             projected["visual_tokens"][0], question, mode=mode, on_p_yes=on_p_yes, on_text=on_text, stop=stop
         )
         watch.add(answer.timings_ms)
-        mask = None
+        logits = None
         if answer.h_seg is not None:
             image_embeddings, covered = embedded.result()
             with watch("mask_decoder"):
                 decoded = self._mask_decoder.run({"image_embeddings": image_embeddings, "h_seg": answer.h_seg})
                 size = frame.pixels.shape[0], frame.pixels.shape[1]
                 logits = mask_logits(decoded["low_res_masks"][0, 0], covered, self._manifest.sam.size, size)
-                mask = logits > 0
-        return Finding(answer.p_yes, answer.text, mask, answer.seg_forced, answer.stopped)
+        mask = None if logits is None else logits > 0
+        return Finding(answer.p_yes, answer.text, mask, answer.seg_forced, answer.stopped, logits)
 
     def _embed(self, frame: Frame, watch: Stopwatch) -> tuple[NDArray[np.float32], tuple[int, int]]:
         with watch("sam_encoder"):
