@@ -183,8 +183,8 @@ def add_build(subcommands: Subcommands) -> None:
     parser = subcommands.add_parser(
         "build",
         help="build TensorRT plans of a bundle's graphs for this device",
-        description="Build a TensorRT plan of each graph, for this GPU, driver and TensorRT, and keep it in the station. "
-        "Plans that fit are left alone; what changed is said of those that do not, and they are built again.",
+        description="Build a TensorRT plan of each graph, for this GPU, driver and TensorRT, and keep it in the "
+        "station. Plans that fit are left alone; of the others it is said what changed.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="a folder made by `vmad export`")
     parser.add_argument("--station", metavar="DIR", help="the device's own folder (default: your user data folder)")

@@ -9,6 +9,7 @@ from typing import get_args
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.engines import Device, Engine
 from vmad_edge.runtime.engines.gpu import gpu
+from vmad_edge.runtime.engines.tensorrt import tensorrt
 from vmad_edge.runtime.errors import VmadError
 
 
@@ -59,7 +60,11 @@ class Engines:
 def _why_not(device: Device) -> str | None:
     """What keeps this machine from it; None: nothing that is known before an engine is opened."""
     if device == "tensorrt":
-        return "TensorRT engines are not built yet"
+        try:
+            tensorrt()
+        except VmadError as error:
+            return str(error)
+        return "plans can be built, but not run yet"
     if device == "openvino":
         return None if find_spec("openvino") else 'OpenVINO is not installed (extra "openvino")'
     if not find_spec("onnxruntime"):

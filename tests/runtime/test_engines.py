@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from vmad_edge.runtime.bundle import Bundle
-from vmad_edge.runtime.engines import Arrays, Device, choice, gpu
+from vmad_edge.runtime.engines import Arrays, Device, choice, gpu, tensorrt
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.engines.gpu import Gpu
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -123,6 +123,8 @@ def test_what_cannot_be_had_is_refused_with_the_reason(
 ) -> None:
     monkeypatch.setattr(choice, "gpu", no_gpu)
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice, "tensorrt", tensorrt.tensorrt.__wrapped__)
+    monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)
     with pytest.raises(VmadError, match="is not installed"):
         Engines.choose(demo, device)
 
