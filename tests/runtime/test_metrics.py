@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import anomalib_aupro
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from scipy.ndimage import label
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -90,6 +92,20 @@ def test_a_million_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(sizes) < 2 * metrics._CHUNK and sum(sizes) == (~masks).sum()  # memory stays bounded
     assert measured.auroc == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-9)
     assert measured.ap == pytest.approx(average_precision_score(masks.ravel(), maps.ravel()), abs=1e-9)
+
+
+@pytest.mark.skipif(not anomalib_aupro.installed(), reason="anomalib's AUPRO is not installed")
+@pytest.mark.parametrize("levels", [10**6, 3], ids=["hardly a tie", "many ties"])
+def test_aupro_as_in_anomalib(levels: int) -> None:
+    rng = np.random.default_rng(3)
+    maps, masks = rng.normal(size=(6, 50, 60)), np.zeros((6, 50, 60), bool)
+    for place in (0, 1, 4):
+        masks[place, 3 : 8 + place, 5:25] = masks[place, 30:38, 40 : 45 + 3 * place] = True
+    maps = (np.round((maps + masks) * levels) / levels).astype(np.float32)
+    parts, counts = zip(*map(pixel_scores, maps, masks), strict=True)
+    theirs = anomalib_aupro.load()(fpr_limit=0.3)
+    theirs.update(torch.from_numpy(maps), torch.from_numpy(masks))
+    assert measure(parts, sum(counts)).aupro == pytest.approx(float(theirs.compute()), abs=1e-5)  # theirs is float32
 
 
 def test_image_scores() -> None:
