@@ -58,7 +58,7 @@ def write_checkpoint(
                     "global_attn_indexes": [1],
                 },
                 prompt_encoder_config={"image_size": SAM_SIZE},
-                mask_decoder_config={"mlp_dim": 64},
+                mask_decoder_config={"mlp_dim": 64, "layer_norm_eps": 1e-5},  # segment-anything's
             )
         )
         projector = LtcProjector(WIDTH, len(levels), language_width, scale_factor, heads=4)

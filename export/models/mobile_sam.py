@@ -38,7 +38,11 @@ class MobileSamConfig(Record):
 
     def sam(self) -> SamConfig:
         vision = {"hidden_size": WIDTHS[-1], "num_hidden_layers": 0, "image_size": self.image_size}
-        return SamConfig(vision_config=vision, prompt_encoder_config={"image_size": self.image_size})
+        return SamConfig(
+            vision_config=vision,
+            prompt_encoder_config={"image_size": self.image_size},
+            mask_decoder_config={"layer_norm_eps": 1e-5},  # segment-anything's; transformers' default is 1e-6
+        )
 
 
 def mobile_sam(config: MobileSamConfig) -> SamModel:

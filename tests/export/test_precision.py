@@ -233,6 +233,8 @@ def test_graph_that_fp16_moves_too_far_stays_fp32(
     images = [str(tiny / "parity_images" / "wide.png")]
     chosen = lower(folder, bundle.manifest, images)
     assert chosen == {**dict.fromkeys(GRAPHS, "fp16"), "sam_encoder": "fp32"}
+    report = Parity(images=(), question="", precision=chosen, quantization="f32", tensor_types={}, stages=())
+    assert report.precision_in_words == "graphs in fp16 (sam_encoder in fp32)"
     changed = {name for name in GRAPHS if (folder / f"{name}.onnx").read_bytes() != before[name]}
     assert changed == set(GRAPHS) - {"sam_encoder"}
     assert {path.name for path in folder.iterdir()} == {path.name for path in bundle.path.iterdir()}

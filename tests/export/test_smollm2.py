@@ -133,6 +133,7 @@ def test_top_1_agrees_with_transformers(
         total += len(expected)
     assert len(PROMPTS) == 20 and total > 500
     assert agreed / total >= 0.995, f"{agreed} of {total}"
+    # SmolLM2 foresees 0.29 of these tokens; the most frequent one, said always, would be right in 0.055.
     assert right / total > 0.2, f"{right} of {total}: these weights know no English"
 
 
