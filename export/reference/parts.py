@@ -225,12 +225,6 @@ def _features(
         canvas.mark(canvas.cover(outlines[skipped]), _label("missing feature"))
 
 
-def _through(canvas: Canvas, colour: Colour) -> Field:
-    """The ground as a hole shows it: in the shade, and so dark that it can be told from the part's colour."""
-    seen = canvas.ground[:, ::8, ::8][:, canvas.part[::8, ::8] > 0].mean()
-    return np.asarray(canvas.ground * np.float32(0.6 if abs(0.6 * seen - colour.mean()) > 25 else 0.25))
-
-
 def _print(rng: Rng, canvas: Canvas, pose: Pose, at: Points, colour: Colour) -> None:
     """A row of marks as a maker prints or stamps them: lines that are no scratches."""
     tall = rng.uniform(0.03, 0.07)
@@ -256,7 +250,7 @@ def _plate(rng: Rng, canvas: Canvas, omit: bool) -> None:
         n = int(rng.integers(4, 9))
         spots = circle(np.zeros(2), 0.7 * half.min(), n)
         bore = rng.uniform(0.06, 0.16)
-        _features(rng, canvas, [pose(circle(np.zeros(2), bore))], _through(canvas, colour), -60, False, hole=True)
+        _features(rng, canvas, [pose(circle(np.zeros(2), bore))], canvas.ground * 0.6, -60, False, hole=True)
         radius = rng.uniform(0.03, 0.055)
     else:
         columns, rows = int(rng.integers(2, 6)), int(rng.integers(2, 4))
@@ -265,7 +259,7 @@ def _plate(rng: Rng, canvas: Canvas, omit: bool) -> None:
     if omit or rng.random() < 0.8:
         corners = int(rng.choice([4, 6, 28], p=(0.15, 0.15, 0.7)))
         holes = [pose(circle(p, radius, corners)) for p in spots]
-        _features(rng, canvas, holes, _through(canvas, colour), -60, omit, hole=True)
+        _features(rng, canvas, holes, canvas.ground * 0.6, -60, omit, hole=True)
 
 
 def _gear(rng: Rng, canvas: Canvas, omit: bool) -> None:
@@ -287,9 +281,8 @@ def _gear(rng: Rng, canvas: Canvas, omit: bool) -> None:
         canvas.paint(canvas.line(groove, width=0.012, closed=True), colour * 0.85, lift=-35)
     holes = [circle(np.zeros(2), rng.uniform(0.08, 0.15), 40)]
     if rng.random() < 0.6:
-        small = rng.uniform(0.035, 0.06)
-        holes += [circle(p, small) for p in circle(np.zeros(2), 0.26, int(rng.integers(4, 7)))]
-    _features(rng, canvas, [pose(h) for h in holes], _through(canvas, colour), -60, False, hole=True)
+        holes += [circle(p, rng.uniform(0.035, 0.06)) for p in circle(np.zeros(2), 0.26, int(rng.integers(4, 7)))]
+    _features(rng, canvas, [pose(h) for h in holes], canvas.ground * 0.6, -60, False, hole=True)
 
 
 def _casting(rng: Rng, canvas: Canvas, omit: bool) -> None:
