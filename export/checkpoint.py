@@ -24,7 +24,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from vmad_edge.runtime.bundle import Answer, ClipInput, Conversation, Record, SamInput, Similarity, SpacePrefix, Weights
+from vmad_edge.runtime.bundle import (
+    Answer,
+    ClipInput,
+    Conversation,
+    Llama,
+    Record,
+    SamInput,
+    Similarity,
+    SpacePrefix,
+    Weights,
+)
 from vmad_edge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and reading a config does not need it
@@ -69,6 +79,9 @@ class Config(Record):
     no_token_ids: tuple[int, ...]
     max_new_tokens: Annotated[int, Field(gt=0)] = 64
     answer: Answer = "full"
+    max_prompt_tokens: Annotated[int, Field(gt=0)] = 512
+    """Of template and question together; room is made for so many, not for all that the model was trained on."""
+    llama: Llama = Llama()
     similarity: Similarity = Similarity()
 
 

@@ -118,7 +118,9 @@ def _manifest(source: Checkpoint, quantization: Quantization) -> Manifest:
         language=Language(
             width=source.language_width,
             visual_tokens=source.visual_tokens,
-            context_length=source.context_length,
+            context_length=min(
+                source.context_length, source.visual_tokens + config.max_new_tokens + config.max_prompt_tokens
+            ),
             vocabulary=source.vocabulary,
             space_prefix=source.space_prefix,
             quantization=quantization,
@@ -129,6 +131,7 @@ def _manifest(source: Checkpoint, quantization: Quantization) -> Manifest:
             no_token_ids=config.no_token_ids,
             max_new_tokens=config.max_new_tokens,
             answer=config.answer,
+            llama=config.llama,
         ),
         similarity=config.similarity,
         files={},

@@ -90,12 +90,30 @@ class Conversation(Record):
         return self
 
 
+class Llama(Record):
+    """How llama.cpp runs the language model."""
+
+    gpu_layers: Annotated[int, Field(ge=-1)] = -1
+    """Layers that lie on the GPU, where there is one; −1: all. Fewer take less of its memory, and longer."""
+    flash_attention: bool | None = None
+    """None: where llama.cpp finds that it helps."""
+    kv_type: Literal["f32", "f16", "q8_0"] = "f16"
+    """Of the KV cache. q8_0 halves F16 and moves the states by some hundredths."""
+
+    @model_validator(mode="after")
+    def _quantized_cache(self) -> Llama:
+        if self.kv_type == "q8_0" and not self.flash_attention:
+            raise ValueError("kv_type q8_0 needs flash_attention true")
+        return self
+
+
 class Language(Record):
     width: Positive
     """H."""
     visual_tokens: Positive
     """K."""
     context_length: Positive
+    """Tokens of prompt, image and answer together; the KV cache has room for as many."""
     vocabulary: Positive
     space_prefix: SpacePrefix = "first"
     """Where the tokenizer puts a ▁ of its own: before a text, also after each special token in it, nowhere."""
@@ -108,6 +126,7 @@ class Language(Record):
     no_token_ids: Annotated[tuple[int, ...], Field(min_length=1)]
     max_new_tokens: Positive
     answer: Answer = "full"
+    llama: Llama = Llama()
 
 
 class Thresholds(Record):

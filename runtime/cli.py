@@ -36,6 +36,7 @@ from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import Run
 from vmad_edge.runtime.report import Report, file_stem
+from vmad_edge.runtime.stages.language import placement
 from vmad_edge.runtime.station import Calibration, Station
 
 Subcommands = Any  # argparse's type for this is private
@@ -340,7 +341,7 @@ def _info(args: argparse.Namespace) -> int:
             "weights": f"{manifest.weights.origin} ({manifest.weights.licence})",
             "clip": f"{manifest.clip.size} px, {manifest.vision.grid}×{manifest.vision.grid} patches of width "
             f"{manifest.vision.width}, levels {list(manifest.vision.levels)}",
-            **_review_facts(manifest),
+            **_review_facts(manifest, inspector.engines.on_gpu),
             "thresholds": manifest.similarity.thresholds and manifest.similarity.thresholds.model_dump(),
             "made_with": manifest.made_with,
             "station": str(inspector.station.path),
@@ -357,13 +358,13 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _review_facts(manifest: ScreenManifest) -> dict[str, str]:
+def _review_facts(manifest: ScreenManifest, gpu: bool) -> dict[str, str]:
     if not isinstance(manifest, Manifest):
         return {"review": "none: this bundle screens only"}
     language = manifest.language
     return {
         "language": f"width {language.width}, {language.visual_tokens} visual tokens, {language.quantization}, "
-        f"answers {language.answer}",
+        f"answers {language.answer}, context {language.context_length}; {placement(language, gpu)}",
         "sam": f"{manifest.sam.size} px",
     }
 

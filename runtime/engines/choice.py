@@ -39,6 +39,11 @@ class Engines:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
         raise VmadError(f"device {device!r} cannot run {bundle.path} here. {reasons}.")
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether that is an NVIDIA GPU, which the language model may then use too."""
+        return self.device in ("tensorrt", "cuda")
+
     def open(self, graph: str) -> Engine:
         """The engine of `graph` ("clip_encoder", …).
 

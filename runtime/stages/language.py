@@ -24,12 +24,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vmad_edge.runtime import bundle
+from vmad_edge.runtime.engines import ran_out_of_memory
 from vmad_edge.runtime.errors import BundleError, VmadError
 
 Array = NDArray[np.float32]
 
 _KEPT, _WORKING = 0, 1  # llama.cpp sequences: the prompt's part before <image>, and the answer at hand
-_F32 = 0  # GGML_TYPE_F32
+_KV_TYPES = {"f32": llama.GGML_TYPE_F32, "f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}
+_FLASH_ATTENTION = {
+    None: llama.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    True: llama.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    False: llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}
 _SPECIAL = llama.LLAMA_TOKEN_ATTR_CONTROL | llama.LLAMA_TOKEN_ATTR_USER_DEFINED | llama.LLAMA_TOKEN_ATTR_UNKNOWN
 
 # Where ▁ goes is for the manifest to say: llama.cpp's own way is none of transformers'. An empty entry ends the list.
@@ -88,11 +94,13 @@ class LanguageModel:
         language: what the manifest says about it; a file that differs is refused.
         conversation: the manifest's template and short answer.
         threads: of llama.cpp; None: as many as processors are allowed to the process.
+        gpu: put the manifest's `gpu_layers` on the GPU; else it is left alone.
         exact: F32 KV and no flash attention, for parity with the source (F16 KV costs about 1e-3 relative). Else
-            llama.cpp's own choice: F16 KV, flash attention where it helps.
+            as the manifest says.
 
     Raises:
         BundleError: a file that llama.cpp cannot load, or that is not the one the manifest describes.
+        VmadError: more than this machine's memory, or its GPU's, holds.
     """
 
     def __init__(
@@ -102,6 +110,7 @@ class LanguageModel:
         conversation: bundle.Conversation,
         *,
         threads: int | None = None,
+        gpu: bool = False,
         exact: bool = False,
     ) -> None:
         self._language = language
@@ -112,9 +121,15 @@ class LanguageModel:
         params = llama.llama_model_default_params()
         params.use_extra_bufts = False  # repacked weights: llama.cpp's AMX path crashes on Q8_0
         params.kv_overrides = _NO_SPACE_PREFIX
+        params.n_gpu_layers = language.llama.gpu_layers if gpu else 0
+        if params.n_gpu_layers != -1:
+            _refuse_larger_than_memory(gguf)
         self._model = llama.llama_model_load_from_file(os.fsencode(gguf), params)
         if not self._model:
-            raise BundleError(f"{gguf}: llama.cpp cannot load it ({llama_messages()}). Export the bundle again.")
+            said = llama_messages()
+            if ran_out_of_memory(said):
+                raise VmadError(f"{gguf}: no memory left for it ({said}). {_SMALLER}")
+            raise BundleError(f"{gguf}: llama.cpp cannot load it ({said}). Export the bundle again.")
         try:
             self._vocab = llama.llama_model_get_vocab(self._model)
             self._bpe = llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_BPE
@@ -122,7 +137,7 @@ class LanguageModel:
             self._special = {self._token(i) for i in ids if llama.llama_vocab_get_attr(self._vocab, i) & _SPECIAL}
             self._prefixed = _prefixed(self._special, language.space_prefix)
             self._check(gguf)
-            self._context = self._open_context(threads or len(os.sched_getaffinity(0)), exact)
+            self._context = self._open_context(threads or len(os.sched_getaffinity(0)), gpu, exact)
         except BaseException:
             self.close()
             raise
@@ -350,20 +365,22 @@ class LanguageModel:
                 f"[{language.seg_token_id}]. Export the bundle again."
             )
 
-    def _open_context(self, threads: int, exact: bool) -> Any:
+    def _open_context(self, threads: int, gpu: bool, exact: bool) -> Any:
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = self._language.context_length
         params.n_seq_max = 2
         params.kv_unified = True  # the kept sequence and its copy share cells
         params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE
         params.n_threads = params.n_threads_batch = threads
-        if exact:
-            params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            params.type_k = params.type_v = _F32
+        params.offload_kqv = params.op_offload = gpu
+        settings = bundle.Llama(kv_type="f32", flash_attention=False) if exact else self._language.llama
+        params.flash_attn_type = _FLASH_ATTENTION[settings.flash_attention]
+        params.type_k = params.type_v = _KV_TYPES[settings.kv_type]
         context = llama.llama_init_from_model(self._model, params)
         if not context:
             raise VmadError(
-                f"llama.cpp cannot open a context of {self._language.context_length} tokens ({llama_messages()})."
+                f"llama.cpp cannot open a context of {self._language.context_length} tokens ({llama_messages()}). "
+                f"{_SMALLER}"
             )
         return context
 
@@ -424,6 +441,31 @@ def _prefixed(special: set[str], where: bundle.SpacePrefix) -> re.Pattern[str]:
     token = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))  # the longest that fits
     place = {"first": r"(\A)", "always": rf"(\A|{token})", "never": "((?!))"}[where]
     return re.compile(rf"{place}(?![ ▁]|{token}|\Z)")
+
+
+_SMALLER = (
+    "Stop what else uses memory, or export a smaller one: --llm q4_k_m, or max_prompt_tokens, llama.kv_type or (on a "
+    "GPU) llama.gpu_layers in the checkpoint's config.json"
+)
+
+
+def _refuse_larger_than_memory(gguf: Path) -> None:
+    """llama.cpp would map it, and the machine would stand still, reading it over and over."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if gguf.exists() and (size := gguf.stat().st_size) > memory:
+        raise VmadError(
+            f"{gguf} has {size / 2**30:.1f} GiB and this machine {memory / 2**30:.1f} GiB of memory. {_SMALLER}."
+        )
+
+
+def placement(language: bundle.Language, gpu: bool) -> str:
+    """Where LanguageModel(…, gpu=gpu) computes, for people."""
+    if not gpu or language.llama.gpu_layers == 0:
+        return "llama.cpp, CPU"
+    if not llama.llama_supports_gpu_offload():
+        return "llama.cpp, CPU: this llama-cpp-python was built without CUDA"
+    layers = "all" if language.llama.gpu_layers == -1 else language.llama.gpu_layers
+    return f"llama.cpp, {layers} layers on the GPU"
 
 
 class _Text:

@@ -141,7 +141,9 @@ class Review:
         self._ltc_projector = engines.open("ltc_projector")
         self._sam_encoder = engines.open("sam_encoder")
         self._mask_decoder = engines.open("mask_decoder")
-        self._language = LanguageModel(bundle.file("llm.gguf"), self._manifest.language, self._manifest.conversation)
+        self._language = LanguageModel(
+            bundle.file("llm.gguf"), self._manifest.language, self._manifest.conversation, gpu=engines.on_gpu
+        )
         self._beside = ThreadPoolExecutor(1, "sam_encoder")
 
     def run(
