@@ -27,7 +27,7 @@ from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame, FrameSource
 from vmad_edge.runtime.inspection import Inspection
 from vmad_edge.runtime.inspector import Inspector
-from vmad_edge.runtime.machine import Run, peak_mib
+from vmad_edge.runtime.machine import Run, RunInProgress, peak_mib
 from vmad_edge.runtime.stages.preprocess import clip_pixels
 from vmad_edge.runtime.stages.similarity import References
 from vmad_edge.runtime.station import Station
@@ -179,7 +179,7 @@ def benchmark(
     station: Station,
     frames: Sequence[FrameSource] | None,
     *,
-    run: Run,
+    run: RunInProgress,
     object: str | None = None,
     review: bool = True,
     answer: Answer | None = None,
@@ -194,7 +194,7 @@ def benchmark(
     Args:
         station: where `object`'s references are, if it has any. Nothing is written to it.
         frames: taken in turn, paths read anew each time; None: eight drawn ones.
-        run: `Run.begin()` before anything was loaded.
+        run: made before anything was loaded.
         review: False measures the screen alone, as for a bundle that screens only.
         repeats: runs of each thing that count.
         banks: numbers of enrolled frames.
@@ -239,8 +239,9 @@ def benchmark(
                 inspector=inspector_mib, with_banks=peak_mib(os.getpid()), review=peak_mib(inspector.review_pid)
             )
             provider, engines = inspector.provider, inspector.engines
+    batches = _batches(engines.open("clip_encoder"), manifest.clip, frames, max(3, repeats // 10), progress)
     return Benchmark(
-        run=run,
+        run=run.end(),
         settings=Settings(
             bundle=bundle.hash,
             provider=provider,
@@ -262,7 +263,7 @@ def benchmark(
             )
             for size, count in patches.items()
         ),
-        batches=_batches(engines.open("clip_encoder"), manifest.clip, frames, max(3, repeats // 10), progress),
+        batches=batches,
         memory=memory,
         target=None if target_ms is None else judge(runs["screen"], target_ms),
     )

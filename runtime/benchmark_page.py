@@ -12,13 +12,14 @@ from rich.table import Table
 
 from vmad_edge.runtime.benchmark import Benchmark, Lane, Ratio, Spread
 from vmad_edge.runtime.files import write_whole
+from vmad_edge.runtime.machine import busy_elsewhere
 
 _WIDTH, _HEIGHT, _GAP = 1280, 960, 40
 _BLUE, _ORANGE, _RED, _GREY = "#4e79a7", "#f28e2b", "#c81e1e", "#888888"
 _BESIDE = "sam_encoder"
 """Begins with its review, beside the other stages."""
-_LONGEST = ("transfer", "verdict")
-"""Names of what comes last in a lane."""
+_LAST = ("transfer", "verdict")
+"""What ends a lane."""
 Box = tuple[int, int, int, int]
 
 
@@ -61,12 +62,14 @@ def facts(benchmark: Benchmark, before: Benchmark | None = None) -> dict[str, st
         "peak memory, MiB": f"screen {_mib(memory.inspector)}, with the banks above {_mib(memory.with_banks)}, "
         f"review's process {_mib(memory.review)}",
         "measured with": f"{settings.frames}; screen against {settings.compared_with}; {settings.provider}",
-        "machine": f"{machine.processor}, {machine.cores} cores, {machine.system}, load before {run.load}",
+        "machine": f"{machine.processor}, {machine.cores} cores, {machine.system}",
     }
     named = {"accelerator": machine.accelerator, "power mode": machine.power_mode}
     found |= {name: value for name, value in named.items() if value is not None}
     if machine.clocks is not None:
         found["clocks, MHz"] = ", ".join(f"{name} {clock.now:.0f}" for name, clock in machine.clocks.items())
+    if (warning := busy_elsewhere(run)) is not None:
+        found["warning"] = warning
     if before is not None:
         same = [
             f"{'the same' if a == b else 'ANOTHER'} {what}"
@@ -77,7 +80,7 @@ def facts(benchmark: Benchmark, before: Benchmark | None = None) -> dict[str, st
                 ("choice of frames", settings.frames, before.settings.frames),
             )
         ]
-        found["before"] = f"{before.run.date}, {', '.join(same)}, load {before.run.load}"
+        found["before"] = f"{before.run.date}, {', '.join(same)}"
     if (target := benchmark.target) is not None:
         p99 = _ms(benchmark.screen.whole.p99)
         found["target"] = (
@@ -130,7 +133,7 @@ def _histogram(draw: ImageDraw.ImageDraw, box: Box, name: str, lane: Lane, targe
 
 def _waterfall(draw: ImageDraw.ImageDraw, box: Box, name: str, lane: Lane) -> None:
     left, top, right, bottom = box
-    stages = sorted(lane.stages.items(), key=lambda item: item[0] in _LONGEST)
+    stages = sorted(lane.stages.items(), key=lambda item: item[0] in _LAST)
     starts, end = {}, 0.0
     for stage, spread in stages:
         if stage == "mask_decoder":  # waits for both

@@ -34,7 +34,7 @@ from vmad_edge.runtime.evaluate_page import warnings, write_page
 from vmad_edge.runtime.frame import list_images
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
-from vmad_edge.runtime.machine import Run
+from vmad_edge.runtime.machine import RunInProgress
 from vmad_edge.runtime.report import Report, file_stem
 from vmad_edge.runtime.stages.language import placement
 from vmad_edge.runtime.station import Calibration, Station
@@ -436,10 +436,11 @@ def _bench(args: argparse.Namespace) -> int:
     station = Station(None if args.station is None else Path(args.station), bundle)
     paths = list_images(args.paths) if args.paths else None
     found = benchmark(
+    run = RunInProgress()
         bundle,
         station,
         paths,
-        run=Run.begin(),
+        run=run,
         object=args.object,
         review=not args.no_review,
         answer=cast("Answer | None", args.answer),

@@ -54,30 +54,49 @@ class Machine(Record):
 
 
 class Run(Record):
-    """Of one measurement: what was run, when, and on what."""
+    """Of one measurement: what was run, when, and on what. `RunInProgress` makes it."""
 
     command: str
     date: str
     machine: Machine
     versions: dict[str, str]
-    load: float
-    """Processes that wanted a core in the minute before (load average): near 0 on a quiet machine."""
+    others: float | None
+    """Share of all cores' time that other processes took meanwhile: near 0 on a quiet machine."""
 
-    @staticmethod
-    def begin(packages: Sequence[str] = ()) -> Run:
-        """As of now.
+
+class RunInProgress:
+    """Begins when it is made, before anything is loaded."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._start, self._busy, self._own = time.perf_counter(), _busy_seconds(root), _own_seconds()
+
+    def end(self, packages: Sequence[str] = ()) -> Run:
+        """As of now, its child processes ended.
 
         Args:
             packages: whose versions matter beside the runtime's own.
         """
+        busy, others = _busy_seconds(self._root), None
+        if busy is not None and self._busy is not None:
+            possible = (time.perf_counter() - self._start) * (os.cpu_count() or 1)
+            share = (busy - self._busy - (_own_seconds() - self._own)) / possible
+            others = round(min(max(share, 0.0), 1.0), 3)
         return Run(
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             date=time.strftime("%Y-%m-%d"),
-            machine=describe_machine(),
+            machine=describe_machine(self._root),
             versions={"python": platform.python_version()}
             | {package: found for package in (*PACKAGES, *packages) if (found := _version(package))},
-            load=round(os.getloadavg()[0], 2),
+            others=others,
         )
+
+
+def busy_elsewhere(run: Run) -> str | None:
+    """A warning for people; None if the machine was as good as quiet, or does not tell."""
+    if run.others is None or run.others < 0.05:
+        return None
+    return f"other processes took {run.others:.0%} of the processors' time meanwhile: times are upper bounds"
 
 
 def describe_machine(root: Path = Path("/")) -> Machine:
@@ -97,6 +116,20 @@ def peak_mib(process: int | None) -> float | None:
     """A process's peak resident memory in MiB; None where the system does not tell."""
     kib = _field(Path(f"/proc/{process}/status"), "VmHWM")
     return None if kib is None else round(int(kib.split()[0]) / 1024, 1)
+
+
+def _busy_seconds(root: Path) -> float | None:
+    """Of all cores since the system started, what a hypervisor took included."""
+    ticks = (_text(root / "proc/stat").partition("\n")[0].split() + ["0"] * 9)[1:9]
+    user, nice, system, _, _, irq, softirq, steal = map(int, ticks)
+    busy = user + nice + system + irq + softirq + steal
+    return busy / os.sysconf("SC_CLK_TCK") if busy else None
+
+
+def _own_seconds() -> float:
+    """Of this process, and of its children that ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _version(package: str) -> str | None:
