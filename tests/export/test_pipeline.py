@@ -38,6 +38,7 @@ def test_bundle_holds_the_whole_checkpoint(tiny: Path, bundle: Bundle) -> None:
     language = manifest.language
     assert (language.width, language.visual_tokens, language.quantization) == (256, 4, "f32")
     assert (language.vocabulary, language.seg_token_id) == (source.vocabulary, source.seg_token_id)
+    assert language.context_length == 512  # all that the model was trained on: less than 4 + 8 + 512
     assert {"torch", "transformers", "llama-cpp-python", "vmad-edge"} <= manifest.made_with.keys()
     before, after = (load_file(folder / "similarity.safetensors") for folder in (tiny, bundle.path))
     assert all(np.array_equal(after[name], before[name]) for name in ("visual_normal", "semantic_normal"))

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from vmad_edge.runtime.bundle import Bundle
-from vmad_edge.runtime.engines import Arrays, Device, choice, gpu, tensorrt
+from vmad_edge.runtime.engines import Arrays, Device, choice, gpu, ran_out_of_memory, tensorrt
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.engines.gpu import Gpu
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -145,6 +145,22 @@ def test_no_graph(device: Device, demo: Bundle, tmp_path: Path) -> None:
     broken = Bundle(tmp_path, demo.hash, demo.manifest)
     with pytest.raises(BundleError, match=r"cannot load .*clip_encoder\.onnx"):
         Engines.choose(broken, device).open("clip_encoder")
+
+
+@pytest.mark.parametrize(
+    "message,memory",
+    [
+        # ONNX Runtime's arena, TensorRT's builder, llama.cpp's model and context, CUDA
+        ("Failed to allocate memory for requested buffer of size 1073741824", True),
+        ("Error Code 2: OutOfMemory (Requested size was 4294967296 bytes.)", True),
+        ("allocating 4096.00 MiB on device 0: cudaMalloc failed: out of memory", True),
+        ("graph_reserve: failed to allocate compute buffers", True),
+        ("CUDA error cudaErrorMemoryAllocation:out of memory", True),
+        ("Load model failed: Protobuf parsing failed.", False),
+    ],
+)
+def test_what_libraries_say_when_memory_is_out(message: str, memory: bool) -> None:
+    assert ran_out_of_memory(message) == memory
 
 
 class Driver:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
 import torch
@@ -22,9 +25,9 @@ from torch import Tensor
 from transformers import AddedToken, AutoTokenizer, LlamaForCausalLM, LlamaTokenizer
 
 from vmad_edge.export.language import export_language, read_vocabulary
-from vmad_edge.runtime.bundle import Conversation, Language
+from vmad_edge.runtime.bundle import Conversation, Language, Llama
 from vmad_edge.runtime.errors import BundleError, VmadError
-from vmad_edge.runtime.stages.language import LanguageModel
+from vmad_edge.runtime.stages.language import LanguageModel, placement
 
 TEMPLATE = "A chat. USER: <image>\n{question} ASSISTANT:"
 QUESTION = "Would you identify any irregularities on the surface of the screw?"
@@ -404,6 +407,46 @@ def test_f16_cache_stays_near(source: Source, sure: Ids) -> None:
         answer = model.answer(VISUAL, QUESTION, mode="short")
     assert answer.h_seg is not None
     assert 0 < relative_error(answer.h_seg[0], source.run(ids)[0][-1]) < 1e-2
+
+
+def test_cache_is_of_the_manifests_type(source: Source) -> None:
+    """By the bytes of one sequence that llama.cpp would save: 4, 2 and 34/32 a value."""
+    sizes = []
+    for settings_ in (Llama(kv_type="f32"), Llama(), Llama(kv_type="q8_0", flash_attention=True)):
+        with source.open(exact=False, llama=settings_) as model:
+            model.answer(VISUAL, QUESTION, mode="short")
+            sizes.append(llama.llama_state_seq_get_size(model._context, 1))
+    assert [size / sizes[0] for size in sizes] == pytest.approx([1, 1 / 2, 34 / 128], rel=0.05)
+
+
+def test_q8_0_cache_needs_flash_attention() -> None:
+    with pytest.raises(ValueError, match="needs flash_attention"):
+        Llama(kv_type="q8_0")
+
+
+def test_a_file_larger_than_memory_is_not_loaded(source: Source, tmp_path: Path) -> None:
+    large = tmp_path / "llm.gguf"
+    shutil.copy(source.gguf, large)
+    os.truncate(large, 2**43)  # 8 TiB, all but the first of them a hole
+    with pytest.raises(VmadError, match=r"8192\.0 GiB and this machine .* --llm q4_k_m"):
+        replace(source, gguf=large).open()
+
+
+@pytest.mark.parametrize(
+    "settings_,gpu,says",
+    [
+        (Llama(), False, "llama.cpp, CPU"),
+        (Llama(gpu_layers=0), True, "llama.cpp, CPU"),
+        (Llama(gpu_layers=8), True, "llama.cpp, 8 layers on the GPU"),
+        (Llama(), True, "llama.cpp, all layers on the GPU"),
+    ],
+)
+def test_placement(settings_: Llama, gpu: bool, says: str, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    language = source.language.model_copy(update={"llama": settings_})
+    monkeypatch.setattr(llama, "llama_supports_gpu_offload", lambda: True)
+    assert placement(language, gpu) == says
+    monkeypatch.setattr(llama, "llama_supports_gpu_offload", lambda: False)
+    assert placement(language, gpu).startswith("llama.cpp, CPU")  # built without CUDA: said, not hidden
 
 
 def test_context_is_used_up_by_no_answer(source: Source, sure: Ids) -> None:
