@@ -5,61 +5,35 @@ and never holds the Q·M cosines. The rules that all share:
 
 - Rows are scaled to length 1. A row of zeros scores 0. A row that holds a NaN or an infinity is a NaN row: in the
   bank it never wins, in the query it scores NaN (index −1).
-- Scores are float32, in [−1, 1], about 1e-6 from the exact cosine at most. Ties go to the lowest index. Rows with
+- Scores are float32, in [−1, 1], about 1e-6 from the exact cosine at most; with a `ReferenceBank` of a reduced dtype
+  about 4e-3 (bfloat16) and, for features without outliers, 1e-2 (int8). Ties go to the lowest index. Rows with
   equal values always tie: a score's bits depend on its two rows alone, not on their place, the number of threads or
   whether the bank is an array or a `ReferenceBank`. Rows whose exact cosines differ by less than the rounding may
   rank either way.
 - Arrays are float32. float16 and float64 are converted (a float64 beyond float32's range counts as infinite) and
   so are arrays that are not C-contiguous: that is a copy. Other memory is O(Q·k) or O(Q·S), and a block a thread.
 - `threads=None` is OMP_NUM_THREADS, else all processors that this process may use. The GIL is released.
+- The code takes the best path that the processor can, one of `paths()`; VMAD_PATH=NAME makes it another. A path has
+  its own rounding: bits are the same on one path.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vmad_edge.kernels import _cpu
+from vmad_edge.kernels._cpu import paths
+from vmad_edge.kernels.bank import Dtype, Features, ReferenceBank, path_number, rows_of
 
-__all__ = ["ReferenceBank", "max_cosine", "segmented_max_cosine"]
+__all__ = ["Dtype", "ReferenceBank", "max_cosine", "mutual_score", "paths", "segmented_max_cosine"]
 
-Features = NDArray[np.floating[Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class ReferenceBank:
-    """Features [M,D] scaled to length 1 once, for many calls. `from_array` is the only way to one."""
-
-    _rows: NDArray[np.float32]
-
-    @staticmethod
-    def from_array(features: Features, dtype: str = "float32") -> ReferenceBank:
-        """`features` [M,D], float16, float32 or float64; they are copied.
-
-        Raises:
-            TypeError: not a float array.
-            ValueError: not [M,D] with M and D at least 1; a dtype other than float32.
-        """
-        if dtype != "float32":
-            raise ValueError(f'dtype: expected "float32" (bfloat16, float16, int8 are yet to come), got {dtype!r}')
-        rows = _bank_rows(features)
-        unit = np.empty_like(rows)
-        _cpu.normalise(rows, unit)
-        unit.flags.writeable = False
-        return ReferenceBank(unit)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return int(self._rows.shape[1])
+_FRAMES_ROWS = 2304  # query rows a call of mutual_score: enough that preparing the bank anew costs little
 
 
 def max_cosine(
@@ -82,11 +56,11 @@ def max_cosine(
         TypeError: an argument is of the wrong type.
         ValueError: wrong shape, unequal widths, an empty bank, k or threads below 1.
     """
-    query, rows = _features("query", query), _bank_rows(bank)
-    _same_width(query, rows)
-    k = min(_at_least_one("k", k), len(rows) + 1)  # any rank past the bank is the same NaN
+    query = rows_of("query", query)
+    native, count = _bank(bank, query.shape[1])
+    k = min(_at_least_one("k", k), count + 1)  # any rank past the bank is the same NaN
     score, index = np.empty(len(query), np.float32), np.empty(len(query), np.int64)
-    _cpu.max_cosine(query, rows, isinstance(bank, ReferenceBank), k, _thread_count(threads), score, index)
+    _cpu.max_cosine(path_number(), query, native, k, _thread_count(threads), score, index)
     return score, index
 
 
@@ -112,35 +86,65 @@ def segmented_max_cosine(
         TypeError: an argument is of the wrong type.
         ValueError: wrong shape, unequal widths, an empty bank or segment, other bad offsets, threads below 1.
     """
-    query, rows = _features("query", query), _bank_rows(bank)
-    _same_width(query, rows)
-    bounds = _offsets(offsets, len(rows))
+    query = rows_of("query", query)
+    native, count = _bank(bank, query.shape[1])
+    bounds = _offsets(offsets, count)
     score = np.empty((len(query), len(bounds) - 1), np.float32)
-    _cpu.segmented_max_cosine(query, rows, isinstance(bank, ReferenceBank), bounds, _thread_count(threads), score)
+    _cpu.segmented_max_cosine(path_number(), query, native, bounds, _thread_count(threads), score)
     return score
 
 
-def _features(name: str, features: Features) -> NDArray[np.float32]:
-    kinds = (np.float16, np.float32, np.float64)
-    if not isinstance(features, np.ndarray) or features.dtype.type not in kinds:
-        got = getattr(features, "dtype", type(features).__name__)
-        raise TypeError(f"{name}: expected an array of float16, float32 or float64, got {got}")
-    if features.ndim != 2 or features.shape[1] == 0:
-        raise ValueError(f"{name}: expected shape [rows, width] with width ≥ 1, got {list(features.shape)}")
-    with np.errstate(over="ignore"):
-        return np.require(features, np.float32, ["C", "ALIGNED", "ENSUREARRAY"])
+def mutual_score(features: Features, interval: float = 0.3, *, threads: int | None = None) -> NDArray[np.float32]:
+    """How far each patch of unlabelled frames is from the frames that it is nearest to (MuSc, arXiv 2401.16753).
+
+    A patch's distance to a frame is the least Euclidean distance to that frame's patches, rows scaled to length 1:
+    √(2 − 2 cosine). Its score is the mean of the ⌊interval · (n − 1)⌋ least distances to the other frames.
+
+    Args:
+        features: [n,N,D]: n frames of N patches.
+        interval: the share of the other frames, above 0 and at most 1.
+        threads: see the module.
+
+    Returns:
+        [n,N] float32, 0 to 2; NaN for a NaN patch, or where too many frames are NaN.
+
+    Raises:
+        TypeError: not a float array.
+        ValueError: another shape or interval; so few frames that the interval holds none.
+    """
+    if not isinstance(features, np.ndarray) or features.ndim != 3 or features.shape[1] == 0:
+        raise ValueError(f"features: expected shape [frames, patches, width], got {list(np.shape(features))}")
+    if not 0 < interval <= 1:
+        raise ValueError(f"interval: expected a share above 0 and at most 1, got {interval}")
+    frames, patches, width = features.shape
+    count = int(interval * (frames - 1))
+    if count == 0:
+        least = math.ceil(1 / interval) + 1
+        raise ValueError(f"features: expected at least {least} frames for an interval of {interval}, got {frames}")
+    rows = rows_of("features", features.reshape(-1, width))
+    offsets = range(0, len(rows) + 1, patches)
+    together = max(1, _FRAMES_ROWS // patches)
+    score = np.empty((frames, patches), np.float32)
+    for first in range(0, frames, together):
+        query = rows[first * patches : (first + together) * patches]
+        cosine = segmented_max_cosine(query, rows, offsets, threads=threads).reshape(-1, patches, frames)
+        for frame, own in enumerate(cosine, first):
+            distance = np.sqrt(2 - 2 * np.delete(own, frame, axis=1))
+            score[frame] = np.partition(distance, count - 1, axis=1)[:, :count].mean(axis=1)
+    return score
 
 
-def _bank_rows(bank: Features | ReferenceBank) -> NDArray[np.float32]:
-    rows = bank._rows if isinstance(bank, ReferenceBank) else _features("bank", bank)
-    if len(rows) == 0:
-        raise ValueError(f"bank: expected at least 1 row, got shape {list(rows.shape)}")
-    return rows
-
-
-def _same_width(query: NDArray[np.float32], rows: NDArray[np.float32]) -> None:
-    if query.shape[1] != rows.shape[1]:
-        raise ValueError(f"query: expected the bank's width {rows.shape[1]}, got {query.shape[1]}")
+def _bank(bank: Features | ReferenceBank, width: int) -> tuple[_cpu.Bank, int]:
+    """What the compiled operators take, and how many rows it has; `width` is the query's."""
+    given = bank if isinstance(bank, ReferenceBank) else rows_of("bank", bank)
+    wanted = given.width if isinstance(given, ReferenceBank) else given.shape[1]
+    if len(given) == 0:
+        raise ValueError(f"bank: expected at least 1 row, got shape {[0, wanted]}")
+    if width != wanted:
+        raise ValueError(f"query: expected the bank's width {wanted}, got {width}")
+    if isinstance(given, ReferenceBank):
+        return given._native(), len(given)
+    return _cpu.Bank(0, width, 0, len(given), None, given), len(given)
 
 
 def _offsets(offsets: NDArray[np.integer[Any]] | Sequence[int], count: int) -> NDArray[np.int64]:
