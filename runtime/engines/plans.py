@@ -56,9 +56,15 @@ class Plans:
     folder: Path
 
     def save(self, graph: str, key: PlanKey, plan: bytes, timings: bytes) -> Path:
-        """Write the plan of `graph`, whole or not at all, in place of an earlier one; returns its folder."""
+        """Write the plan of `graph`, whole or not at all, in place of an earlier one; returns its folder.
+
+        Raises:
+            BundleError: the folder cannot be made private.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.folder.chmod(0o700)
+        if not self.folder.is_symlink():
+            self.folder.chmod(0o700)
+        self._check_private()
         files = {PLAN: plan, TIMINGS: timings}
         record = PlanRecord(key=key, sha256={name: _sha256(data) for name, data in files.items()})
         with whole_folder(self.folder / graph) as folder:
@@ -100,6 +106,13 @@ class Plans:
         path = self.folder / graph / RECORD
         if not path.exists():
             raise BundleError(f"there is no plan of {graph}: `vmad build` makes one")
+        self._check_private()
+        try:
+            return PlanRecord.model_validate_json(path.read_bytes())
+        except ValidationError:
+            raise BundleError(f"{path} is no plan's record: `vmad build` the plan again") from None
+
+    def _check_private(self) -> None:
         found = self.folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise BundleError(
@@ -107,10 +120,6 @@ class Plans:
                 f"can enter, found owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}. Remove it, and "
                 "`vmad build` as the user who inspects"
             )
-        try:
-            return PlanRecord.model_validate_json(path.read_bytes())
-        except ValidationError:
-            raise BundleError(f"{path} is no plan's record: `vmad build` the plan again") from None
 
     def _read(self, graph: str, name: str) -> bytes:
         path = self.folder / graph / name

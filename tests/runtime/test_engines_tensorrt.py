@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from vmad_edge.export.precision import write_fp16
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.engines import tensorrt
 from vmad_edge.runtime.engines.gpu import Gpu
@@ -45,12 +46,17 @@ def rtx() -> TensorRt:
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_every_graph_is_built_for_two_architectures(graph: str, demo: Bundle, rtx: TensorRt) -> None:
-    path = demo.file(f"{graph}.onnx")
-    plans = [build(rtx, path, demo.manifest.dynamic_axes, gpu.compute_capability)[0] for gpu in (AMPERE, ADA)]
-    assert plans[0] != plans[1]
-    for plan in plans:  # the weights, FP16 in the file where that is exact, must be in there
-        assert len(plan) > 0.9 * path.stat().st_size
+def test_every_graph_is_built_for_two_architectures(graph: str, demo: Bundle, rtx: TensorRt, tmp_path: Path) -> None:
+    exact, half = demo.file(f"{graph}.onnx"), tmp_path / "half.onnx"
+    write_fp16(exact, half)
+    axes = demo.manifest.dynamic_axes
+    ampere, ada, fp16 = (
+        build(rtx, path, axes, gpu.compute_capability)[0]
+        for path, gpu in ((exact, AMPERE), (exact, ADA), (half, AMPERE))
+    )
+    assert ampere != ada
+    # The weights are in there, in the graph's precision: FP16 is no flag, and nothing is rounded unasked.
+    assert len(ampere) - len(fp16) > 0.8 * exact.stat().st_size  # FP16 in the file, where that is exact
 
 
 @pytest.mark.parametrize(
@@ -183,6 +189,14 @@ def test_a_plan_that_may_not_be_ours_is_refused(damage: Callable[[Path], object]
     damage(plans.folder)
     with pytest.raises(BundleError, match=says):
         plans.load("clip_encoder", KEY)
+
+
+def test_nothing_is_written_where_others_could_change_it(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "engines").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="holds executable code"):
+        Plans(tmp_path / "engines").save("clip_encoder", KEY, b"plan", b"")
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 class FakeTensorRt:
