@@ -1,6 +1,7 @@
 # make demo   set everything up and inspect the sample parts
 # make test   set everything up and pass the tests
-# Both install into .venv; llama.cpp's wheel is built once and kept in CACHE.
+# make bench  measure, and remake the tables of README.md from benchmarks/results/
+# All install into .venv; llama.cpp's wheel is built once and kept in CACHE.
 
 PYTHON ?= python3
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vmad-edge
@@ -14,7 +15,7 @@ ifeq ($(shell uname -m),x86_64)
 LLAMA_FLAGS = -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
 endif
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: .venv/cpu
 	$(BIN)/vmad inspect demo/bundle demo/parts --report demo/report || [ $$? -eq 1 ]
@@ -25,6 +26,14 @@ test: .venv/test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+bench: .venv/test
+	$(BIN)/vmad bench demo/bundle demo/parts --device cpu --out benchmarks/results
+	$(BIN)/python benchmarks/chain.py demo/checkpoint demo/bundle demo/parts
+	$(BIN)/python benchmarks/answer_modes.py demo/bundle --parts 100
+	if [ -d ../shared/data ]; then $(BIN)/python benchmarks/real_images.py demo/bundle ../shared/data/*; \
+	    else echo "benchmarks/real_images.py: skipped, there is no ../shared/data"; fi
+	$(BIN)/python benchmarks/tables.py README.md benchmarks/results/reference.md
 
 .venv/llama:
 	$(PYTHON) -m venv .venv

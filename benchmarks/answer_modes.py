@@ -14,13 +14,16 @@ from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from record import save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from vmad_edge.export.reference.evaluate import unseen
+from vmad_edge.runtime.benchmark import Spread
 from vmad_edge.runtime.bundle import Answer, Bundle
 from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.machine import RunInProgress
 from vmad_edge.runtime.stages.similarity import NormalFeatures
 from vmad_edge.runtime.systems.vmad import Finding, Review, Screen
 from vmad_edge.runtime.timing import Stopwatch
@@ -41,6 +44,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--parts", type=int, default=200)
     args = parser.parse_args()
+    run = RunInProgress()
     bundle = Bundle.open(args.bundle)
     normal = NormalFeatures(bundle.file("similarity.safetensors"), bundle.manifest.similarity)
     screen, review = Screen(bundle, "cpu"), Review(bundle, "cpu")
@@ -62,18 +66,25 @@ def main() -> None:
     review.close()
     full, short = found["full"], found["short"]
     defective = [i for i, part in enumerate(parts) if part.kind is not None]
+    truth = {mode: statistics.fmean(iou(found[mode][i].mask, parts[i].mask) for i in defective) for mode in MODES}
+    both = [iou(a.mask, b.mask) for a, b in zip(full, short, strict=True) if a.mask is not None]
+    figures = {
+        "parts": len(parts),
+        "modes": {
+            mode: {"review": Spread.of(times[mode]).model_dump(), "mask_iou_with_truth": truth[mode]} for mode in MODES
+        },
+        "same_decision": sum((a.p_yes >= 0.5) == (b.p_yes >= 0.5) for a, b in zip(full, short, strict=True)),
+        "mask_iou_of_the_two": statistics.fmean(both) if both else None,
+        "parts_with_a_mask": len(both),
+        "seg_forced": sum(a.seg_forced for a in full),
+    }
     table = Table("", *MODES)
     table.add_row("ms a review, median", *(f"{statistics.median(times[mode]):.0f}" for mode in MODES))
-    table.add_row(
-        "mask IoU with the truth, defective parts",
-        *(f"{statistics.fmean(iou(found[mode][i].mask, parts[i].mask) for i in defective):.3f}" for mode in MODES),
-    )
+    table.add_row("mask IoU with the truth, defective parts", *(f"{truth[mode]:.3f}" for mode in MODES))
     Console().print(table)
-    same = sum((a.p_yes >= 0.5) == (b.p_yes >= 0.5) for a, b in zip(full, short, strict=True))
-    both = [iou(a.mask, b.mask) for a, b in zip(full, short, strict=True) if a.mask is not None]
-    print(f"same decision: {same} of {len(parts)}")
-    print(f"IoU of full's mask with short's: {statistics.fmean(both):.3f} over {len(both)} parts with a mask")
-    print(f"<seg> forced: {sum(a.seg_forced for a in full)} full answers")
+    for name in ("same_decision", "mask_iou_of_the_two", "parts_with_a_mask", "seg_forced"):
+        print(f"{name.replace('_', ' ')}: {figures[name]}")
+    save("answer_modes", run.end(), figures)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ python benchmarks/real_images.py demo/bundle ../shared/data/cookies ../shared/da
 from __future__ import annotations
 
 import argparse
-import platform
-import resource
+import os
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
+from record import save
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -20,6 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 from vmad_edge.runtime.frame import list_images
 from vmad_edge.runtime.inspector import Inspector
+from vmad_edge.runtime.machine import RunInProgress, peak_mib
 
 
 def auroc(inspector: Inspector, dataset: Path, note: str) -> tuple[float, int]:
@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("datasets", type=Path, nargs="+")
     args = parser.parse_args()
+    run = RunInProgress()
+    measured = {}
     table = Table("data set", "enrolled", "tested", "AUROC, normal features", "AUROC, enrolled", "s to enroll")
     for dataset in args.datasets:
         with tempfile.TemporaryDirectory() as station, Inspector.open(args.bundle, station, "cpu") as inspector:
@@ -43,11 +45,16 @@ def main() -> None:
             inspector.enroll(track(good, f"{dataset.name}, enrolling", transient=True))
             seconds = time.perf_counter() - start
             after, _ = auroc(inspector, dataset, f"{dataset.name}, enrolled")
+        measured[dataset.name] = {
+            "enrolled": len(good),
+            "tested": count,
+            "image_auroc_normal_features": before,
+            "image_auroc_enrolled": after,
+            "seconds_to_enroll": seconds,
+        }
         table.add_row(dataset.name, str(len(good)), str(count), f"{before:.3f}", f"{after:.3f}", f"{seconds:.1f}")
     Console().print(table)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    versions = ", ".join(f"{name} {version(name)}" for name in ("vmad-edge", "onnxruntime", "numpy"))
-    print(f"peak memory {peak:.0f} MiB; {time.strftime('%Y-%m-%d')}, {platform.machine()}, {versions}")
+    save("real_images", run.end(["scikit-learn"]), {"datasets": measured, "peak_mib": peak_mib(os.getpid())})
 
 
 if __name__ == "__main__":

@@ -28,13 +28,20 @@ def table(benchmark: Benchmark, ratios: dict[str, Ratio]) -> Table:
     columns = ["ms", "runs", "p50", "p95", "p99", "max", "jitter"]
     found = Table(*columns, *(["p50 × before", "p99 × before"] if ratios else []), box=None)
     for name, spread in benchmark.spreads().items():
-        cells = [str(spread.runs), *map(_ms, (spread.p50, spread.p95, spread.p99, spread.max, spread.jitter))]
+        cells = [str(spread.runs), *map(in_ms, (spread.p50, spread.p95, spread.p99, spread.max, spread.jitter))]
         if ratios:
             ratio = ratios.get(name)
             cells += ["", ""] if ratio is None else [f"{ratio.p50:.2f}", f"{ratio.p99:.2f}" if ratio.p99 else ""]
         stage = ":" in name
         found.add_row(f"  {name.partition(': ')[2]}" if stage else f"[bold]{name}[/]", *cells)
     return found
+
+
+def in_ms(value: float | None) -> str:
+    """Three digits that count."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def write(benchmark: Benchmark, folder: Path) -> Path:
@@ -51,9 +58,9 @@ def facts(benchmark: Benchmark, before: Benchmark | None = None) -> dict[str, st
     """All else that was measured, on what, and what it was compared with."""
     run, settings, memory = benchmark.run, benchmark.settings, benchmark.memory
     machine = run.machine
-    first = [f"open {_ms(benchmark.open_ms)}", f"screen {_ms(benchmark.screen.first_ms)}"]
+    first = [f"open {in_ms(benchmark.open_ms)}", f"screen {in_ms(benchmark.screen.first_ms)}"]
     if benchmark.review is not None:
-        first.append(f"review {_ms(benchmark.review.first_ms)} (starts its process)")
+        first.append(f"review {in_ms(benchmark.review.first_ms)} (starts its process)")
     found = {
         "first run, ms": ", ".join(first),
         "batches of CLIP encoder": ", ".join(
@@ -82,7 +89,7 @@ def facts(benchmark: Benchmark, before: Benchmark | None = None) -> dict[str, st
         ]
         found["before"] = f"{before.run.date}, {', '.join(same)}"
     if (target := benchmark.target) is not None:
-        p99 = _ms(benchmark.screen.whole.p99)
+        p99 = in_ms(benchmark.screen.whole.p99)
         found["target"] = (
             f"{target.ms:g} ms at p99 {'holds' if target.holds else 'does NOT hold'}: p99 {p99} ms, {target.late} of "
             f"{benchmark.screen.whole.runs} late; look at {target.blame} first"
@@ -125,10 +132,10 @@ def _histogram(draw: ImageDraw.ImageDraw, box: Box, name: str, lane: Lane, targe
             draw.line((x, top, x, bottom), _RED if mark == "target" else _ORANGE, 2)
             anchor = "ra" if x > (left + right) / 2 else "la"
             draw.text(
-                (x + (-4 if anchor == "ra" else 4), top + 14 * row), f"{mark} {_ms(value)}", "black", _font(), anchor
+                (x + (-4 if anchor == "ra" else 4), top + 14 * row), f"{mark} {in_ms(value)}", "black", _font(), anchor
             )
-    draw.text((left, bottom + 4), _ms(low), _GREY, _font())
-    draw.text((right, bottom + 4), _ms(high), _GREY, _font(), "ra")
+    draw.text((left, bottom + 4), in_ms(low), _GREY, _font())
+    draw.text((right, bottom + 4), in_ms(high), _GREY, _font(), "ra")
 
 
 def _waterfall(draw: ImageDraw.ImageDraw, box: Box, name: str, lane: Lane) -> None:
@@ -150,7 +157,7 @@ def _waterfall(draw: ImageDraw.ImageDraw, box: Box, name: str, lane: Lane) -> No
         )
         draw.text((left, y + height / 2), stage, "black", _font(), "lm")
         draw.rectangle((x0, y + 3, max(x1, x0 + 1), y + height - 3), _BLUE)
-        draw.text((max(x1, x0 + 1) + 4, y + height / 2), _ms(spread.p50), "black", _font(), "lm")
+        draw.text((max(x1, x0 + 1) + 4, y + height / 2), in_ms(spread.p50), "black", _font(), "lm")
 
 
 def _growth(draw: ImageDraw.ImageDraw, box: Box, benchmark: Benchmark) -> None:
@@ -163,7 +170,7 @@ def _growth(draw: ImageDraw.ImageDraw, box: Box, benchmark: Benchmark) -> None:
     highest = max(spread.p95 or spread.p50 for _, _, spreads in curves for spread in spreads)
     _title(draw, left, top, "over enrolled frames, ms: p50, and p95 above it")
     draw.line((left, top, left, bottom, right, bottom), _GREY)
-    draw.text((left - 6, top), _ms(highest), _GREY, _font(), "rm")
+    draw.text((left - 6, top), in_ms(highest), _GREY, _font(), "rm")
     draw.text((left - 6, bottom), "0", _GREY, _font(), "rm")
 
     def places(values: Sequence[float | None]) -> list[tuple[float, float]]:
@@ -195,13 +202,6 @@ def _title(draw: ImageDraw.ImageDraw, left: float, top: float, text: str) -> Non
 
 def _font(size: int = 13) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
-
-
-def _ms(value: float | None) -> str:
-    """Three digits that count."""
-    if value is None:
-        return "–"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _mib(value: float | None) -> str:

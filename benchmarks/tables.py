@@ -1,0 +1,148 @@
+"""Remake a page's tables from results/*.json: what stands between `<!-- results: NAME -->` and `<!-- end -->`.
+
+python benchmarks/tables.py README.md benchmarks/results/reference.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from record import load
+
+from vmad_edge.runtime.benchmark import Benchmark
+from vmad_edge.runtime.benchmark_page import in_ms
+from vmad_edge.runtime.files import write_whole
+from vmad_edge.runtime.machine import Run, busy_elsewhere
+
+Figures = dict[str, Any]
+
+
+def bench(figures: Figures) -> list[str]:
+    found = Benchmark.model_validate(figures)
+    review = [] if found.review is None else [("review", found.review)]
+    rows = []
+    for name, lane in (("screen", found.screen), *review):
+        rows.append([f"**{name}**", *map(in_ms, (lane.whole.p50, lane.whole.p95, lane.whole.p99, lane.whole.max))])
+        rows += [[stage, *map(in_ms, (s.p50, s.p95, s.p99, s.max))] for stage, s in lane.stages.items()]
+    for bank in found.banks:
+        name = f"**screen**, {bank.frames} frames enrolled"
+        rows.append([name, *map(in_ms, (bank.screen.p50, bank.screen.p95, bank.screen.p99, bank.screen.max))])
+    batches = "; ".join(f"{batch.frames}: {batch.frames_per_second:.0f}" for batch in found.batches)
+    first = [
+        f"opening takes {found.open_ms:.0f} ms",
+        *(f"the first review {lane.first_ms:.0f} ms" for _, lane in review),
+    ]
+    memory = [f"screen {found.memory.inspector or 0:.0f}", f"review’s process {found.memory.review or 0:.0f}"]
+    return [
+        *_table(["ms", "p50", "p95", "p99", "max"], rows),
+        "",
+        f"{found.settings.repeats} runs of each; {found.settings.frames}; {found.settings.provider}; "
+        f"{', '.join(first)}; CLIP encoder in batches, frames/s: {batches}; peak memory in MiB: {', '.join(memory)}.",
+    ]
+
+
+def chain(figures: Figures) -> list[str]:
+    rows = []
+    for name, row in figures["rows"].items():
+        if row is None:
+            rows.append([name, *[""] * 7])
+            continue
+        faster, agrees = row["times_faster_than_torch_f32"], row["agreement"]
+        rows.append(
+            [
+                f"{name} ({row['with']})",
+                in_ms(row["screen"]["p50"]),
+                f"{faster['screen']:.2f}",
+                in_ms(row["review"]["p50"]),
+                f"{faster['review']:.2f}",
+                "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+                f"{agrees['p_yes_max_error']:.4f}",
+                f"{agrees['mask_iou_mean']:.3f}",
+            ]
+        )
+    bars = ", ".join(
+        f"{lane} {bar['reached']:.2f} × (bar {bar['bar']} ×: {'holds' if bar['holds'] else 'missed'})"
+        for lane, bar in figures["bars"].items()
+    )
+    columns = ["", "screen p50, ms", "×", "review p50, ms", "×", "peak MiB", "P(yes) max. error", "mask IoU"]
+    return [
+        *_table(columns, rows),
+        "",
+        f"{figures['turns']} turns over {figures['frames']} frames; ×, P(yes) and masks: against torch f32. "
+        f"At f32: {bars}.",
+    ]
+
+
+def real_images(figures: Figures) -> list[str]:
+    rows = [
+        [
+            f"{name.replace('_', ' ')}, {found['enrolled']} enrolled, {found['tested']} tested",
+            f"{found['image_auroc_normal_features']:.3f}",
+            f"{found['image_auroc_enrolled']:.3f}",
+        ]
+        for name, found in figures["datasets"].items()
+    ]
+    return _table(["image AUROC of the screen", "normal features of the bundle", "enrolled"], rows)
+
+
+def answer_modes(figures: Figures) -> list[str]:
+    modes = figures["modes"]
+    rows = [
+        ["ms a review, p50", *(in_ms(found["review"]["p50"]) for found in modes.values())],
+        ["mask IoU with the truth", *(f"{found['mask_iou_with_truth']:.3f}" for found in modes.values())],
+    ]
+    return [
+        *_table(["", *modes], rows),
+        "",
+        f"{figures['parts']} unseen drawn parts; same decision on {figures['same_decision']}; IoU of the two modes’ "
+        f"masks {figures['mask_iou_of_the_two']:.3f} over {figures['parts_with_a_mask']} parts; `<seg>` forced in "
+        f"{figures['seg_forced']} full answers.",
+    ]
+
+
+TABLES: dict[str, Callable[[Figures], list[str]]] = {
+    function.__name__: function for function in (bench, chain, real_images, answer_modes)
+}
+
+
+def remake(page: str) -> str:
+    """`page` with its tables made anew; one whose result is not there stays as it is."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        figures = load(name)
+        if figures is None:
+            return match[0]
+        lines = [*TABLES[name](figures), "", _measured(figures["run"])]
+        return "\n".join([f"<!-- results: {name} -->", *lines, "<!-- end -->"])
+
+    return re.sub(r"<!-- results: (\w+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+
+
+def _measured(fields: Figures) -> str:
+    run = Run.model_validate(fields)
+    where = f"{run.machine.processor}, {run.machine.cores} cores" + (
+        f", {run.machine.accelerator}" if run.machine.accelerator else ""
+    )
+    warning = busy_elsewhere(run)
+    return f"`{run.command}`, {run.date}, {where}" + (f"; {warning}." if warning else ".")
+
+
+def _table(columns: list[str], rows: Iterable[list[str]]) -> list[str]:
+    marks = ["---", *["---:"] * (len(columns) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (columns, marks, *rows)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", type=Path, nargs="+")
+    for page in parser.parse_args().pages:
+        write_whole(page, remake(page.read_text("utf-8")))
+
+
+if __name__ == "__main__":
+    main()
