@@ -172,7 +172,7 @@ class ScreenManifest(Record):
     vision: Vision
     similarity: Similarity
     precision: dict[str, Precision] = Field(default_factory=dict)
-    """Of the graphs, by name; one that is not named was exported in FP32, and an engine may round (OpenVINO: bf16)."""
+    """Of the graphs, by name; one that is not named computes in FP32. OpenVINO takes bf16 for fp16."""
     dynamic_axes: dict[str, Positive] = Field(default_factory=lambda: {"batch": 8, "prompts": 4})
     """The largest size of each axis that the graphs leave open, by its name there; TensorRT plans are built for 1 up to
     that."""

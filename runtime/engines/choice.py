@@ -56,7 +56,7 @@ class Engines:
         if self.device == "openvino":
             from vmad_edge.runtime.engines.openvino import OpenVinoEngine
 
-            return OpenVinoEngine(path, self.bundle.manifest.precision.get(graph))
+            return OpenVinoEngine(path, self.bundle.manifest.precision.get(graph, "fp32"))
         from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(path, "cuda" if self.device == "cuda" else "cpu")

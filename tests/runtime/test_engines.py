@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from vmad_edge.export.precision import write_fp16
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.engines import Arrays, Device, choice, gpu, ran_out_of_memory, tensorrt
 from vmad_edge.runtime.engines.choice import Engines
@@ -47,18 +48,19 @@ def error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
 
 @needs_openvino
 @pytest.mark.parametrize("graph", GRAPHS)
-def test_openvino_computes_what_onnx_runtime_computes(graph: str, demo: Bundle) -> None:
+def test_openvino_computes_what_onnx_runtime_computes(graph: str, demo: Bundle, tmp_path: Path) -> None:
     from vmad_edge.runtime.engines.openvino import OpenVinoEngine
 
     inputs, expected = example(demo.file(f"{graph}.onnx"))
-    exact = OpenVinoEngine(demo.file(f"{graph}.onnx"), "fp32")
+    exact = OpenVinoEngine(demo.file(f"{graph}.onnx"))
     assert exact.provider.endswith("f32")
     found = exact.run(inputs)
     assert set(found) == set(expected)
     for name in expected:
         assert found[name].dtype == np.float32 and error(found[name], expected[name]) < 1e-5, name
 
-    quick = OpenVinoEngine(demo.file(f"{graph}.onnx"))
+    write_fp16(demo.file(f"{graph}.onnx"), tmp_path / "half.onnx")
+    quick = OpenVinoEngine(tmp_path / "half.onnx", "fp16")
     found = quick.run(inputs)
     if not quick.provider.endswith("bf16"):
         pytest.skip("this processor has no bf16")
@@ -73,7 +75,7 @@ def test_openvino_runs_in_threads(demo: Bundle) -> None:
     from vmad_edge.runtime.engines.openvino import OpenVinoEngine
 
     path = demo.file("ltc_projector.onnx")
-    engine = OpenVinoEngine(path, "fp32")
+    engine = OpenVinoEngine(path)
     examples = [example(path, seed) for seed in range(8)]
     with ThreadPoolExecutor(4) as pool:
         outputs = pool.map(engine.run, [inputs for inputs, _ in examples])
