@@ -21,6 +21,7 @@ from vmad_edge.runtime.errors import BundleError, VmadError
 from vmad_edge.runtime.frame import Frame, FrameSource
 from vmad_edge.runtime.inspection import Inspection, Region, Verdict, find_regions
 from vmad_edge.runtime.review import PendingReview, ReviewProcess
+from vmad_edge.runtime.stages.language import check_vocabulary
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References
 from vmad_edge.runtime.station import Station
 from vmad_edge.runtime.systems.vmad import Finding, Screen, Screening, SimilaritySource
@@ -87,6 +88,8 @@ class Inspector:
             BundleError: the bundle must not be used.
         """
         opened = Bundle.open(bundle)
+        if isinstance(opened.manifest, Manifest):  # else the review alone would find out, frame by frame
+            check_vocabulary(opened.file("llm.gguf"), opened.manifest.language)
         return Inspector(opened, Station(None if station is None else Path(station), opened), device, calibrated)
 
     def __enter__(self) -> Inspector:

@@ -22,7 +22,7 @@ import platformdirs
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from vmad_edge.runtime.bundle import Bundle, Record, Thresholds
 from vmad_edge.runtime.engines.plans import Plans
@@ -106,7 +106,8 @@ class Station:
         }
         target = self._bank(object)
         with whole_folder(target) as folder:
-            save_file(arrays, folder / "bank.safetensors", {"bank": record.model_dump_json()})
+            # save_file's error on a full disk is no OSError.
+            (folder / "bank.safetensors").write_bytes(save(arrays, {"bank": record.model_dump_json()}))
             (folder / "bank.sha256").write_text(sha256(folder / "bank.safetensors") + "\n")
         return target
 

@@ -86,6 +86,44 @@ class Answer:
     """"prefill" (up to P(yes)) and "decode"."""
 
 
+def check_vocabulary(gguf: Path, language: bundle.Language) -> None:
+    """Read the file's vocabulary, and no weights.
+
+    Raises:
+        BundleError: it has none, or another than the manifest describes.
+    """
+    params = llama.llama_model_default_params()
+    params.vocab_only = True
+    model = llama.llama_model_load_from_file(os.fsencode(gguf), params)
+    if not model:
+        raise BundleError(f"{gguf}: llama.cpp cannot load it ({llama_messages()}). Export the bundle again.")
+    try:
+        _check_tokens(gguf, llama.llama_model_get_vocab(model), language)
+    finally:
+        llama.llama_model_free(model)
+
+
+def _check_tokens(gguf: Path, vocab: Any, language: bundle.Language) -> None:
+    if (size := llama.llama_vocab_n_tokens(vocab)) != language.vocabulary:
+        raise BundleError(
+            f"{gguf}: vocabulary {size}, but the manifest says {language.vocabulary}. Export the bundle again."
+        )
+    for token_id in (language.seg_token_id, *language.yes_token_ids, *language.no_token_ids):
+        if not 0 <= token_id < size:
+            raise BundleError(f"{gguf}: token id {token_id} of the manifest is outside 0…{size - 1}.")
+    seg = _token(vocab, language.seg_token_id)
+    if seg != language.seg_token or not llama.llama_vocab_get_attr(vocab, language.seg_token_id) & _SPECIAL:
+        raise BundleError(
+            f"{gguf}: token {language.seg_token_id} is {seg!r}, but the manifest says {language.seg_token!r}, taken "
+            "whole. Export the bundle again."
+        )
+
+
+def _token(vocab: Any, token_id: int) -> str:
+    text: bytes = llama.llama_vocab_get_text(vocab, token_id)
+    return text.decode()
+
+
 class LanguageModel:
     """The bundle's GGUF in llama.cpp. A context manager. Not thread-safe: one call at a time.
 
@@ -133,15 +171,15 @@ class LanguageModel:
         try:
             self._vocab = llama.llama_model_get_vocab(self._model)
             self._bpe = llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_BPE
-            ids = range(llama.llama_vocab_n_tokens(self._vocab))
-            self._special = {self._token(i) for i in ids if llama.llama_vocab_get_attr(self._vocab, i) & _SPECIAL}
-            self._prefixed = _prefixed(self._special, language.space_prefix)
             self._check(gguf)
             self._context = self._open_context(threads or len(os.sched_getaffinity(0)), gpu, exact)
         except BaseException:
             self.close()
             raise
+        ids = range(language.vocabulary)
         self._yes_no = language.yes_token_ids, language.no_token_ids
+        self._special = {_token(self._vocab, i) for i in ids if llama.llama_vocab_get_attr(self._vocab, i) & _SPECIAL}
+        self._prefixed = _prefixed(self._special, language.space_prefix)
         self._end_ids = [i for i in ids if llama.llama_vocab_is_eog(self._vocab, i)]
         self._before, self._after = conversation.template.split("<image>")
         self._short_ids = self._tokenize(conversation.short_answer)
@@ -343,27 +381,11 @@ class LanguageModel:
     def _check(self, gguf: Path) -> None:
         """The file is the one that the manifest describes."""
         language = self._language
-        found = {
-            "vocabulary": llama.llama_vocab_n_tokens(self._vocab),
-            "width": llama.llama_model_n_embd(self._model),
-        }
-        for field, value in found.items():
-            if value != (expected := getattr(language, field)):
-                raise BundleError(
-                    f"{gguf}: {field} {value}, but the manifest says {expected}. Export the bundle again."
-                )
+        _check_tokens(gguf, self._vocab, language)
+        if (width := llama.llama_model_n_embd(self._model)) != language.width:
+            raise BundleError(f"{gguf}: width {width}, but the manifest says {language.width}.")
         if (trained := llama.llama_model_n_ctx_train(self._model)) < language.context_length:
             raise BundleError(f"{gguf}: context {trained}, but the manifest says {language.context_length}.")
-        for token_id in (language.seg_token_id, *language.yes_token_ids, *language.no_token_ids):
-            if not 0 <= token_id < language.vocabulary:
-                raise BundleError(
-                    f"{gguf}: token id {token_id} of the manifest is outside 0…{language.vocabulary - 1}."
-                )
-        if self._tokenize(language.seg_token) != [language.seg_token_id]:
-            raise BundleError(
-                f"{gguf}: {language.seg_token} is {self._tokenize(language.seg_token)}, but the manifest says "
-                f"[{language.seg_token_id}]. Export the bundle again."
-            )
 
     def _open_context(self, threads: int, gpu: bool, exact: bool) -> Any:
         params = llama.llama_context_default_params()
@@ -421,10 +443,6 @@ class LanguageModel:
         ids = (ctypes.c_int32 * (len(data) + 1))()  # at most one a byte, and BOS
         n = llama.llama_tokenize(self._vocab, data, len(data), ids, len(ids), first, True)
         return ids[:n]
-
-    def _token(self, token_id: int) -> str:
-        text: bytes = llama.llama_vocab_get_text(self._vocab, token_id)
-        return text.decode()
 
     def _piece(self, token_id: int) -> bytes:
         """The token's text: "" for control tokens, one byte for byte tokens."""

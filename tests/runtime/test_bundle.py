@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +67,17 @@ def test_whole_folder_replaces(tmp_path: Path) -> None:
             (folder / "file").write_text(text)
     assert (tmp_path / "target/file").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_whole_folder_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: events.append("sync") or sync(file))
+    monkeypatch.setattr(Path, "rename", lambda path, to: events.append("rename") or rename(path, to))
+    with whole_folder(tmp_path / "target") as folder:
+        (folder / "one").touch()
+        (folder / "two").touch()
+    assert events == ["sync", "sync", "sync", "rename"]  # both files and their folder
 
 
 def test_whole_folder_leaves_the_old_one_on_error(tmp_path: Path) -> None:

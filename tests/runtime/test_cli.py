@@ -124,6 +124,24 @@ def test_info_warns_of_a_crop(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "not inspected" in vmad("info", tmp_path / "cropping", "--station", tmp_path).stderr
 
 
+@pytest.mark.parametrize("command", ["inspect", "enroll"])
+def test_language_model_without_seg(command: str, tiny_bundle: Path, parts: Path, tmp_path: Path) -> None:
+    """Though all hashes are right."""
+    from vmad_edge.runtime.bundle import Bundle, seal
+    from vmad_edge.runtime.files import sha256
+
+    other = shutil.copytree(tiny_bundle, tmp_path / "other")
+    whole = (other / "llm.gguf").read_bytes()
+    assert whole.count(b"<seg>") == 1
+    (other / "llm.gguf").write_bytes(whole.replace(b"<seg>", b"<sag>"))
+    manifest = Bundle.open(tiny_bundle).manifest
+    files = {**manifest.files, "llm.gguf": sha256(other / "llm.gguf")}
+    seal(other, manifest.model_copy(update={"files": files}))
+    done = vmad(command, other, parts / "good", "--station", tmp_path / "station")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "llm.gguf: token 400 is '<sag>'" in done.stderr
+
+
 @pytest.mark.parametrize(
     "args,says",
     [

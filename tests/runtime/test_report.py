@@ -79,7 +79,8 @@ def test_page_shows_everything(browser: Chrome) -> None:
         assert words in text
     assert "e.png: not a readable image" in text and "P(yes) 0.75" in text and "[10, 10, 20, 30]" in text
     widths = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
-    assert len(widths) == 1 + 4 * 3 and min(widths) > 0
+    assert len(widths) == 1 + 4 * 3 and min(widths) > 0  # the colour scale; a frame, its heat, its nearest normal place
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".time > i")) == 4 * 2  # two stages each
     assert browser.get_log("browser") == []
 
 
@@ -107,6 +108,20 @@ def test_sort(browser: Chrome) -> None:
 def test_fits_a_tablet(browser: Chrome, width: int) -> None:
     browser.set_window_size(width, 1000)
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@needs_browser
+def test_paper(browser: Chrome) -> None:
+    """An A4 page's width holds the table; buttons stay on the screen."""
+    browser.find_element(By.CSS_SELECTOR, '[data-show=""]').click()
+    browser.set_window_size(794, 1123)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    shown, fits = browser.execute_script(
+        "return [document.getElementById('bar').offsetHeight, document.body.scrollWidth <= window.innerWidth]"
+    )
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert shown == 0 and fits
+    assert len(visible(browser)) == 5
 
 
 def test_heat_is_hot_where_the_map_is() -> None:

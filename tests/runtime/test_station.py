@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from vmad_edge.runtime.errors import BundleError
 from vmad_edge.runtime.files import sha256
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, References
-from vmad_edge.runtime.station import Station
+from vmad_edge.runtime.station import Calibration, Station
 
 
 def bundle(hash: str = "ab" * 32) -> Bundle:
@@ -78,6 +80,39 @@ def test_refuses_a_bank_copied_from_another_bundle(tmp_path: Path) -> None:
     first.path.rename(second.path)
     with pytest.raises(BundleError, match="enrolled with bundle abab"):
         second.load_references("part")
+
+
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    station = Station(tmp_path, bundle())
+    calibration = Calibration(
+        bundle="ab" * 32,
+        bank=None,
+        object="part",
+        thresholds=Thresholds(good_below=0.1, defect_above=0.2),
+        promise="none",
+        by="somebody",
+        when="2026-01-01T00:00:00+0000",
+        frames=(),
+    )
+    station.save_references("part", references())
+    station.save_calibration(calibration)
+    before = {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
+    with room(100), pytest.raises(OSError, match="File too large"):
+        station.save_references("part", references())
+    with room(100), pytest.raises(OSError, match="File too large"):
+        station.save_calibration(calibration)
+    assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def junk(folder: Path) -> None:
