@@ -28,7 +28,7 @@ test: .venv/test
 	$(BIN)/pytest
 
 bench: .venv/test
-	$(BIN)/vmad bench demo/bundle demo/parts --device cpu --out benchmarks/results
+	$(BIN)/vmad bench demo/bundle --frames demo/parts --device cpu --out benchmarks/results
 	$(BIN)/python benchmarks/chain.py demo/checkpoint demo/bundle demo/parts
 	$(BIN)/python benchmarks/answer_modes.py demo/bundle --parts 100
 	if [ -d ../shared/data ]; then $(BIN)/python benchmarks/real_images.py demo/bundle ../shared/data/*; \

@@ -204,7 +204,7 @@ def add_bench(subcommands: Subcommands) -> None:
         epilog="Exit status: 0 done; 1 the screen does not hold --target-ms; 2 usage, bundle or frame error.",
     )
     _add_bundle(parser)
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="images, or folders of them; default: drawn frames")
+    parser.add_argument("--frames", nargs="+", metavar="PATH", help="images, or folders of them; default: drawn ones")
     parser.add_argument("--object", metavar="NAME", help="compare with what is enrolled for it in the station")
     parser.add_argument("--no-review", action="store_true", help="measure the screen alone")
     parser.add_argument("--answer", choices=["full", "short"], help="of the reviews; default: the bundle's")
@@ -431,12 +431,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    run = RunInProgress()
     before = None if args.against is None else read_benchmark(args.against)
     bundle = Bundle.open(args.bundle)
     station = Station(None if args.station is None else Path(args.station), bundle)
-    paths = list_images(args.paths) if args.paths else None
+    paths = None if args.frames is None else list_images(args.frames)
     found = benchmark(
-    run = RunInProgress()
         bundle,
         station,
         paths,

@@ -63,12 +63,13 @@ def test_things_take_turns() -> None:
         return lambda frame: done.append((name, frame)) or {WHOLE: float(len(done))}
 
     frames = [np.full((1, 1), number, np.uint8) for number in range(4)]
-    times = take_turns({name: thing(name) for name in "abc"}, frames, 12)
+    times = take_turns({name: thing(name) for name in "abc"}, frames, 60)
     turns = [done[start : start + 3] for start in range(0, len(done), 3)]
     assert all({name for name, _ in turn} == set("abc") for turn in turns)
-    assert [turn[0][0] for turn in turns[:3]] == ["a", "b", "c"]
+    assert all(len({id(frame) for _, frame in turn}) == 1 for turn in turns)
+    assert {turn[0][0] for turn in turns} == {turn[-1][0] for turn in turns} == set("abc")
     for name in "abc":
-        assert len(times[name]) == 12
+        assert len(times[name]) == 60
         assert {id(frame) for who, frame in done if who == name} == set(map(id, frames))
 
 
@@ -164,8 +165,9 @@ def test_target_and_comparison(
 ) -> None:
     frame = tmp_path / "frame.png"
     Image.fromarray(drawn_frames(1)[0][:64, :64]).save(frame)
-    options = [frame, "--device", "cpu", "--no-review", "--banks", "--target-ms", target, "--json", "--out", tmp_path]
-    assert bench(tiny_bundle, *options, "--against", measured / "bench.json") == status
+    options = ["--frames", frame, "--device", "cpu", "--no-review", "--banks", "--json", "--out", tmp_path]
+    compared = ["--target-ms", target, "--against", measured / "bench.json"]
+    assert bench(tiny_bundle, *options, *compared) == status
     found = json.loads(capsys.readouterr().out)
     assert found["target"]["holds"] is (status == 0) and found["target"]["late"] == 100 * status
     assert found["review"] is None and found["banks"] == [] and found["screen"]["whole"]["p99"] > 0
@@ -204,7 +206,7 @@ def test_the_references_of_the_station_are_compared_with(tiny_bundle: Path, tmp_
 @pytest.mark.parametrize(
     "args,says",
     [
-        (["{tmp}/broken.png", "--repeats", "1"], "broken.png cannot be measured with: .*not a readable image"),
+        (["--frames", "{tmp}/broken.png", "--repeats", "1"], "broken.png cannot be measured with: .*not a readable"),
         (["--target-ms", "5", "--repeats", "99"], "expected at least 100 repeats"),
         (["--repeats", "0"], "expected repeats"),
         (["--banks", "0"], "expected repeats and bank sizes"),
