@@ -372,6 +372,7 @@ def _review_facts(manifest: ScreenManifest, gpu: bool) -> dict[str, str]:
 def _build(args: argparse.Namespace) -> int:
     bundle = Bundle.open(args.bundle)
     plans = Station(None if args.station is None else Path(args.station), bundle).plans
+    chip = gpu()
     with Progress(console=_err, transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -381,7 +382,7 @@ def _build(args: argparse.Namespace) -> int:
             bar.update(tasks[graph], description=f"{graph}: {phase}", completed=share)
 
         workspace = None if args.workspace_mib is None else args.workspace_mib << 20
-        built = build_plans(bundle, plans, gpu(), workspace=workspace, progress=tell)
+        built = build_plans(bundle, plans, chip, workspace=workspace, progress=tell)
     for graph, reason in built.items():
         print(f"{graph}: built, for {reason}")
     print(f"{len(built)} plans built in {plans.folder}; every plan fits now")

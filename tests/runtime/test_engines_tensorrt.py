@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from vmad_edge.export.precision import write_fp16
+from vmad_edge.runtime import cli
 from vmad_edge.runtime.bundle import Bundle
-from vmad_edge.runtime.engines import tensorrt
+from vmad_edge.runtime.engines import gpu, tensorrt
 from vmad_edge.runtime.engines.gpu import Gpu
 from vmad_edge.runtime.engines.plans import PlanKey, Plans
 from vmad_edge.runtime.engines.tensorrt import FLAVOURS, TensorRt, build, build_plans, plan_key
@@ -51,8 +52,8 @@ def test_every_graph_is_built_for_two_architectures(graph: str, demo: Bundle, rt
     write_fp16(exact, half)
     axes = demo.manifest.dynamic_axes
     ampere, ada, fp16 = (
-        build(rtx, path, axes, gpu.compute_capability)[0]
-        for path, gpu in ((exact, AMPERE), (exact, ADA), (half, AMPERE))
+        build(rtx, path, axes, chip.compute_capability)[0]
+        for path, chip in ((exact, AMPERE), (exact, ADA), (half, AMPERE))
     )
     assert ampere != ada
     # The weights are in there, in the graph's precision: FP16 is no flag, and nothing is rounded unasked.
@@ -93,8 +94,8 @@ def test_plans_are_built_once_and_again_when_something_changed(
     plans = Plans(tmp_path / "engines")
     shares: list[float] = []
 
-    def built(gpu: Gpu = AMPERE) -> dict[str, str]:
-        return build_plans(small, plans, gpu, progress=lambda graph, phase, share: shares.append(share))
+    def built(chip: Gpu = AMPERE) -> dict[str, str]:
+        return build_plans(small, plans, chip, progress=lambda graph, phase, share: shares.append(share))
 
     assert "there is no plan" in built()["ltc_projector"]
     assert shares == sorted(shares) and 0 < shares[0] < shares[-1] <= 1
@@ -121,6 +122,32 @@ def test_an_interrupted_build_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         build_plans(small, Plans(tmp_path / "engines"), AMPERE, progress=interrupt)
     assert not list(tmp_path.rglob("*.trt"))
+
+
+@needs_rtx
+def test_build_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rtx: TensorRt
+) -> None:
+    monkeypatch.setattr(tensorrt, "tensorrt", lambda: rtx)
+    monkeypatch.setattr(cli, "gpu", lambda: AMPERE)
+    command = ["build", str(DEMO), "--station", str(tmp_path)]
+    assert cli.main(command) == 0
+    first = capsys.readouterr().out
+    assert all(f"{graph}: built, for there is no plan" in first for graph in GRAPHS)
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.startswith("0 plans built")
+
+
+def test_build_command_without_a_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(name: str) -> Any:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(gpu.ctypes, "CDLL", load)
+    assert cli.main(["build", str(DEMO), "--station", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no NVIDIA driver" in said and not list(tmp_path.iterdir())
 
 
 KEY = PlanKey(
