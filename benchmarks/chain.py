@@ -1,6 +1,6 @@
 """The runtime against the same chain in plain transformers and torch (lisa.py), in turns, in one process.
 
-    python benchmarks/chain.py demo/checkpoint demo/bundle demo/parts
+    python benchmarks/chain.py demo/checkpoint demo/bundle demo/parts [--fp16 BUNDLE]
 
 Every turn all take the same frame, first screen, then review, and another one begins. What comes out is compared with
 torch's at f32. Peak memory is that of a process of its own for each.
@@ -73,14 +73,14 @@ class Contender:
         }
 
 
-def contender(name: str, checkpoint: Path, bundle: Path, question: str) -> Contender | None:
+def contender(name: str, checkpoint: Path, bundle: Path, fp16: Path | None, question: str) -> Contender | None:
     """None: that precision is not there yet, or not on this machine."""
     if name.startswith("torch"):
         return _theirs(checkpoint, name.removeprefix("torch "), question)
     if name == OURS:
         return _ours(bundle, "cpu", question)
-    if name == "vmad-edge bf16" and find_spec("openvino"):
-        ours = _ours(bundle, "openvino", question)
+    if name == "vmad-edge bf16" and fp16 is not None and find_spec("openvino"):
+        ours = _ours(fp16, "openvino", question)
         return ours if "bf16" in ours.provider else None
     return None
 
@@ -137,6 +137,9 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("frames", nargs="+")
+    parser.add_argument(
+        "--fp16", type=Path, metavar="BUNDLE", help="exported with --precision fp16: OpenVINO computes it in bf16"
+    )
     parser.add_argument("--turns", type=int, default=60, help="that count; default: %(default)s")
     parser.add_argument("--alone", choices=NAMES, help="this one alone on each frame once, and print its peak MiB")
     args = parser.parse_args()
@@ -145,13 +148,13 @@ def main() -> None:
     conversation = Bundle.open(args.bundle).for_review.conversation
     question = conversation.question.replace("{object}", conversation.object)
     if args.alone is not None:
-        alone = cast(Contender, contender(args.alone, args.checkpoint, args.bundle, question))
+        alone = cast(Contender, contender(args.alone, args.checkpoint, args.bundle, args.fp16, question))
         for frame in frames:
             alone.run(frame)
         print(peak_mib(os.getpid()))
         return
 
-    made = {name: contender(name, args.checkpoint, args.bundle, question) for name in NAMES}
+    made = {name: contender(name, args.checkpoint, args.bundle, args.fp16, question) for name in NAMES}
     there = {name: found for name, found in made.items() if found is not None}
     # A frame is a FrameSource; each thing gets one of these.
     things = {name: cast(Any, found.run) for name, found in there.items()}
