@@ -159,7 +159,10 @@ def build(
         BundleError: a graph that TensorRT cannot parse or build, or with an axis that is not in `axes`.
     """
     module, log = trt.module, _log(trt.module)
-    builder = module.Builder(log)
+    try:
+        builder = module.Builder(log)
+    except TypeError:  # pybind11's word for a constructor that gave nothing
+        raise _failure(trt, "start", log) from None
     # Without the flag 10.x would choose precisions itself; the others are strongly typed, and take it too.
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, log)
@@ -180,14 +183,23 @@ def build(
     if monitor.stopped is not None:
         raise monitor.stopped
     if plan is None:
-        said = "; ".join(log.errors)
-        if ran_out_of_memory(said):
-            raise VmadError(
-                f"no memory left to build the plan of {path} ({said:.300}). Stop what else uses the GPU, or give the "
-                "plan less with --workspace-mib; a graph exported with --precision fp16 needs half"
-            )
-        raise BundleError(f"{trt} cannot build {path}: {said}")
+        raise _failure(trt, f"build {path}", log)
     return bytes(plan), bytes(config.get_timing_cache().serialize()) if trt.flavour.timing_cache else b""
+
+
+def _failure(trt: TensorRt, doing: str, log: Any) -> VmadError:
+    """What TensorRT said when it could not do something, and the way out."""
+    said = "; ".join(log.errors)
+    if ran_out_of_memory(said):
+        return VmadError(
+            f"no memory left to {doing} ({said:.300}). Stop what else uses the GPU; `vmad build --workspace-mib N` "
+            "makes plans that need less, and a bundle exported with --precision fp16 half"
+        )
+    if "cudaError 35" in said or "error: 35" in said:  # cudaErrorInsufficientDriver
+        return VmadError(
+            f"{trt} cannot {doing}: the NVIDIA driver is missing, or older than it needs. Update the driver"
+        )
+    return BundleError(f"{trt} cannot {doing}: {said}")
 
 
 def _set_target(trt: TensorRt, config: Any, target: tuple[int, int]) -> None:
