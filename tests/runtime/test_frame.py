@@ -68,6 +68,9 @@ FRAMES = [Image.fromarray(RGB), Image.fromarray(RGB[::-1])]
         pytest.param(PNG[: len(PNG) // 2], "not a readable image", id="truncated png"),
         pytest.param(encoded(Image.new("RGB", (1, 1))), "1×1 pixels; expected at least", id="one pixel"),
         pytest.param(encoded(Image.new("1", (13_000, 13_000))), "expected at most 150,000,000", id="13,000²"),
+        pytest.param(
+            encoded(Image.new("1", (13_000, 13_000)))[:60], "expected at most 150,000,000", id="13,000², header alone"
+        ),
         pytest.param(encoded(Image.new("1", (30_000, 30_000))), "exceeds limit", id="30,000²: Pillow's own limit"),
         pytest.param(
             encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "expected one image", id="animation"
