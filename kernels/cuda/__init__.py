@@ -1,0 +1,38 @@
+"""The kernels on CUDA: device memory in, device memory out, on the caller's stream.
+
+`max_cosine` and `segmented_max_cosine` keep the contract of their namesakes in `vmad_edge.kernels`, with these
+differences: rows are held as float16 or as int8 with a scale a row, their sums are float32 or int32; the caller owns
+all memory and passes it in, results included; calls return as soon as their kernels are queued, so that a CUDA graph
+can capture them. Arrays are C-contiguous and speak `__cuda_array_interface__`.
+
+`preprocess` and `anomaly_map` do on the device what `vmad_edge.runtime.stages` does on the processor, `top_mean` finds
+the largest value and the mean of the largest.
+
+libvmad_cuda.so is opened at the first call: importing this module needs neither a GPU nor the library.
+"""
+
+from vmad_edge.kernels.cuda.library import WORKSPACE_ZEROS, DeviceArray, targets
+from vmad_edge.kernels.cuda.similarity import (
+    DeviceBank,
+    DeviceOffsets,
+    max_cosine,
+    max_cosine_workspace,
+    normalise,
+    row_bytes,
+    segmented_max_cosine,
+    segmented_max_cosine_workspace,
+)
+
+__all__ = [
+    "WORKSPACE_ZEROS",
+    "DeviceArray",
+    "DeviceBank",
+    "DeviceOffsets",
+    "max_cosine",
+    "max_cosine_workspace",
+    "normalise",
+    "row_bytes",
+    "segmented_max_cosine",
+    "segmented_max_cosine_workspace",
+    "targets",
+]

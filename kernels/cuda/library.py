@@ -1,0 +1,117 @@
+"""libvmad_cuda.so, and checks of the device memory that goes into it."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+import vmad_edge.kernels
+
+WORKSPACE_ZEROS = 1 << 16
+"""The first bytes of a workspace that must be zero before its first use; every call leaves them zero."""
+
+
+class DeviceArray(Protocol):
+    """Device memory that says where it is and what it holds, version 2 or later of the interface."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+def targets() -> str | None:
+    """What the library was compiled for and by, and what was left out; None where this build has no library."""
+    path = _path()
+    if path is None:
+        return None
+    text: bytes = open_library(path).vmad_targets()
+    return text.decode()
+
+
+def _path() -> Path | None:
+    found = (Path(folder) / "libvmad_cuda.so" for folder in vmad_edge.kernels.__path__)
+    return next((path for path in found if path.exists()), None)
+
+
+@cache
+def library() -> ctypes.CDLL:
+    path = _path()
+    if path is None:
+        raise RuntimeError(
+            "this build of vmad-edge has no CUDA kernels: no nvcc was found when it was installed. Install it again "
+            "with CUDACXX naming nvcc, or use the kernels on the CPU."
+        )
+    return open_library(path)
+
+
+_SIZE, _INT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
+_QUERY = (_POINTER, _INT, _SIZE)
+_BANK = (_POINTER, _POINTER, _SIZE, _SIZE, _INT)
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    # name: what it returns, its arguments; kernels/cuda/*.cu
+    "vmad_targets": (ctypes.c_char_p,),
+    "vmad_error": (ctypes.c_char_p, _INT),
+    "vmad_normalise": (_INT, _POINTER, _INT, _SIZE, _SIZE, _INT, _POINTER, _POINTER, _POINTER),
+    "vmad_max_cosine_workspace": (_SIZE, _SIZE, _SIZE, _INT, _INT, _INT),
+    "vmad_max_cosine": (_INT, *_QUERY, *_BANK, _INT, _INT, _POINTER, _POINTER, _POINTER, _POINTER),
+    "vmad_segmented_max_cosine_workspace": (_SIZE, _SIZE, _SIZE, _SIZE, _INT, _SIZE, _INT),
+    "vmad_segmented_max_cosine": (
+        *(_INT, *_QUERY, *_BANK),
+        *(_POINTER, _POINTER, _SIZE, _INT, _POINTER, _POINTER, _POINTER),
+    ),
+}
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for name, (result, *arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def call(name: str, *arguments: object) -> None:
+    kernels = library()
+    error: int = getattr(kernels, name)(*arguments)
+    if error:
+        text: bytes = kernels.vmad_error(error)
+        raise RuntimeError(f"{name}: CUDA says: {text.decode()}")
+
+
+def describe(name: str, array: DeviceArray, dimensions: int, *kinds: str) -> tuple[tuple[int, ...], str]:
+    """Shape and type string."""
+    about = getattr(array, "__cuda_array_interface__", None)
+    if about is None:
+        raise TypeError(f"{name}: expected device memory with __cuda_array_interface__, got {type(array).__name__}")
+    shape, kind = tuple(about["shape"]), str(about["typestr"])
+    if kind not in kinds:
+        raise TypeError(f"{name}: expected {' or '.join(np.dtype(k).name for k in kinds)}, got {np.dtype(kind).name}")
+    if len(shape) != dimensions:
+        raise ValueError(f"{name}: expected {dimensions} dimensions, got shape {list(shape)}")
+    return shape, kind
+
+
+def pointer(name: str, array: DeviceArray, shape: tuple[int, ...], kind: str) -> int:
+    got, _ = describe(name, array, len(shape), kind)
+    if got != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(got)}")
+    about = array.__cuda_array_interface__
+    steps = np.dtype(kind).itemsize * np.cumprod([1, *shape[:0:-1]])[::-1]
+    if about.get("strides") is not None and tuple(about["strides"]) != tuple(steps):
+        raise ValueError(f"{name}: expected C-contiguous memory, got strides {list(about['strides'])}")
+    return int(about["data"][0])
+
+
+def workspace_pointer(workspace: DeviceArray, needed: int) -> int:
+    """Of [bytes] uint8, at least `needed`.
+
+    Raises:
+        TypeError, ValueError: as `pointer`, or a smaller one.
+    """
+    (size,), kind = describe("workspace", workspace, 1, "|u1")
+    if size < needed:
+        raise ValueError(f"workspace: expected at least {needed} bytes, got {size}")
+    return pointer("workspace", workspace, (size,), kind)

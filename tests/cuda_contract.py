@@ -1,0 +1,211 @@
+"""What the CUDA kernels must do, on whatever machine.
+
+tests/kernels/test_cuda_host.py runs these tests on the processor, on the machine of `kernels/cuda_host/host.h`;
+tests/gpu/test_cuda.py runs them on a GPU. Each brings its own fixture `operators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vmad_edge.kernels import cuda, reference
+
+TOLERANCE = {"float16": 1e-3, "int8": 1e-2}
+
+
+class Operators:
+    """Args:
+    upload: a NumPy array to an array of the machine.
+    download: and back.
+    turn: called before each run of an operator, which runs twice.
+    """
+
+    def __init__(
+        self, upload: Callable[[Any], Any], download: Callable[[Any], Any], turn: Callable[[], None] = lambda: None
+    ) -> None:
+        self.upload, self.download, self.turn = upload, download, turn
+
+    def bank(self, features: Any, dtype: cuda.Dtype) -> cuda.DeviceBank:
+        count, width = features.shape
+        rows = self.upload(np.full((count, cuda.row_bytes(width, dtype)), 0x77, np.uint8))
+        scale = self.upload(np.full(count, 7, np.float32)) if dtype == "int8" else None
+        bank = cuda.DeviceBank(rows, scale, width, dtype)
+        cuda.normalise(self.upload(features), bank)
+        return bank
+
+    def workspace(self, size: int) -> Any:
+        """Zero where it must be, rubbish elsewhere."""
+        return self.upload(np.where(np.arange(size) < cuda.WORKSPACE_ZEROS, 0, 0xEE).astype(np.uint8))
+
+    def used_up(self, workspace: Any) -> bool:
+        return bool(self.download(workspace)[: cuda.WORKSPACE_ZEROS].any())
+
+    def max_cosine(self, query: Any, bank: Any, k: int = 1, *, dtype: cuda.Dtype, path: cuda.Path = "auto") -> Any:
+        device_bank = self.bank(bank, dtype)
+        workspace = self.workspace(cuda.max_cosine_workspace(len(query), device_bank, k, path=path))
+        score, index = self.upload(np.full(len(query), 9, np.float32)), self.upload(np.full(len(query), -9, np.int64))
+        for _ in range(2):  # the second call finds the workspace as the first one left it
+            self.turn()
+            cuda.max_cosine(self.upload(query), device_bank, score, index, workspace, k, path=path)
+        assert not self.used_up(workspace)
+        return self.download(score), self.download(index)
+
+    def segmented_max_cosine(
+        self, query: Any, bank: Any, offsets: Sequence[int], *, dtype: cuda.Dtype, path: cuda.Path = "auto"
+    ) -> Any:
+        device_bank = self.bank(bank, dtype)
+        host = cuda.DeviceOffsets.check(offsets, len(bank))
+        bounds = cuda.DeviceOffsets(host, self.upload(host))
+        size = cuda.segmented_max_cosine_workspace(len(query), device_bank, bounds, path=path)
+        workspace, score = self.workspace(size), self.upload(np.full((len(query), len(host) - 1), 9, np.float32))
+        for _ in range(2):
+            self.turn()
+            cuda.segmented_max_cosine(self.upload(query), device_bank, bounds, score, workspace, path=path)
+        assert not self.used_up(workspace)
+        return self.download(score)
+
+
+def draw_rows(seed: int, count: int, width: int) -> Any:
+    """Random rows, some of them all zero, NaN, infinite, repeated, tiny or huge."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((count, width)).astype(np.float32)
+    kind = rng.choice(7, count, p=[0.64, *[0.06] * 6])
+    x[kind == 1] = 0
+    x[kind == 2, 0] = np.nan
+    x[kind == 3, -1] = -np.inf
+    x[kind == 4] = rng.standard_normal(width)
+    x[kind == 5] *= np.float32(1e-38)  # squares vanish in float32
+    x[kind == 6] *= np.float32(1e30)  # squares overflow in float32
+    return x
+
+
+def each_cosine(query: Any, bank: Any) -> Any:
+    """[Q,M] of the definition."""
+    return reference.segmented_max_cosine(query, bank, np.arange(len(bank) + 1))
+
+
+def bits(x: Any) -> Any:
+    return np.ascontiguousarray(x).view(np.uint32)
+
+
+dtypes = pytest.mark.parametrize("dtype", ["float16", "int8"])
+paths = pytest.mark.parametrize("path", ["fused", "split"])
+few = settings(
+    deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+# Query rows, bank rows, width: up to two large tiles each way, with and without remainders.
+sizes = st.tuples(
+    st.integers(0, 2**32 - 1),
+    st.one_of(st.integers(0, 140), st.sampled_from([64, 128])),
+    st.one_of(st.integers(1, 270), st.sampled_from([64, 128, 256])),
+    st.one_of(st.integers(1, 130), st.sampled_from([32, 64, 128])),
+)
+
+
+@dtypes
+@paths
+@given(sizes=sizes)
+@few
+def test_max_cosine_finds_the_best(operators: Operators, dtype: cuda.Dtype, path: cuda.Path, sizes: Any) -> None:
+    seed, q, m, d = sizes
+    query, bank = draw_rows(seed, q, d), draw_rows(seed + 1, m, d)
+    score, index = operators.max_cosine(query, bank, dtype=dtype, path=path)
+    expected, _ = reference.max_cosine(query, bank)
+    np.testing.assert_allclose(score, expected, rtol=0, atol=TOLERANCE[dtype])
+    assert ((index == -1) == np.isnan(expected)).all()
+    found = np.flatnonzero(index >= 0)
+    own = each_cosine(query, bank)[found, index[found]]  # NaN if a NaN row won
+    np.testing.assert_allclose(own, expected[found], rtol=0, atol=2 * TOLERANCE[dtype])
+
+
+@dtypes
+@given(sizes=sizes, k=st.integers(2, 6))
+@few
+def test_max_cosine_finds_any_rank(operators: Operators, dtype: cuda.Dtype, sizes: Any, k: int) -> None:
+    seed, q, m, d = sizes
+    query, bank = draw_rows(seed, q, d), draw_rows(seed + 1, m, d)
+    score, index = operators.max_cosine(query, bank, k, dtype=dtype)
+    expected, _ = reference.max_cosine(query, bank, k)
+    np.testing.assert_allclose(score, expected, rtol=0, atol=TOLERANCE[dtype])
+    assert ((index == -1) == np.isnan(expected)).all()
+    above = operators.max_cosine(query, bank, k - 1, dtype=dtype)
+    assert (above[1] != index)[index >= 0].all() and (above[0] >= score)[index >= 0].all()
+
+
+@dtypes
+@paths
+@given(sizes=sizes, cuts=st.sets(st.integers(1, 269)))
+@few
+def test_segmented_max_cosine(
+    operators: Operators, dtype: cuda.Dtype, path: cuda.Path, sizes: Any, cuts: set[int]
+) -> None:
+    seed, q, m, d = sizes
+    query, bank = draw_rows(seed, q, d), draw_rows(seed + 1, m, d)
+    offsets = [0, *sorted(cut for cut in cuts if cut < m), m]
+    score = operators.segmented_max_cosine(query, bank, offsets, dtype=dtype, path=path)
+    expected = reference.segmented_max_cosine(query, bank, np.array(offsets))
+    np.testing.assert_allclose(score, expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+@dtypes
+@paths
+def test_a_long_bank(operators: Operators, dtype: cuda.Dtype, path: cuda.Path) -> None:
+    """Several chunks of the split path; several tiles for each block of the fused one; segments over all of them."""
+    query, bank = draw_rows(0, 5, 20), draw_rows(1, 8200, 20)
+    score, _ = operators.max_cosine(query, bank, dtype=dtype, path=path)
+    np.testing.assert_allclose(score, reference.max_cosine(query, bank)[0], rtol=0, atol=TOLERANCE[dtype])
+    offsets = [0, 1, 4095, 4097, 8192, 8200]
+    score = operators.segmented_max_cosine(query, bank, offsets, dtype=dtype, path=path)
+    expected = reference.segmented_max_cosine(query, bank, np.array(offsets))
+    np.testing.assert_allclose(score, expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+@dtypes
+@pytest.mark.parametrize(("path", "k"), [("fused", 1), ("split", 1), ("split", 2), ("split", 3)])
+def test_equal_rows_tie_whatever_their_place(operators: Operators, dtype: cuda.Dtype, path: cuda.Path, k: int) -> None:
+    """One row at three places, in other lanes, tiles and blocks: the k-th best is its k-th place, for every query."""
+    rng = np.random.default_rng(0)
+    bank = rng.standard_normal((301, 100)).astype(np.float32)
+    places = [7, 130, 300]
+    query = bank[7] + rng.standard_normal((150, 100)).astype(np.float32) * np.float32(0.01)
+    bank[places] = bank[7]
+    score, index = operators.max_cosine(query, bank, k, dtype=dtype, path=path)
+    assert (index == places[k - 1]).all()
+    best, _ = operators.max_cosine(query, bank, dtype=dtype)
+    assert (bits(score) == bits(best)).all()
+
+
+@dtypes
+def test_bits_depend_on_the_two_rows_alone(operators: Operators, dtype: cuda.Dtype) -> None:
+    """Either path, any order of the rows."""
+    query, bank = draw_rows(3, 130, 70), draw_rows(4, 260, 70)
+    score, _ = operators.max_cosine(query, bank, dtype=dtype, path="fused")
+    rng = np.random.default_rng(0)
+    moved = rng.permutation(len(query))
+    for path in ("fused", "split"):
+        again, _ = operators.max_cosine(query[moved], rng.permutation(bank), dtype=dtype, path=path)
+        assert (bits(again) == bits(score[moved])).all()
+    whole = operators.segmented_max_cosine(query, bank, [0, len(bank)], dtype=dtype)
+    assert (bits(whole[:, 0]) == bits(score)).all()
+
+
+@dtypes
+def test_float16_features(operators: Operators, dtype: cuda.Dtype) -> None:
+    query, bank = (np.random.default_rng(i).standard_normal((90, 40)).astype(np.float16) for i in range(2))
+    score, index = operators.max_cosine(query, bank, dtype=dtype)
+    wide, wide_index = operators.max_cosine(query.astype(np.float32), bank.astype(np.float32), dtype=dtype)
+    assert (bits(score) == bits(wide)).all() and (index == wide_index).all()
+
+
+@dtypes
+def test_scores_stay_within_one(operators: Operators, dtype: cuda.Dtype) -> None:
+    x = np.abs(np.random.default_rng(0).standard_normal((100, 60))).astype(np.float32)
+    score, index = operators.max_cosine(x, x, dtype=dtype)
+    assert score.max() == 1  # some of the dot products round to more
+    assert (index == np.arange(100)).all()

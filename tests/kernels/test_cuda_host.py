@@ -1,0 +1,96 @@
+"""The CUDA kernels where no GPU is: compiled by the C++ compiler and run on the machine of `cuda_host/host.h`, and what
+nvcc and ptxas said of them."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_contract import *  # noqa: F403  the tests that any machine must pass
+from cuda_contract import Operators
+
+import vmad_edge.kernels
+from vmad_edge.kernels import cuda
+from vmad_edge.kernels.cuda import library
+
+ROOT = Path(__file__).parents[2]
+
+
+class HostArray:
+    """A NumPy array that passes for device memory."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = np.ascontiguousarray(array).copy()
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        about = self.array.__array_interface__
+        return {key: about[key] for key in ("shape", "typestr", "data", "strides")} | {"version": 3}
+
+
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("cuda_host")
+    (folder / "targets.h").write_text('#define VMAD_CUDA_TARGETS "the host"\n')
+    sources = [*sorted((ROOT / "kernels/cuda").glob("*.cu")), ROOT / "tests/kernels/cuda_host/host.cpp"]
+    headers = [f"-I{path}" for path in (folder, ROOT / "kernels/cuda", ROOT / "tests/kernels/cuda_host")]
+    flags = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", *headers, "-x", "c++"]
+    subprocess.run([compiler, *flags, *sources, "-o", folder / "kernels.so"], check=True, timeout=300)
+    return folder / "kernels.so"
+
+
+# How threads take turns (forwards, backwards, shuffled), and the multiprocessors: with one, tiles are large.
+MACHINES = [(0, 1), (1, 40), (7, 4)]
+
+
+@pytest.fixture
+def operators(host_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operators]:
+    monkeypatch.setattr(library, "_path", lambda: host_library)
+    library.library.cache_clear()
+    machines = cycle(MACHINES)
+    set_machine = ctypes.CDLL(str(host_library)).vmad_host_machine
+    yield Operators(HostArray, lambda array: array.array, lambda: set_machine(*next(machines)))
+    library.library.cache_clear()
+
+
+def test_no_kernel_spills_on_any_target() -> None:
+    """What ptxas said when the library was built: it is compiled for every target, and all stays in registers."""
+    reports = [Path(folder) / "libvmad_cuda.registers" for folder in vmad_edge.kernels.__path__]
+    report = next((path.read_text() for path in reports if path.exists()), None)
+    if report is None:
+        pytest.skip("this build has no CUDA kernels")
+    kernels = re.findall(r"Compiling entry function '(\S+)' for 'sm_(\d+)'", report)
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(kernels) == len(spills) > 0
+    assert set(spills) == {("0", "0", "0")}
+    named = re.match(r"([\d, ]+) and PTX of 80", cuda.targets() or "")
+    assert named and {target for _, target in kernels} == set(named[1].split(", "))
+
+
+def test_without_the_library_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(vmad_edge.kernels, "__path__", [str(tmp_path)])
+    library.library.cache_clear()
+    assert cuda.targets() is None
+    with pytest.raises(RuntimeError, match="no nvcc was found when it was installed"):
+        library.library()
+    library.library.cache_clear()
+
+
+@pytest.mark.skipif(cuda.targets() is None, reason="this build has no CUDA kernels")
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists() or Path("/dev/nvhost-gpu").exists(), reason="here is a GPU")
+def test_without_a_gpu_cuda_says_so() -> None:
+    features = HostArray(np.ones((1, 4), np.float32))
+    bank = cuda.DeviceBank(HostArray(np.zeros((1, 64), np.uint8)), None, 4, "float16")
+    with pytest.raises(RuntimeError, match=r"vmad_normalise: CUDA says: .*(driver|device)"):
+        cuda.normalise(features, bank)
