@@ -8,7 +8,7 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vmad-edge
 BIN = .venv/bin
 LLAMA = llama-cpp-python==0.3.36
 PINS = --constraint tests/constraints.txt
-BUILT_FROM = pyproject.toml CMakeLists.txt $(wildcard kernels/include/* kernels/cpu/*)
+BUILT_FROM = pyproject.toml CMakeLists.txt $(wildcard kernels/include/* kernels/cpu/* kernels/cuda/*.*)
 
 # GGML_NATIVE picks AMX code that crashes on Q8_0 (llama.cpp inside 0.3.36); elsewhere than x86 the build chooses.
 ifeq ($(shell uname -m),x86_64)
