@@ -67,12 +67,12 @@ class Inspector:
     def __init__(self, bundle: Bundle, station: Station, device: Device, calibrated: bool = True) -> None:
         self.bundle = bundle
         self.station = station
-        self._screen = Screen(bundle, device)
+        self._screen = Screen(bundle, device, station.plans)
         self._normal = _normal_features(bundle)
         self._calibrated = calibrated
         self._sources: dict[str, SimilaritySource] = {}
         self._lock = threading.Lock()
-        self._reviews = ReviewProcess(bundle.path, self._screen.engines.device)
+        self._reviews = ReviewProcess(bundle.path, self._screen.engines.device, station.plans)
 
     @staticmethod
     def open(

@@ -1,6 +1,6 @@
 """Reviews run in a process of their own, with lower priority, so that they cannot disturb the screen.
 
-The process is started as `python -m vmad_edge.runtime.review BUNDLE DEVICE`; messages go through its standard input
+The process is started as `python -m vmad_edge.runtime.review BUNDLE DEVICE PLANS`; messages go through its standard input
 and output. A message is one line of JSON, {"kind", …, "arrays": {name: [dtype, shape]}}, then the arrays' bytes.
 
     to the process    review (id, question, mode, deadline; pixels, patches, patches_multi)   cancel (id)
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from vmad_edge.runtime.bundle import Answer, Bundle
 from vmad_edge.runtime.engines import Device
+from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features
@@ -95,8 +96,8 @@ class ReviewProcess:
     Thread-safe. A process that died faults its pending reviews; the next review starts a new one.
     """
 
-    def __init__(self, bundle: Path, device: Device) -> None:
-        self._command = [sys.executable, "-m", "vmad_edge.runtime.review", str(bundle), device]
+    def __init__(self, bundle: Path, device: Device, plans: Plans) -> None:
+        self._command = [sys.executable, "-m", "vmad_edge.runtime.review", str(bundle), device, str(plans.folder)]
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._pending: dict[int, PendingReview] = {}
@@ -190,14 +191,14 @@ def _receive(stream: IO[bytes]) -> Message | None:
     return head, arrays
 
 
-def _serve(bundle: Path, device: Device) -> None:
+def _serve(bundle: Path, device: Device, plans: Plans) -> None:
     """The process's side: load the models, then review one message after the other until the input closes."""
     # Standard output carries messages alone; whatever a library prints goes to standard error.
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     os.nice(_NICENESS)
     try:
-        review = Review(Bundle.open(bundle), device)
+        review = Review(Bundle.open(bundle), device, plans)
     except VmadError as error:
         _send(out, {"kind": "broken", "reason": str(error)}, {})
         return
@@ -264,4 +265,4 @@ def _review(
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), cast(Device, sys.argv[2]))
+    _serve(Path(sys.argv[1]), cast(Device, sys.argv[2]), Plans(Path(sys.argv[3])))

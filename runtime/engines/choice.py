@@ -9,7 +9,8 @@ from typing import get_args
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.engines import Device, Engine
 from vmad_edge.runtime.engines.gpu import gpu
-from vmad_edge.runtime.engines.tensorrt import tensorrt
+from vmad_edge.runtime.engines.plans import Plans
+from vmad_edge.runtime.engines.tensorrt import why_not
 from vmad_edge.runtime.errors import VmadError
 
 
@@ -24,15 +25,18 @@ class Engines:
     """What "auto" would rather have taken, and why it did not."""
 
     @staticmethod
-    def choose(bundle: Bundle, device: Device) -> Engines:
+    def choose(bundle: Bundle, device: Device, plans: Plans | None = None) -> Engines:
         """The first device that can run the bundle; one that is named is taken or refused.
+
+        Args:
+            plans: TensorRT's, of the station; without them TensorRT cannot be had.
 
         Raises:
             VmadError: the device cannot be had here; the message says why and what to do.
         """
         passed_over: dict[Device, str] = {}
         for candidate in get_args(Device)[1:] if device == "auto" else (device,):
-            reason = _why_not(candidate)
+            reason = _why_not(candidate, bundle, plans)
             if reason is None:
                 return Engines(bundle, candidate, passed_over)
             passed_over[candidate] = reason
@@ -62,14 +66,10 @@ class Engines:
         return OnnxRuntimeEngine(path, "cuda" if self.device == "cuda" else "cpu")
 
 
-def _why_not(device: Device) -> str | None:
+def _why_not(device: Device, bundle: Bundle, plans: Plans | None) -> str | None:
     """What keeps this machine from it; None: nothing that is known before an engine is opened."""
     if device == "tensorrt":
-        try:
-            tensorrt()
-        except VmadError as error:
-            return str(error)
-        return "plans can be built, but not run yet"
+        return _no_gpu() or why_not(bundle, plans, gpu())
     if device == "openvino":
         return None if find_spec("openvino") else 'OpenVINO is not installed (extra "openvino")'
     if not find_spec("onnxruntime"):
@@ -80,6 +80,10 @@ def _why_not(device: Device) -> str | None:
 
     if "CUDAExecutionProvider" not in get_available_providers():
         return 'this ONNX Runtime has no CUDA (extra "gpu", in place of "cpu")'
+    return _no_gpu()
+
+
+def _no_gpu() -> str | None:
     try:
         gpu()
     except VmadError as error:

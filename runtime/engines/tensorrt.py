@@ -98,6 +98,23 @@ def plan_key(bundle: Bundle, graph: str, trt: TensorRt, gpu: Gpu) -> PlanKey:
     )
 
 
+def why_not(bundle: Bundle, plans: Plans | None, gpu: Gpu) -> str | None:
+    """What keeps TensorRT from running the bundle here; None: nothing."""
+    try:
+        trt = tensorrt()
+    except VmadError as error:
+        return str(error)
+    if plans is None:
+        return "plans are built for a station, and none is known here"
+    reasons = (plans.refusal(graph, plan_key(bundle, graph, trt, gpu)) for graph in graphs(bundle))
+    return next(filter(None, reasons), "its plans fit, but this version of vmad-edge cannot run them yet")
+
+
+def graphs(bundle: Bundle) -> list[str]:
+    """Names of the bundle's graphs."""
+    return sorted(Path(name).stem for name in bundle.manifest.files if name.endswith(".onnx"))
+
+
 def build_plans(
     bundle: Bundle,
     plans: Plans,
@@ -121,7 +138,7 @@ def build_plans(
     """
     trt = tensorrt()
     built: dict[str, str] = {}
-    for graph in sorted(Path(name).stem for name in bundle.manifest.files if name.endswith(".onnx")):
+    for graph in graphs(bundle):
         key = plan_key(bundle, graph, trt, gpu)
         try:
             plans.load(graph, key)

@@ -19,6 +19,7 @@ from PIL import Image
 from vmad_edge.runtime.bundle import Answer, Bundle, Thresholds
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
+from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features
@@ -58,9 +59,9 @@ class Screening:
 class Screen:
     """The fast lane. Thread-safe."""
 
-    def __init__(self, bundle: Bundle, device: Device) -> None:
+    def __init__(self, bundle: Bundle, device: Device, plans: Plans | None = None) -> None:
         self._manifest = bundle.manifest
-        self.engines = Engines.choose(bundle, device)
+        self.engines = Engines.choose(bundle, device, plans)
         self._clip_encoder = self.engines.open("clip_encoder")
         self.provider = self._clip_encoder.provider
 
@@ -135,9 +136,9 @@ class Finding:
 class Review:
     """The slow lane. One review at a time."""
 
-    def __init__(self, bundle: Bundle, device: Device) -> None:
+    def __init__(self, bundle: Bundle, device: Device, plans: Plans | None = None) -> None:
         self._manifest = bundle.for_review
-        engines = Engines.choose(bundle, device)
+        engines = Engines.choose(bundle, device, plans)
         self._ltc_projector = engines.open("ltc_projector")
         self._sam_encoder = engines.open("sam_encoder")
         self._mask_decoder = engines.open("mask_decoder")

@@ -123,9 +123,9 @@ def test_auto_takes_the_best_and_says_why(
 def test_what_cannot_be_had_is_refused_with_the_reason(
     device: Device, demo: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice, "gpu", no_gpu)
+    monkeypatch.setattr(choice, "gpu", lambda: AMPERE)
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
-    monkeypatch.setattr(choice, "tensorrt", tensorrt.tensorrt.__wrapped__)
+    monkeypatch.setattr(tensorrt, "tensorrt", tensorrt.tensorrt.__wrapped__)
     monkeypatch.setattr(tensorrt, "find_spec", lambda name: None)
     with pytest.raises(VmadError, match="is not installed"):
         Engines.choose(demo, device)
