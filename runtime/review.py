@@ -1,7 +1,7 @@
 """Reviews run in a process of their own, with lower priority, so that they cannot disturb the screen.
 
-The process is started as `python -m vmad_edge.runtime.review BUNDLE DEVICE PLANS`; messages go through its standard input
-and output. A message is one line of JSON, {"kind", …, "arrays": {name: [dtype, shape]}}, then the arrays' bytes.
+The process is started as `python -m vmad_edge.runtime.review BUNDLE DEVICE PLANS`; messages go through its standard
+input and output. A message is one line of JSON, {"kind", …, "arrays": {name: [dtype, shape]}}, then the arrays' bytes.
 
     to the process    review (id, question, mode, deadline; pixels, patches, patches_multi)   cancel (id)
     from the process  p_yes (id, p_yes)   text (id, text)   finding (id, …; mask)   fault (id, reason)

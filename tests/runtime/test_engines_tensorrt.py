@@ -15,7 +15,8 @@ import pytest
 from vmad_edge.export.precision import write_fp16
 from vmad_edge.runtime import cli
 from vmad_edge.runtime.bundle import Bundle
-from vmad_edge.runtime.engines import gpu, tensorrt
+from vmad_edge.runtime.engines import choice, gpu, tensorrt
+from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.engines.gpu import Gpu
 from vmad_edge.runtime.engines.plans import PlanKey, Plans
 from vmad_edge.runtime.engines.tensorrt import FLAVOURS, TensorRt, build, build_plans, plan_key
@@ -122,6 +123,20 @@ def test_an_interrupted_build_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         build_plans(small, Plans(tmp_path / "engines"), AMPERE, progress=interrupt)
     assert not list(tmp_path.rglob("*.trt"))
+
+
+def test_a_stale_plan_is_named_when_a_device_is_chosen(
+    small: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = TensorRt(FLAVOURS[0], FakeTensorRt(), "10.3.0")
+    monkeypatch.setattr(tensorrt, "tensorrt", lambda: trt)
+    monkeypatch.setattr(choice, "gpu", lambda: ORIN)
+    plans = Plans(tmp_path / "engines")
+    assert "there is no plan of ltc_projector" in Engines.choose(small, "auto", plans).passed_over["tensorrt"]
+    build_plans(small, plans, replace(ORIN, driver="540.3, CUDA 12.6"))
+    assert "another driver (540.3" in Engines.choose(small, "auto", plans).passed_over["tensorrt"]
+    with pytest.raises(VmadError, match=r"another driver \(540\.3"):
+        Engines.choose(small, "tensorrt", plans)
 
 
 @needs_rtx
