@@ -13,7 +13,11 @@ import onnxruntime as ort
 from vmad_edge.runtime.engines import Arrays, ran_out_of_memory
 from vmad_edge.runtime.errors import BundleError, VmadError
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
+    "cpu": ("CPUExecutionProvider", {}),
+    # TF32 would make an FP32 graph less than that, unasked; doubling arenas would take memory that llama.cpp needs.
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}),
+}
 
 
 class OnnxRuntimeEngine:
@@ -44,7 +48,7 @@ class OnnxRuntimeEngine:
                 raise VmadError(_OUT_OF_MEMORY.format(path=path, error=error)) from None
             raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from None
         found = self._session.get_providers()[0]
-        if found != _PROVIDERS[device]:
+        if found != _PROVIDERS[device][0]:
             raise VmadError(
                 f"device {device!r} was asked for, but ONNX Runtime would run {path.name} with {found}: "
                 f'{_why_no_cuda()}. Install the "gpu" extra with the CUDA and cuDNN that onnxruntime-gpu '
