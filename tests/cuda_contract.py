@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from scipy.interpolate import RegularGridInterpolator
 
 from vmad_edge.kernels import cuda, reference
 
@@ -209,3 +212,132 @@ def test_scores_stay_within_one(operators: Operators, dtype: cuda.Dtype) -> None
     score, index = operators.max_cosine(x, x, dtype=dtype)
     assert score.max() == 1  # some of the dot products round to more
     assert (index == np.arange(100)).all()
+
+
+def preprocess(operators: Operators, frame: Any, kind: cuda.Kind, axes: Any, size: int, **placed: Any) -> Any:
+    """Bytes as they are, [1,3,size,size]."""
+    x, y = (axis.on_device(operators.upload) for axis in axes)
+    values = operators.upload(np.tile(np.arange(256, dtype=np.float32), (3, 1)))
+    pixels = operators.upload(np.full((1, 3, size, size), np.nan, np.float32))
+    workspace = operators.workspace(cuda.preprocess_workspace(x, y))
+    operators.turn()
+    cuda.preprocess(operators.upload(frame), kind, x, y, values, pixels, workspace, **placed)
+    return operators.download(pixels)
+
+
+def photograph(height: int, width: int) -> Any:
+    """[h,w,3] uint8 with edges, slopes and noise."""
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([127 + 120 * np.sin(y / 3 + x / 7), 255.0 * (x // 5 % 2 == y // 4 % 2), 255 * x / width], axis=-1)
+    return np.clip(waves + np.random.default_rng(0).normal(0, 20, waves.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("filter", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(
+    ("height", "width", "target"),
+    [
+        pytest.param(61, 83, 24, id="smaller: antialiased"),
+        pytest.param(19, 13, 40, id="larger"),
+        pytest.param(24, 24, 24, id="the same"),
+        pytest.param(130, 7, 16, id="smaller one way, larger the other"),
+    ],
+)
+def test_preprocess_resizes_as_pillow(operators: Operators, filter: Any, height: int, width: int, target: int) -> None:
+    frame = photograph(height, width)
+    axes = cuda.resize_axis(width, target, filter), cuda.resize_axis(height, target, filter)
+    pixels = preprocess(operators, frame, "rgb8", axes, target)
+    method = getattr(Image.Resampling, filter.upper())
+    expected = Image.fromarray(frame).resize((target, height), method).resize((target, target), method)
+    np.testing.assert_array_equal(pixels[0].transpose(1, 2, 0), np.asarray(expected))
+    if height <= width:  # Pillow 13 takes some tall frames' y first
+        at_once = Image.fromarray(frame).resize((target, target), method)
+        np.testing.assert_array_equal(np.asarray(at_once), np.asarray(expected))
+
+
+def test_preprocess_pads_crops_and_leaves_the_rest_zero(operators: Operators) -> None:
+    frame, colour = photograph(30, 20), (9, 99, 200)
+    axes = cuda.resize_axis(30, 16, "bicubic", 2, 14), cuda.resize_axis(30, 16, "bicubic", 5, 12)
+    pixels = preprocess(operators, frame, "rgb8", axes, 13, left=5, colour=colour)
+    square = Image.new("RGB", (30, 30), colour)
+    square.paste(Image.fromarray(frame), (5, 0))
+    expected = np.asarray(square.resize((16, 16), Image.Resampling.BICUBIC))[5:12, 2:14]
+    np.testing.assert_array_equal(pixels[0, :, :7, :12].transpose(1, 2, 0), expected)
+    assert (pixels[0, :, 7:] == 0).all() and (pixels[0, :, :, 12:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        pytest.param("mono8", cv2.COLOR_GRAY2RGB, id="mono8"),
+        pytest.param("bgr8", cv2.COLOR_BGR2RGB, id="bgr8"),
+        pytest.param("bayer_rg8", cv2.COLOR_BayerRGGB2RGB, id="bayer_rg8"),
+    ],
+)
+@pytest.mark.parametrize("size", [(12, 18), (13, 17), (3, 3)])
+def test_preprocess_decodes_as_opencv(operators: Operators, kind: Any, code: int, size: tuple[int, int]) -> None:
+    frame = photograph(*size) if kind == "bgr8" else np.ascontiguousarray(photograph(*size)[:, :, 0])
+    expected = cv2.cvtColor(frame, code)
+    axes = cuda.resize_axis(size[1], size[1], "bilinear"), cuda.resize_axis(size[0], size[0], "bilinear")
+    pixels = preprocess(operators, frame, kind, axes, max(size))[0, :, : size[0], : size[1]]
+    np.testing.assert_array_equal(pixels.transpose(1, 2, 0), expected)
+
+
+def spread(operators: Operators, scores: Any, y: cuda.Axis, x: cuda.Axis) -> Any:
+    target = operators.upload(np.zeros((len(y.first), len(x.first)), np.float32))
+    axes = y.on_device(operators.upload), x.on_device(operators.upload)
+    operators.turn()
+    cuda.anomaly_map(operators.upload(scores), *axes, target)
+    return operators.download(target)
+
+
+@pytest.mark.parametrize(("grid", "fine", "sigma"), [(5, 70, 4), (9, 63, 0), (4, 16, 9.5), (1, 8, 2)])
+def test_anomaly_map_enlarges_and_smooths_as_opencv(operators: Operators, grid: int, fine: int, sigma: float) -> None:
+    scores = np.random.default_rng(0).random((grid, grid), np.float32)
+    axis = cuda.map_axis(grid, fine, sigma, np.arange(fine))
+    expected = cv2.resize(scores, (fine, fine), interpolation=cv2.INTER_LINEAR)
+    if sigma:
+        expected = cv2.GaussianBlur(expected, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
+    np.testing.assert_allclose(spread(operators, scores, axis, axis), expected, rtol=0, atol=1e-5)
+
+
+def test_anomaly_map_reads_between_pixels_and_knows_what_was_not_inspected(operators: Operators) -> None:
+    scores = np.random.default_rng(0).random((6, 6), np.float32)
+    y, x = np.linspace(-2, 49, 90), np.linspace(3.3, 40.1, 31)
+    found = spread(operators, scores, cuda.map_axis(6, 48, 2, y), cuda.map_axis(6, 48, 2, x))
+    whole = spread(operators, scores, *[cuda.map_axis(6, 48, 2, np.arange(48))] * 2).astype(np.float64)
+    outside = (y < -0.5) | (y > 47.5)
+    assert np.isnan(found[outside]).all() and outside.any()
+    between = RegularGridInterpolator((np.arange(48), np.arange(48)), whole)
+    expected = between(np.stack(np.meshgrid(np.clip(y[~outside], 0, 47), x, indexing="ij"), axis=-1))
+    np.testing.assert_allclose(found[~outside], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "share"),
+    [
+        pytest.param(np.random.default_rng(0).normal(size=5000), 50, id="many blocks"),
+        pytest.param(np.random.default_rng(1).normal(size=(30, 70)) * 1e-3, 21, id="a map"),
+        pytest.param(np.random.default_rng(2).integers(-2, 3, 4321) / 4, 43, id="ties at the edge"),
+        pytest.param(np.full(700, -1.5), 7, id="all equal and negative"),
+        pytest.param(np.array([2.0, np.nan, -1.0]), 1, id="fewer than a hundred: one; NaN left out"),
+        pytest.param(np.where(np.arange(400) % 2, np.nan, np.arange(400)), 2, id="NaN is not counted"),
+        pytest.param(np.array([-0.0, 0.0, -1e-40, 1e-40]), 1, id="around zero"),
+    ],
+)
+def test_top_mean(operators: Operators, values: Any, share: int) -> None:
+    values = values.astype(np.float32)
+    workspace = operators.workspace(cuda.top_mean_workspace(values.size))
+    for _ in range(2):
+        result = operators.upload(np.zeros(2, np.float32))
+        operators.turn()
+        cuda.top_mean(operators.upload(values), result, workspace)
+    assert not operators.used_up(workspace)
+    largest = np.sort(values[~np.isnan(values)].astype(np.float64))[-share:]
+    np.testing.assert_allclose(operators.download(result), [largest[-1], largest.mean()], rtol=1e-6)
+
+
+def test_top_mean_of_nothing_is_nan(operators: Operators) -> None:
+    result = operators.upload(np.zeros(2, np.float32))
+    workspace = operators.workspace(cuda.top_mean_workspace(3))
+    cuda.top_mean(operators.upload(np.full(3, np.nan, np.float32)), result, workspace)
+    assert np.isnan(operators.download(result)).all() and not operators.used_up(workspace)

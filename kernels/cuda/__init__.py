@@ -11,10 +11,25 @@ the largest value and the mean of the largest.
 libvmad_cuda.so is opened at the first call: importing this module needs neither a GPU nor the library.
 """
 
+from vmad_edge.kernels.cuda.images import (
+    Axis,
+    DeviceAxis,
+    Filter,
+    Kind,
+    anomaly_map,
+    map_axis,
+    preprocess,
+    preprocess_workspace,
+    resize_axis,
+    top_mean,
+    top_mean_workspace,
+)
 from vmad_edge.kernels.cuda.library import WORKSPACE_ZEROS, DeviceArray, targets
 from vmad_edge.kernels.cuda.similarity import (
     DeviceBank,
     DeviceOffsets,
+    Dtype,
+    Path,
     max_cosine,
     max_cosine_workspace,
     normalise,
@@ -25,14 +40,27 @@ from vmad_edge.kernels.cuda.similarity import (
 
 __all__ = [
     "WORKSPACE_ZEROS",
+    "Axis",
     "DeviceArray",
+    "DeviceAxis",
     "DeviceBank",
     "DeviceOffsets",
+    "Dtype",
+    "Filter",
+    "Kind",
+    "Path",
+    "anomaly_map",
+    "map_axis",
     "max_cosine",
     "max_cosine_workspace",
     "normalise",
+    "preprocess",
+    "preprocess_workspace",
+    "resize_axis",
     "row_bytes",
     "segmented_max_cosine",
     "segmented_max_cosine_workspace",
     "targets",
+    "top_mean",
+    "top_mean_workspace",
 ]

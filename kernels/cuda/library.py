@@ -50,6 +50,7 @@ def library() -> ctypes.CDLL:
 _SIZE, _INT, _POINTER = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
 _QUERY = (_POINTER, _INT, _SIZE)
 _BANK = (_POINTER, _POINTER, _SIZE, _SIZE, _INT)
+_AXIS = (_POINTER, _POINTER, _INT, _INT)
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     # name: what it returns, its arguments; kernels/cuda/*.cu
     "vmad_targets": (ctypes.c_char_p,),
@@ -62,6 +63,13 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(_INT, *_QUERY, *_BANK),
         *(_POINTER, _POINTER, _SIZE, _INT, _POINTER, _POINTER, _POINTER),
     ),
+    "vmad_preprocess": (
+        *(_INT, _POINTER, _INT, _INT, _INT, _INT, _INT, ctypes.c_char_p, *_AXIS, *_AXIS),
+        *(_INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER),
+    ),
+    "vmad_anomaly_map": (_INT, _POINTER, _INT, *_AXIS, *_AXIS, _POINTER, _POINTER),
+    "vmad_top_mean_workspace": (_SIZE, _SIZE),
+    "vmad_top_mean": (_INT, _POINTER, _SIZE, _INT, _POINTER, _POINTER, _POINTER),
 }
 
 
