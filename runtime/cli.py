@@ -82,7 +82,16 @@ def add_inspect(subcommands: Subcommands) -> None:
     )
     _add_bundle(parser)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="image files, or folders of them (recursive)")
-    parser.add_argument("--references", metavar="DIR", help="compare with the normal parts in DIR, for this run alone")
+    sources = parser.add_mutually_exclusive_group()
+    sources.add_argument("--references", metavar="DIR", help="compare with the normal parts in DIR, for this run alone")
+    sources.add_argument(
+        "--unlabelled",
+        action="store_true",
+        help="compare the frames with each other, whatever they are: the screen ranks them and leaves all UNCERTAIN",
+    )
+    parser.add_argument(
+        "--stream", metavar="N", type=int, default=0, help="find, too, what is unusual among the last N frames"
+    )
     _add_frames(parser)
     parser.add_argument("--question", metavar="TEXT", help="ask this instead; {object} is replaced by the name")
     parser.add_argument("--answer", choices=["full", "short"], help="a whole sentence, or yes/no and the mask")
@@ -95,7 +104,10 @@ def add_inspect(subcommands: Subcommands) -> None:
         help="write a page for people (index.html) and a picture for each frame into DIR",
     )
     parser.add_argument(
-        "--maps", metavar="DIR", type=Path, help="write each frame's float map (.npy) and its mask (.png) into DIR"
+        "--maps",
+        metavar="DIR",
+        type=Path,
+        help="write each frame's float map, a review's language map (.npy) and mask (.png) into DIR",
     )
     parser.set_defaults(run=_inspect)
 
@@ -242,14 +254,17 @@ def _add_frames(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _open(args: argparse.Namespace) -> Inspector:
-    return Inspector.open(args.bundle, args.station, cast(Device, args.device))
+def _open(args: argparse.Namespace, stream: int = 0) -> Inspector:
+    return Inspector.open(args.bundle, args.station, cast(Device, args.device), stream=stream)
 
 
 def _inspect(args: argparse.Namespace) -> int:
     paths = list_images(args.paths)
     done: list[Inspection] = []
-    with _open(args) as inspector:
+    with _open(args, args.stream) as inspector:
+        if args.unlabelled:
+            frames = track(paths, "reading all", console=_err, transient=True)
+            inspector.compare_unlabelled(frames, object=args.object, bit_depth=args.bit_depth)
         if args.references is not None:
             references = track(list_images([args.references]), "enrolling", console=_err, transient=True)
             inspector.enroll(references, object=args.object, keep=False, bit_depth=args.bit_depth)
@@ -285,6 +300,8 @@ def _write_maps(inspection: Inspection, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if inspection.map is not None:
         np.save(folder / f"{file_stem(inspection)}.npy", inspection.map)
+    if inspection.language_map is not None:
+        np.save(folder / f"{file_stem(inspection)}_language.npy", inspection.language_map)
     if inspection.mask is not None:
         Image.fromarray(inspection.mask).save(folder / f"{file_stem(inspection)}_mask.png")
 

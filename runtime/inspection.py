@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.stages.preprocess import View
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels; right and bottom exclusive."""
@@ -52,10 +53,11 @@ class NearestNormal:
 
 @dataclass(frozen=True)
 class Features:
-    """What the review needs of the screen: `patches` [N,D] and `patches_multi` [L,N,D] float32."""
+    """What the review needs of the screen: `patches` [N,D] and `patches_multi` [L,N,D] float32, and where they lie."""
 
     patches: NDArray[np.float32]
     patches_multi: NDArray[np.float32]
+    view: View
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Inspection:
     """Why it was not inspected, or what kept the review from its end."""
     score: float | None = None
     """The screen's image score; None if NOT_INSPECTED."""
-    compared_with: Literal["normal features", "references"] | None = None
+    compared_with: str | None = None
+    """The similarity source: "normal features", "references", either "and stream", or "unlabelled frames"."""
     map: NDArray[np.float32] | None = field(default=None, repr=False)
     """[h,w] anomaly map in the frame's pixels; NaN where the frame was not inspected."""
     regions: tuple[Region, ...] = ()
@@ -77,6 +80,8 @@ class Inspection:
     p_yes: float | None = None
     mask: NDArray[np.bool_] | None = field(default=None, repr=False)
     """[h,w] in the frame's pixels; None without a review, or if P(yes) < 0.5."""
+    language_map: NDArray[np.float32] | None = field(default=None, repr=False)
+    """[h,w], like `map`: DSSL's second similarity, of the review's visual tokens. None without a review."""
     explanation: str | None = None
     seg_forced: bool = False
     """The answer reached its token limit and `<seg>` was forced."""
@@ -87,12 +92,13 @@ class Inspection:
     """Kept until a review has used them."""
 
     def without_arrays(self) -> Inspection:
-        """The same result without pixels, map, mask and pictures: what a long run keeps of each frame."""
+        """The same result without pixels, maps, mask and pictures: what a long run keeps of each frame."""
         return replace(
             self,
             frame=replace(self.frame, pixels=np.zeros((0, 0, 3), np.uint8)),
             map=None,
             mask=None,
+            language_map=None,
             nearest_normal=None,
             features=None,
         )

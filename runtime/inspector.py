@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,13 @@ import numpy as np
 from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, Thresholds
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
-from vmad_edge.runtime.errors import BundleError, VmadError
+from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.frame import Frame, FrameSource
 from vmad_edge.runtime.inspection import Inspection, Region, Verdict, find_regions
 from vmad_edge.runtime.review import PendingReview, ReviewProcess
 from vmad_edge.runtime.stages.language import check_vocabulary
-from vmad_edge.runtime.stages.similarity import NormalFeatures, References
+from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
+from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
 from vmad_edge.runtime.station import Station
 from vmad_edge.runtime.systems.vmad import Finding, Screen, Screening, SimilaritySource
 from vmad_edge.runtime.timing import Stopwatch
@@ -31,8 +33,9 @@ from vmad_edge.runtime.timing import Stopwatch
 class ReviewHandle:
     """A review on its way, and the Inspection that it makes of the screen's."""
 
-    def __init__(self, inspection: Inspection, pending: PendingReview) -> None:
+    def __init__(self, inspection: Inspection, pending: PendingReview, manifest: Manifest) -> None:
         self._inspection = inspection
+        self._manifest = manifest
         self._pending = pending
 
     def wait(self, timeout: float | None = None) -> Inspection:
@@ -47,7 +50,7 @@ class ReviewHandle:
         elif finding.stopped is not None:
             reason = f"the review was stopped: {finding.stopped}"
         after = replace(self._inspection, reason=reason)
-        return after if finding is None else _reviewed(after, finding, self._pending.timings_ms)
+        return after if finding is None else _reviewed(after, finding, self._pending.timings_ms, self._manifest)
 
     def cancel(self) -> None:
         """Stop before the next decode step; `wait` then returns what there is."""
@@ -64,33 +67,45 @@ class Inspector:
     Thread-safe: several threads may inspect at once; their reviews queue for the one review process.
     """
 
-    def __init__(self, bundle: Bundle, station: Station, device: Device, calibrated: bool = True) -> None:
+    def __init__(
+        self, bundle: Bundle, station: Station, device: Device, calibrated: bool = True, stream: int = 0
+    ) -> None:
         self.bundle = bundle
         self.station = station
         self._screen = Screen(bundle, device, station.plans)
         self._normal = _normal_features(bundle)
-        self._calibrated = calibrated
+        self._calibrated, self._stream = calibrated, stream
         self._sources: dict[str, SimilaritySource] = {}
         self._lock = threading.Lock()
         self._reviews = ReviewProcess(bundle.path, self._screen.engines.device, station.plans)
 
     @staticmethod
     def open(
-        bundle: Path | str, station: Path | str | None = None, device: Device = "auto", calibrated: bool = True
+        bundle: Path | str,
+        station: Path | str | None = None,
+        device: Device = "auto",
+        calibrated: bool = True,
+        stream: int = 0,
     ) -> Inspector:
         """Verify the bundle and make its screen ready; the review's models load when they are first needed.
 
         Args:
             station: the device's own folder; None takes the user's data folder.
             calibrated: use the station's calibrations; False leaves the bundle's and the references' thresholds.
+            stream: compare each frame with this many of its object's last frames too (see `Stream`); 0: do not.
 
         Raises:
+            VmadError: a stream of too few frames.
             BundleError: the bundle must not be used.
         """
+        if stream and stream < LEAST_STREAM:
+            raise VmadError(f"stream: expected 0 or at least {LEAST_STREAM} frames, got {stream}")
         opened = Bundle.open(bundle)
         if isinstance(opened.manifest, Manifest):  # else the review alone would find out, frame by frame
             check_vocabulary(opened.file("llm.gguf"), opened.manifest.language)
-        return Inspector(opened, Station(None if station is None else Path(station), opened), device, calibrated)
+        return Inspector(
+            opened, Station(None if station is None else Path(station), opened), device, calibrated, stream
+        )
 
     def __enter__(self) -> Inspector:
         return self
@@ -185,7 +200,7 @@ class Inspector:
         asked = (question or manifest.conversation.question).replace("{object}", inspection.object)
         mode = answer or manifest.language.answer
         pending = self._reviews.submit(inspection.frame, inspection.features, asked, mode, deadline)
-        return ReviewHandle(inspection, pending)
+        return ReviewHandle(inspection, pending, manifest)
 
     def enroll(
         self,
@@ -209,13 +224,29 @@ class Inspector:
         if keep:
             self.station.save_references(name, references)
         with self._lock:
-            self._sources[name] = references
+            self._sources[name] = self._with_stream(references)
         return references
+
+    def compare_unlabelled(
+        self, frames: Iterable[FrameSource], *, object: str | None = None, bit_depth: int | None = None
+    ) -> None:
+        """From now on compare `object`'s frames with each other: `frames` are all that will be inspected.
+
+        Nobody said that they are normal, so there are no thresholds and the screen's verdict is UNCERTAIN. Those that
+        cannot be read are left out.
+
+        Raises:
+            FrameError: too few frames that can be read, see `Unlabelled`.
+        """
+        source = self._screen.unlabelled(_readable(frames, bit_depth))
+        with self._lock:
+            self._sources[self._object(object)] = source
 
     def heat_top(self, object: str | None = None) -> float:
         """The map value to draw in the hottest colour: against references twice where DEFECT begins, else 1."""
         source = self._source(self._object(object))
-        return 2 * source.thresholds.defect_above if isinstance(source, References) and source.thresholds else 1.0
+        by_references = isinstance(_beside(source), References)
+        return 2 * source.thresholds.defect_above if by_references and source.thresholds else 1.0
 
     def _object(self, object: str | None) -> str:
         return self.bundle.manifest.object if object is None else object
@@ -232,8 +263,11 @@ class Inspector:
                 calibration = self.station.load_calibration(object) if self._calibrated else None
                 if calibration is not None:
                     source.thresholds = calibration.thresholds
-                self._sources[object] = source
+                self._sources[object] = self._with_stream(source)
             return self._sources[object]
+
+    def _with_stream(self, source: NormalFeatures | References) -> SimilaritySource:
+        return Stream(source, self.bundle.manifest.similarity, self._stream) if self._stream else source
 
     def _screened(self, source: FrameSource, object: str, deadline: float | None, bit_depth: int | None) -> Inspection:
         watch = Stopwatch()
@@ -278,9 +312,9 @@ class Inspector:
         verdict = verdict_of(screening.score, source.thresholds)
         regions: tuple[Region, ...] = ()
         nearest = None
-        row, patch_score = screening.worst
-        if isinstance(source, References):
-            nearest = source.nearest(row, 1 - patch_score, self.bundle.manifest.vision.grid)
+        references = _beside(source)
+        if isinstance(references, References):
+            nearest = references.nearest(*screening.worst, self.bundle.manifest.vision.grid)
         if source.thresholds is not None and verdict is not Verdict.GOOD:
             # Smoothing can press a lone patch's peak below the threshold; its place is a region all the same.
             level = min(source.thresholds.good_below, 0.9 * float(np.nanmax(screening.map)))
@@ -290,7 +324,7 @@ class Inspector:
             object,
             verdict,
             score=screening.score,
-            compared_with="references" if isinstance(source, References) else "normal features",
+            compared_with=source.kind,
             map=screening.map,
             regions=regions,
             nearest_normal=nearest,
@@ -298,6 +332,16 @@ class Inspector:
             deadline_met=deadline_met,
             features=screening.features,
         )
+
+
+def _beside(source: SimilaritySource) -> SimilaritySource:
+    return source.beside if isinstance(source, Stream) else source
+
+
+def _readable(frames: Iterable[FrameSource], bit_depth: int | None) -> Iterator[Frame]:
+    for frame in frames:
+        with suppress(FrameError):
+            yield Frame.read(frame, bit_depth)
 
 
 def _normal_features(bundle: Bundle) -> NormalFeatures | None:
@@ -313,7 +357,7 @@ def verdict_of(score: float, thresholds: Thresholds | None) -> Verdict:
     return Verdict.DEFECT if score >= thresholds.defect_above else Verdict.UNCERTAIN
 
 
-def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, float]) -> Inspection:
+def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, float], manifest: Manifest) -> Inspection:
     """The screen's Inspection with what the review found: it may settle UNCERTAIN, never turn DEFECT into GOOD."""
     after = replace(
         inspection,
@@ -326,6 +370,11 @@ def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, fl
     if inspection.verdict is Verdict.UNCERTAIN:
         settled = Verdict.DEFECT if finding.p_yes >= 0.5 else Verdict.GOOD
         after = replace(after, verdict=settled, decided_by="review")
+    if finding.token_scores is not None and inspection.features is not None:
+        size = inspection.frame.pixels.shape[0], inspection.frame.pixels.shape[1]
+        scores, view = finding.token_scores, inspection.features.view
+        language_map = anomaly_map(scores, view, manifest.similarity, manifest.clip.size, size)
+        after = replace(after, language_map=language_map)
     if finding.mask is not None and inspection.map is not None:
         regions = find_regions(finding.mask, inspection.map) or inspection.regions
         after = replace(after, mask=finding.mask, regions=regions)

@@ -3,8 +3,8 @@
 The process is started as `python -m vmad_edge.runtime.review BUNDLE DEVICE PLANS`; messages go through its standard
 input and output. A message is one line of JSON, {"kind", …, "arrays": {name: [dtype, shape]}}, then the arrays' bytes.
 
-    to the process    review (id, question, mode, deadline; pixels, patches, patches_multi)   cancel (id)
-    from the process  p_yes (id, p_yes)   text (id, text)   finding (id, …; mask)   fault (id, reason)
+    to the process    review (id, question, mode, deadline, view; pixels, patches, patches_multi)   cancel (id)
+    from the process  p_yes (id, p_yes)   text (id, text)   finding (id, …; token_scores, mask)   fault (id, reason)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -32,6 +32,7 @@ from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features
+from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.systems.vmad import Finding, Review
 from vmad_edge.runtime.timing import Stopwatch
 
@@ -83,6 +84,7 @@ class PendingReview:
                 None if mask is None else mask.astype(bool),
                 head["seg_forced"],
                 head["stopped"],
+                arrays["token_scores"],
             )
         else:
             self.fault = head["reason"]
@@ -117,6 +119,7 @@ class ReviewProcess:
             number = self._next_id = self._next_id + 1
             pending = self._pending[number] = PendingReview(lambda: self._send_cancel(number))
             head = {"kind": "review", "id": number, "question": question, "mode": mode, "deadline": deadline}
+            head["view"] = astuple(features.view)
             arrays: dict[str, NDArray[Any]] = {
                 "pixels": frame.pixels,
                 "patches": features.patches,
@@ -229,12 +232,11 @@ def _serve(bundle: Path, device: Device, plans: Plans) -> None:
         try:
             finding, timings = _review(review, head, arrays, tell, stop)
             fields = asdict(finding)
-            mask = fields.pop("mask")
-            _send(
-                out,
-                {"kind": "finding", "id": number, **fields, "timings_ms": timings},
-                {} if mask is None else {"mask": mask.astype(np.uint8)},
-            )
+            arrays = {"token_scores": fields.pop("token_scores")}
+            if (mask := fields.pop("mask")) is not None:
+                arrays["mask"] = mask.astype(np.uint8)
+            del fields["mask_logits"]
+            _send(out, {"kind": "finding", "id": number, **fields, "timings_ms": timings}, arrays)
         except Exception as error:  # a fault in one review must not end the next ones
             _send(out, {"kind": "fault", "id": number, "reason": f"{type(error).__name__}: {error}"}, {})
         cancelled.discard(number)
@@ -248,7 +250,7 @@ def _review(
     stop: Callable[[], str | None],
 ) -> tuple[Finding, dict[str, float]]:
     watch = Stopwatch()
-    features = Features(arrays["patches"], arrays["patches_multi"])
+    features = Features(arrays["patches"], arrays["patches_multi"], View(*head["view"]))
     frame = Frame(arrays["pixels"], str(head["id"]))
     with watch("review"):
         finding = review.run(

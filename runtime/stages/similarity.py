@@ -23,10 +23,14 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class PatchScores:
-    """`score` [N]: 0 normal … 1 (against references: up to 2) abnormal. `index` [N]: the nearest normal row."""
+    """`score` [N]: 0 normal … 1 (against frames: up to 2) abnormal. `index` [N]: the nearest row; −1: a source without.
+
+    `similarity` [N]: the cosine to it.
+    """
 
     score: Floats
     index: NDArray[np.int64]
+    similarity: Floats
 
 
 class NormalFeatures:
@@ -36,6 +40,8 @@ class NormalFeatures:
     with normal ones alone, 1 − s_normal. [ASSUME: VMAD publishes no formula; this is WinCLIP's text rule on
     visual features.]
     """
+
+    kind = "normal features"
 
     def __init__(self, path: Path, spec: Similarity) -> None:
         features = load_file(path)
@@ -49,9 +55,9 @@ class NormalFeatures:
         """`patches` [N,D] → scores [N]."""
         normal, index = max_cosine(patches, self._normal)
         if self._abnormal is None:
-            return PatchScores(1 - normal, index)
+            return PatchScores(1 - normal, index, normal)
         abnormal, _ = max_cosine(patches, self._abnormal)
-        return PatchScores(1 / (1 + np.exp((normal - abnormal) / self._temperature)), index)
+        return PatchScores(1 / (1 + np.exp((normal - abnormal) / self._temperature)), index, normal)
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ class References:
         patch: [M] each row's patch number (row-major in the grid) in its frame.
     """
 
+    kind = "references"
+
     def __init__(
         self,
         features: Floats,
@@ -88,8 +96,8 @@ class References:
 
     def compare(self, patches: Floats) -> PatchScores:
         """`patches` [N,D] → 1 − the largest cosine to the bank (PatchCore's and AnomalyDINO's nearest neighbour)."""
-        score, index = max_cosine(patches, self._bank)
-        return PatchScores(1 - score, index)
+        similarity, index = max_cosine(patches, self._bank)
+        return PatchScores(1 - similarity, index, similarity)
 
     def take(self, rows: NDArray[np.int64]) -> References:
         """Only these rows, which ascend; the frames stay, even those that none is left of."""
@@ -118,6 +126,15 @@ class References:
         top, left = (max(0, round((place - 1) * cell)) for place in (y, x))
         bottom, right = (round((place + 2) * cell) for place in (y, x))
         return NearestNormal(frame.id, box, similarity, picture[top:bottom, left:right])
+
+
+def token_scores(visual_tokens: Floats, semantic_normal: Floats, spec: Similarity) -> Floats:
+    """DSSL's similarity in the LLM's space: `visual_tokens` [K,H] and the normal semantic token [1,H] → [K], 0 … 1.
+
+    The sigmoid of −cosine / temperature. [ASSUME: VMAD publishes no formula; the reference model is trained with it.]
+    """
+    cosine, _ = max_cosine(visual_tokens, semantic_normal)
+    return np.asarray(1 / (1 + np.exp(cosine / spec.temperature)), np.float32)
 
 
 def coreset(features: Floats, share: float) -> NDArray[np.int64]:

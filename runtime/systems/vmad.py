@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.numpy import load_file
 
 from vmad_edge.runtime.bundle import Answer, Bundle, Thresholds
 from vmad_edge.runtime.engines import Device
@@ -35,13 +36,16 @@ from vmad_edge.runtime.stages.similarity import (
     image_score,
     inspected_patches,
     leave_one_out_thresholds,
+    token_scores,
 )
+from vmad_edge.runtime.stages.unlabelled import Unlabelled
 from vmad_edge.runtime.timing import Stopwatch
 
 
 class SimilaritySource(Protocol):
-    """What a frame's patches are compared with: the bundle's normal features, or enrolled references."""
+    """What a frame's patches are compared with: normal features, references, or unlabelled frames."""
 
+    kind: str
     thresholds: Thresholds | None
 
     def compare(self, patches: NDArray[np.float32]) -> PatchScores: ...
@@ -53,7 +57,7 @@ class Screening:
     score: float
     map: NDArray[np.float32]
     worst: tuple[int, float]
-    """Of the most abnormal patch: the nearest row of the similarity source, and the patch's score."""
+    """Of the most abnormal patch: the nearest row of the similarity source, and the cosine to it."""
 
 
 class Screen:
@@ -69,7 +73,8 @@ class Screen:
         """One frame against `source`."""
         similarity = self._manifest.similarity
         size = frame.pixels.shape[0], frame.pixels.shape[1]
-        features, view = self._encode(frame, watch)
+        features = self._encode(frame, watch)
+        view = features.view
         with watch("similarity"):
             found = source.compare(features.patches)
         with watch("map"):
@@ -77,7 +82,7 @@ class Screen:
             score = image_score(found.score[inspected], similarity)
             heat = anomaly_map(found.score, view, similarity, self._manifest.clip.size, size)
             worst = int(np.argmax(np.where(inspected, found.score, -np.inf)))
-        return Screening(features, score, heat, (int(found.index[worst]), float(found.score[worst])))
+        return Screening(features, score, heat, (int(found.index[worst]), float(found.similarity[worst])))
 
     def enroll(self, frames: Iterable[Frame]) -> References:
         """Patch features of normal frames, with leave-one-frame-out thresholds. Holds one frame at a time.
@@ -89,12 +94,13 @@ class Screen:
         features, patches, enrolled, start = [], [], [], 0
         for frame in frames:
             size = frame.pixels.shape[0], frame.pixels.shape[1]
-            encoded, view = self._encode(frame, Stopwatch())
-            rows = np.flatnonzero(inspected_patches(view, grid, size))
+            encoded = self._encode(frame, Stopwatch())
+            rows = np.flatnonzero(inspected_patches(encoded.view, grid, size))
             features.append(encoded.patches[rows])
             patches.append(rows.astype(np.int32))
-            enrolled.append(EnrolledFrame(frame.id, start, start + len(rows), view, size, self._jpeg(frame, view)))
-            start += len(rows)
+            stop, picture = start + len(rows), self._jpeg(frame, encoded.view)
+            enrolled.append(EnrolledFrame(frame.id, start, stop, encoded.view, size, picture))
+            start = stop
         if not enrolled:
             raise FrameError("expected at least one normal frame to enroll, found none")
         whole = References(np.concatenate(features), np.concatenate(patches), tuple(enrolled), None)
@@ -103,13 +109,21 @@ class Screen:
         whole.thresholds = leave_one_out_thresholds(whole, similarity, kept)
         return whole if kept is None else whole.take(kept)
 
-    def _encode(self, frame: Frame, watch: Stopwatch) -> tuple[Features, View]:
+    def unlabelled(self, frames: Iterable[Frame]) -> Unlabelled:
+        """Frames to be compared with each other. Holds one frame, and every frame's patches.
+
+        Raises:
+            FrameError: too few frames.
+        """
+        return Unlabelled(self._encode(frame, Stopwatch()).patches for frame in frames)
+
+    def _encode(self, frame: Frame, watch: Stopwatch) -> Features:
         with watch("preprocess"):
             pixels, view = clip_pixels(frame, self._manifest.clip)
         with watch("clip_encoder"):
             out = self._clip_encoder.run({"clip_pixels": pixels})
         levels = out.get("patches_multi", out["patches"][:, None])  # a graph without them screens only
-        return Features(out["patches"][0], levels[0]), view
+        return Features(out["patches"][0], levels[0], view)
 
     def _jpeg(self, frame: Frame, view: View) -> bytes:
         """What CLIP saw of the frame, as a small picture for people."""
@@ -129,6 +143,8 @@ class Finding:
     mask: NDArray[np.bool_] | None
     seg_forced: bool
     stopped: str | None
+    token_scores: NDArray[np.float32] | None = None
+    """[K], 0 … 1: DSSL's second similarity. None before the review ended."""
     mask_logits: NDArray[np.float32] | None = None
     """[h,w]; the mask is where they are above 0. They stay in the review's process."""
 
@@ -145,6 +161,7 @@ class Review:
         self._language = LanguageModel(
             bundle.file("llm.gguf"), self._manifest.language, self._manifest.conversation, gpu=engines.on_gpu
         )
+        self._semantic_normal = load_file(bundle.file("similarity.safetensors"))["semantic_normal"]
         self._beside = ThreadPoolExecutor(1, "sam_encoder")
 
     def run(
@@ -182,7 +199,8 @@ class Review:
                 size = frame.pixels.shape[0], frame.pixels.shape[1]
                 logits = mask_logits(decoded["low_res_masks"][0, 0], covered, self._manifest.sam.size, size)
         mask = None if logits is None else logits > 0
-        return Finding(answer.p_yes, answer.text, mask, answer.seg_forced, answer.stopped, logits)
+        scores = token_scores(projected["visual_tokens"][0], self._semantic_normal, self._manifest.similarity)
+        return Finding(answer.p_yes, answer.text, mask, answer.seg_forced, answer.stopped, scores, logits)
 
     def _embed(self, frame: Frame, watch: Stopwatch) -> tuple[NDArray[np.float32], tuple[int, int]]:
         with watch("sam_encoder"):

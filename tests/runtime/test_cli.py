@@ -101,7 +101,9 @@ def test_maps(tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path) -> 
     vmad("inspect", tiny_bundle, "odd", "broken", "--station", station, "--maps", tmp_path, cwd=parts)
     heat = np.load(tmp_path / "odd_odd.png.npy")
     assert heat.shape == (64, 64) and heat.dtype == np.float32 and np.isfinite(heat).all()
-    masks = {path.name for path in tmp_path.iterdir()} - {"odd_odd.png.npy"}
+    language = np.load(tmp_path / "odd_odd.png_language.npy")
+    assert language.shape == (64, 64) and language.dtype == np.float32 and np.isfinite(language).all()
+    masks = {path.name for path in tmp_path.iterdir()} - {"odd_odd.png.npy", "odd_odd.png_language.npy"}
     assert masks <= {"odd_odd.png_mask.png"}  # a mask if P(yes) came out above 0.5
     for name in masks:
         assert np.asarray(Image.open(tmp_path / name)).shape == (64, 64)

@@ -55,6 +55,8 @@ def test_sources_give_the_same(inspector: Inspector, tmp_path: Path) -> None:
 
 def test_review(inspector: Inspector) -> None:
     result = inspector.inspect(image(0), object="screw", answer="full")
+    assert result.language_map is not None and result.language_map.shape == (60, 80)
+    assert (result.language_map > 0).all() and (result.language_map < 1).all() and np.ptp(result.language_map) > 0
     assert result.p_yes is not None and result.reason is None
     assert result.decided_by == "review"  # it was UNCERTAIN
     assert result.verdict is (Verdict.DEFECT if result.p_yes >= 0.5 else Verdict.GOOD)

@@ -22,6 +22,7 @@ from vmad_edge.runtime.stages.similarity import (
     image_score,
     inspected_patches,
     leave_one_out_thresholds,
+    token_scores,
 )
 
 RNG = np.random.default_rng(0)
@@ -50,6 +51,14 @@ def test_normal_features(abnormal: bool, tmp_path: Path) -> None:
         expected = (np.exp(logits) / np.exp(logits).sum(0))[1]
     np.testing.assert_allclose(found.score, expected, atol=1e-5)
     np.testing.assert_array_equal(found.index, cosine["visual_normal"].argmax(1))
+
+
+def test_token_scores() -> None:
+    tokens, normal = features(9, 8), features(1, 8)
+    found = token_scores(tokens, normal, Similarity(temperature=0.1))
+    cosine = (unit(tokens).astype(np.float64) @ unit(normal).astype(np.float64).T)[:, 0]
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(cosine / 0.1)), atol=1e-5)
+    assert (token_scores(normal, normal, Similarity()) < 0.01).all()  # the normal token itself
 
 
 @pytest.mark.parametrize(

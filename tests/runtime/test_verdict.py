@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from examples import MANIFEST as FIELDS
 
-from vmad_edge.runtime.bundle import Thresholds
+from vmad_edge.runtime.bundle import Manifest, Thresholds
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import ReviewHandle, verdict_of
 from vmad_edge.runtime.review import PendingReview
 from vmad_edge.runtime.systems.vmad import Finding
 
+MANIFEST = Manifest.model_validate({**FIELDS, "files": {}})
 GOOD, DEFECT, UNCERTAIN = Verdict.GOOD, Verdict.DEFECT, Verdict.UNCERTAIN
 
 
@@ -40,7 +42,7 @@ def test_review_settles_uncertain_alone(screen: Verdict, p_yes: float, expected:
     mask[1:3, 1:] = True
     pending.finding = Finding(p_yes, "Yes. A pit.", mask, False, None)
     pending._ended.set()
-    after = ReviewHandle(screened(screen), pending).wait()
+    after = ReviewHandle(screened(screen), pending, MANIFEST).wait()
     assert (after.verdict, after.decided_by) == (expected, decided_by)
     assert after.explanation == "Yes. A pit."
     assert [region.area for region in after.regions] == [6]
@@ -51,7 +53,7 @@ def test_a_fault_in_the_review_leaves_the_verdict(screen: Verdict) -> None:
     pending = PendingReview(lambda: None)
     pending.fault = "out of memory"
     pending._ended.set()
-    after = ReviewHandle(screened(screen), pending).wait()
+    after = ReviewHandle(screened(screen), pending, MANIFEST).wait()
     assert (after.verdict, after.decided_by) == (screen, "screen")
     assert after.reason == "review failed: out of memory"
 
@@ -64,7 +66,7 @@ def test_a_late_review_gives_what_it_has(screen: Verdict, p_yes: float | None, e
     if p_yes is not None:
         for kind, value in (("p_yes", p_yes), ("text", "Yes."), ("text", " A pit")):
             pending._receive({"kind": kind, kind: value}, {})
-    after = ReviewHandle(screened(screen), pending).wait(0.01)
+    after = ReviewHandle(screened(screen), pending, MANIFEST).wait(0.01)
     assert (after.verdict, after.p_yes) == (expected, p_yes)
     assert after.explanation == (None if p_yes is None else "Yes. A pit")
     assert after.reason == "the review did not end in time" and after.mask is None
