@@ -31,7 +31,7 @@ from vmad_edge.kernels import _cpu
 from vmad_edge.kernels._cpu import paths
 from vmad_edge.kernels.bank import Dtype, Features, ReferenceBank, path_number, rows_of
 
-__all__ = ["Dtype", "ReferenceBank", "max_cosine", "mutual_score", "paths", "segmented_max_cosine"]
+__all__ = ["Dtype", "ReferenceBank", "interval_mean", "max_cosine", "mutual_score", "paths", "segmented_max_cosine"]
 
 _FRAMES_ROWS = 2304  # query rows a call of mutual_score: enough that preparing the bank anew costs little
 
@@ -117,8 +117,7 @@ def mutual_score(features: Features, interval: float = 0.3, *, threads: int | No
     if not 0 < interval <= 1:
         raise ValueError(f"interval: expected a share above 0 and at most 1, got {interval}")
     frames, patches, width = features.shape
-    count = int(interval * (frames - 1))
-    if count == 0:
+    if int(interval * (frames - 1)) == 0:
         least = math.ceil(1 / interval) + 1
         raise ValueError(f"features: expected at least {least} frames for an interval of {interval}, got {frames}")
     rows = rows_of("features", features.reshape(-1, width))
@@ -129,9 +128,21 @@ def mutual_score(features: Features, interval: float = 0.3, *, threads: int | No
         query = rows[first * patches : (first + together) * patches]
         cosine = segmented_max_cosine(query, rows, offsets, threads=threads).reshape(-1, patches, frames)
         for frame, own in enumerate(cosine, first):
-            distance = np.sqrt(2 - 2 * np.delete(own, frame, axis=1))
-            score[frame] = np.partition(distance, count - 1, axis=1)[:, :count].mean(axis=1)
+            score[frame] = interval_mean(np.delete(own, frame, axis=1), interval)
     return score
+
+
+def interval_mean(cosine: NDArray[np.float32], interval: float = 0.3) -> NDArray[np.float32]:
+    """Best cosines to each of S frames, [N,S], to `mutual_score`'s scores [N].
+
+    Raises:
+        ValueError: the interval holds none of the S.
+    """
+    count = int(interval * cosine.shape[1])
+    if count == 0:
+        raise ValueError(f"cosine: expected more than {cosine.shape[1]} frames for an interval of {interval}")
+    least = np.sqrt(2 - 2 * -np.partition(-cosine, count - 1, axis=1)[:, :count])
+    return np.asarray(least.mean(axis=1))
 
 
 def _bank(bank: Features | ReferenceBank, width: int) -> tuple[_cpu.Bank, int]:
