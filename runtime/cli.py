@@ -151,6 +151,9 @@ def add_evaluate(subcommands: Subcommands) -> None:
         default=0,
         help="normal frames to enroll a category, or all; default: 0, the bundle's own normal features",
     )
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="enroll nothing; compare a category's test frames with each other"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of those frames; default: %(default)s")
     parser.add_argument("--categories", nargs="+", metavar="NAME", default=[], help="these only")
     parser.add_argument(
@@ -421,6 +424,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         shots=args.shots,
         seed=args.seed,
         review=args.review,
+        unlabelled=args.unlabelled,
         categories=args.categories,
         device=cast(Device, args.device),
         progress=lambda frames, name: track(frames, name, console=_err, transient=True),

@@ -45,6 +45,7 @@ class Settings(Record):
     shots: Shots
     seed: int
     review: bool
+    unlabelled: bool = False
 
 
 class FrameResult(Record):
@@ -119,6 +120,7 @@ def evaluate(
     shots: Shots = 0,
     seed: int = 0,
     review: bool = False,
+    unlabelled: bool = False,
     categories: Iterable[str] = (),
     device: Device = "auto",
     progress: Progress = lambda frames, _: frames,
@@ -131,12 +133,24 @@ def evaluate(
     Args:
         shots: normal frames to enroll before a category, drawn with `seed`; 0 compares with the bundle's features.
         review: ask the language model about every frame too.
+        unlabelled: enroll nothing; compare a category's frames to test with each other.
 
     Raises:
-        VmadError: `out` belongs to another run, or a category has fewer normal frames than `shots`.
-        FrameError: the data set is not readable, see `read_dataset` and `LabelledFrame.read_mask`.
+        VmadError: `out` belongs to another run, a category has fewer normal frames than `shots`, or there are shots
+            for an evaluation without labels.
+        FrameError: the data set is not readable, see `read_dataset` and `LabelledFrame.read_mask`; too few frames to
+            compare with each other.
     """
-    settings = Settings(bundle=bundle.hash, dataset=str(dataset.resolve()), shots=shots, seed=seed, review=review)
+    if unlabelled and shots:
+        raise VmadError(f"expected --shots 0 where frames are compared with each other, got {shots}")
+    settings = Settings(
+        bundle=bundle.hash,
+        dataset=str(dataset.resolve()),
+        shots=shots,
+        seed=seed,
+        review=review,
+        unlabelled=unlabelled,
+    )
     found = read_dataset(dataset, categories)
     out.mkdir(parents=True, exist_ok=True)
     earlier = _kept(out / "settings.json", Settings)
@@ -170,7 +184,8 @@ def _evaluate_category(
     inspector: Inspector, category: Category, settings: Settings, folder: Path, progress: Progress
 ) -> CategoryResult:
     references = _drawn(category, settings)
-    enrolled = hashlib.sha256("".join(map(sha256, references)).encode()).hexdigest()
+    known = [frame.path for frame in category.test] if settings.unlabelled else references
+    enrolled = hashlib.sha256("".join(map(sha256, known)).encode()).hexdigest()
     made_of = {
         frame.name: (sha256(frame.path), sha256(frame.mask) if frame.mask else "", enrolled) for frame in category.test
     }
@@ -178,14 +193,17 @@ def _evaluate_category(
     if before is not None and {frame.name: frame.made_of for frame in before.frames} == made_of:
         return before
     name = category.name.replace("_", " ")
-    ready = not references
+    ready = not known
     for frame in progress(category.test, category.name):
         place = folder / "frames" / frame.name
         kept = _kept(place / "result.json", FrameResult)
         if kept is not None and kept.made_of == made_of[frame.name] and (place / "scores.npy").exists():
             continue
         if not ready:
-            inspector.enroll(references, object=name, keep=False)
+            if settings.unlabelled:
+                inspector.compare_unlabelled(known, object=name)
+            else:
+                inspector.enroll(references, object=name, keep=False)
             ready = True
         inspection = inspector.inspect(frame.path, object=name, review=False)
         if settings.review and inspection.features is not None:

@@ -151,3 +151,24 @@ def test_inspect_unlabelled(tiny_bundle: Path, tmp_path: Path, capsys: pytest.Ca
     few = [str(folder / f"{seed}.png") for seed in range(4)]
     assert main(["inspect", str(tiny_bundle), *few, "--unlabelled", *station]) == 2
     assert "expected at least 5 frames to compare with each other, found 4" in capsys.readouterr().err
+
+
+def test_evaluate_unlabelled(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The scores are those of the folder inspected against itself; another kind of run is not continued."""
+    dataset = tmp_path / "nut"
+    for place in ("train/good/0", *(f"test/good/{n}" for n in range(5)), "test/spot/0"):
+        path = dataset / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image(len(list(dataset.rglob("*.png"))), spot="spot" in place)).save(path)
+    out = ["--out", str(tmp_path / "out"), "--device", "cpu", "--json"]
+    assert main(["evaluate", str(tiny_bundle), str(dataset), "--unlabelled", *out]) == 0
+    assert json.loads(capsys.readouterr().out)["categories"]["nut"]["image_auroc"] == 1
+    station = ["--station", str(tmp_path / "station"), "--device", "cpu", "--no-review", "--json"]
+    main(["inspect", str(tiny_bundle), str(dataset / "test"), "--unlabelled", *station])
+    inspected = {Path(each["path"]).parent.name: each["score"] for each in json.loads(capsys.readouterr().out)}
+    result = json.loads((tmp_path / "out/nut/frames/test/spot/0.png/result.json").read_text())
+    assert result["score"] == pytest.approx(inspected["spot"], abs=1e-6)
+    assert main(["evaluate", str(tiny_bundle), str(dataset), *out]) == 2
+    assert "holds another evaluation: unlabelled True, now False" in capsys.readouterr().err
+    assert main(["evaluate", str(tiny_bundle), str(dataset), "--unlabelled", "--shots", "1", *out]) == 2
+    assert "expected --shots 0" in capsys.readouterr().err
