@@ -240,7 +240,8 @@ def benchmark(
                 inspector=inspector_mib, with_banks=peak_mib(os.getpid()), review=peak_mib(inspector.review_pid)
             )
             provider, engines = inspector.provider, inspector.engines
-    batches = _batches(engines.open("clip_encoder"), manifest.clip, frames, max(3, repeats // 10), progress)
+    sizes = [size for size in BATCHES if size <= manifest.dynamic_axes.get("batch", 1)]
+    batches = _batches(engines.open("clip_encoder"), sizes, manifest.clip, frames, max(3, repeats // 10), progress)
     return Benchmark(
         run=run.end(),
         settings=Settings(
@@ -386,7 +387,7 @@ def repeated(few: References, frames: int) -> References:
     placed = tuple(
         replace(frame, start=start, stop=end) for frame, start, end in zip(chosen, [0, *ends], ends, strict=False)
     )
-    return References(few.features[rows], few.patch[rows], placed, few.thresholds)
+    return References(few.features[rows], few.patch[rows], placed, few.thresholds, few.beside)
 
 
 def _screen_of(inspector: Inspector, object: str) -> Thing:
@@ -411,12 +412,17 @@ def _take_references(inspector: Inspector, station: Station, object: str, frames
 
 
 def _batches(
-    engine: Engine, clip: ClipInput, frames: Sequence[FrameSource], turns: int, progress: Progress
+    engine: Engine,
+    sizes: Sequence[int],
+    clip: ClipInput,
+    frames: Sequence[FrameSource],
+    turns: int,
+    progress: Progress,
 ) -> tuple[Batch, ...]:
-    read = [Frame.read(frames[number % len(frames)]) for number in range(max(BATCHES))]
-    seconds: dict[int, list[float]] = {size: [] for size in BATCHES}
+    read = [Frame.read(frames[number % len(frames)]) for number in range(max(sizes))]
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
     for turn in progress(range(turns + 1), "batches"):
-        for size in BATCHES:
+        for size in sizes:
             start = time.perf_counter()
             pixels = [clip_pixels(frame, clip)[0] for frame in read[:size]]
             engine.run({"clip_pixels": np.concatenate(pixels)})

@@ -147,6 +147,10 @@ class Similarity(Record):
     """Image score from patch scores: the largest (MuSc, WinCLIP) or the mean of the top 1% (AnomalyDINO)."""
     temperature: PositiveFloat = 0.07
     """Of the softmax between normal and abnormal features, where the bundle has abnormal ones."""
+    reference_weight: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Of enrolled references beside normal and abnormal features (FADE's few-shot weight); 1: references alone."""
+    reference_gain: PositiveFloat = 1.75
+    """What a distance to the references, 1 − cosine, counts beside that softmax (FADE: 3.5 · (1 − cosine) / 2)."""
     smoothing_sigma: Annotated[float, Field(ge=0)] = 4.0
     """Gaussian on the anomaly map, in pixels of `clip_pixels` (AnomalyCLIP: 4)."""
     coreset: Annotated[float, Field(gt=0, le=1)] = 1.0

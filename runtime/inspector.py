@@ -220,7 +220,7 @@ class Inspector:
             FrameError: no frames, or one that cannot be read; nothing is changed then.
         """
         name = self._object(object)
-        references = self._screen.enroll(Frame.read(frame, bit_depth) for frame in frames)
+        references = self._screen.enroll((Frame.read(frame, bit_depth) for frame in frames), self._normal)
         if keep:
             self.station.save_references(name, references)
         with self._lock:
@@ -254,7 +254,7 @@ class Inspector:
     def _source(self, object: str) -> SimilaritySource:
         with self._lock:
             if object not in self._sources:
-                source = self.station.load_references(object) or copy(self._normal)
+                source = self.station.load_references(object, self._normal) or copy(self._normal)
                 if source is None:
                     raise BundleError(
                         f"bundle {self.bundle.path} has no normal features to compare with, and {object!r} is not "

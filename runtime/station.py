@@ -29,7 +29,7 @@ from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import BundleError
 from vmad_edge.runtime.files import sha256, whole_folder
 from vmad_edge.runtime.stages.preprocess import View
-from vmad_edge.runtime.stages.similarity import EnrolledFrame, References
+from vmad_edge.runtime.stages.similarity import EnrolledFrame, NormalFeatures, References
 
 
 class _FrameRecord(Record):
@@ -111,8 +111,8 @@ class Station:
             (folder / "bank.sha256").write_text(sha256(folder / "bank.safetensors") + "\n")
         return target
 
-    def load_references(self, object: str) -> References | None:
-        """The bank of `object`, or None if none was enrolled.
+    def load_references(self, object: str, beside: NormalFeatures | None = None) -> References | None:
+        """The bank of `object`, or None if none was enrolled; `beside` see `References`.
 
         Raises:
             BundleError: the bank was changed, is incomplete, or belongs to another bundle.
@@ -139,7 +139,7 @@ class Station:
             EnrolledFrame(f.id, f.start, f.stop, View(*f.view), f.size, jpeg[f.jpeg[0] : f.jpeg[1]])
             for f in record.frames
         )
-        return References(arrays["features"], arrays["patch"], frames, record.thresholds)
+        return References(arrays["features"], arrays["patch"], frames, record.thresholds, beside)
 
     def enrolled(self) -> list[str]:
         """Folder names of the banks that are there."""

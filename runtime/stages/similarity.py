@@ -46,7 +46,7 @@ class NormalFeatures:
     def __init__(self, path: Path, spec: Similarity) -> None:
         features = load_file(path)
         self.thresholds = spec.thresholds
-        self._temperature = spec.temperature
+        self._spec = spec
         self._normal = ReferenceBank.from_array(features["visual_normal"])
         abnormal = features.get("visual_abnormal")
         self._abnormal = None if abnormal is None else ReferenceBank.from_array(abnormal)
@@ -57,7 +57,19 @@ class NormalFeatures:
         if self._abnormal is None:
             return PatchScores(1 - normal, index, normal)
         abnormal, _ = max_cosine(patches, self._abnormal)
-        return PatchScores(1 / (1 + np.exp((normal - abnormal) / self._temperature)), index, normal)
+        return PatchScores(1 / (1 + np.exp((normal - abnormal) / self._spec.temperature)), index, normal)
+
+    def fused(self, patches: Floats, distance: Floats) -> Floats:
+        """FADE's few-shot rule: `distance` [N] of `patches` [N,D] to references, and their score by these features.
+
+        (1 − w) · score + w · gain · distance, not clipped to 1 as FADE's map is: what is beyond still has an order.
+        Without abnormal features the distance alone.
+        """
+        if self._abnormal is None:
+            return distance
+        weight = self._spec.reference_weight
+        fused = (1 - weight) * self.compare(patches).score + weight * self._spec.reference_gain * distance
+        return np.asarray(fused, np.float32)
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,7 @@ class References:
     Args:
         features: [M,D] float32, the inspected patches of every frame, one frame after the other.
         patch: [M] each row's patch number (row-major in the grid) in its frame.
+        beside: the bundle's features, whose score is fused with the distance to the bank.
     """
 
     kind = "references"
@@ -90,14 +103,20 @@ class References:
         patch: NDArray[np.int32],
         frames: tuple[EnrolledFrame, ...],
         thresholds: Thresholds | None,
+        beside: NormalFeatures | None = None,
     ) -> None:
         self.features, self.patch, self.frames, self.thresholds = features, patch, frames, thresholds
+        self.beside = beside
         self._bank = ReferenceBank.from_array(features)
 
     def compare(self, patches: Floats) -> PatchScores:
-        """`patches` [N,D] → 1 − the largest cosine to the bank (PatchCore's and AnomalyDINO's nearest neighbour)."""
+        """`patches` [N,D] → 1 − the largest cosine to the bank (PatchCore, AnomalyDINO), fused with what is beside."""
         similarity, index = max_cosine(patches, self._bank)
-        return PatchScores(1 - similarity, index, similarity)
+        return PatchScores(self.fused(patches, 1 - similarity), index, similarity)
+
+    def fused(self, patches: Floats, distance: Floats) -> Floats:
+        """`distance` [N] to normal parts, with what the features beside say of the same patches."""
+        return distance if self.beside is None else self.beside.fused(patches, distance)
 
     def take(self, rows: NDArray[np.int64]) -> References:
         """Only these rows, which ascend; the frames stay, even those that none is left of."""
@@ -107,7 +126,7 @@ class References:
                 self.frames, np.searchsorted(rows, [(f.start, f.stop) for f in self.frames]), strict=True
             )
         )
-        return References(self.features[rows], self.patch[rows], frames, self.thresholds)
+        return References(self.features[rows], self.patch[rows], frames, self.thresholds, self.beside)
 
     def nearest(self, row: int, similarity: float, grid: int) -> NearestNormal:
         """The place of bank row `row`, with a picture of three patches around it."""
@@ -184,7 +203,7 @@ def leave_one_out_thresholds(
         own = references.features[frames[number].start : frames[number].stop]
         per_frame = segmented_max_cosine(own, bank, offsets)
         per_frame[:, owner == number] = -np.inf
-        scores.append(image_score(1 - per_frame.max(axis=1), spec))
+        scores.append(image_score(references.fused(own, 1 - per_frame.max(axis=1)), spec))
     highest = max(scores)
     return Thresholds(good_below=highest, defect_above=highest + 3 * float(np.std(scores)))
 

@@ -29,6 +29,7 @@ from vmad_edge.runtime.stages.preprocess import View, clip_pixels, sam_pixels
 from vmad_edge.runtime.stages.segmentation import mask_logits
 from vmad_edge.runtime.stages.similarity import (
     EnrolledFrame,
+    NormalFeatures,
     PatchScores,
     References,
     anomaly_map,
@@ -84,7 +85,7 @@ class Screen:
             worst = int(np.argmax(np.where(inspected, found.score, -np.inf)))
         return Screening(features, score, heat, (int(found.index[worst]), float(found.similarity[worst])))
 
-    def enroll(self, frames: Iterable[Frame]) -> References:
+    def enroll(self, frames: Iterable[Frame], beside: NormalFeatures | None) -> References:
         """Patch features of normal frames, with leave-one-frame-out thresholds. Holds one frame at a time.
 
         Raises:
@@ -103,7 +104,7 @@ class Screen:
             start = stop
         if not enrolled:
             raise FrameError("expected at least one normal frame to enroll, found none")
-        whole = References(np.concatenate(features), np.concatenate(patches), tuple(enrolled), None)
+        whole = References(np.concatenate(features), np.concatenate(patches), tuple(enrolled), None, beside)
         similarity = self._manifest.similarity
         kept = None if similarity.coreset == 1 else coreset(whole.features, similarity.coreset)
         whole.thresholds = leave_one_out_thresholds(whole, similarity, kept)

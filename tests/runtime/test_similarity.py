@@ -53,6 +53,23 @@ def test_normal_features(abnormal: bool, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.index, cosine["visual_normal"].argmax(1))
 
 
+@pytest.mark.parametrize("weight,abnormal", [(0.85, True), (0.3, True), (1.0, True), (0.85, False)])
+def test_references_beside_normal_and_abnormal_features(weight: float, abnormal: bool, tmp_path: Path) -> None:
+    """FADE's few-shot rule, written out: (1 − w) · softmax + w · 3.5 · (1 − cosine) / 2."""
+    rows = {"visual_normal": features(5, 8)} | ({"visual_abnormal": features(3, 8)} if abnormal else {})
+    save_file(rows, tmp_path / "similarity.safetensors")
+    beside = NormalFeatures(tmp_path / "similarity.safetensors", Similarity(reference_weight=weight))
+    bank, patches = features(12, 8), features(16, 8)
+    found = References(bank, np.zeros(12, np.int32), (), None, beside).compare(patches)
+    cosine = (unit(patches) @ unit(bank).T).max(1)
+    if abnormal:
+        expected = (1 - weight) * beside.compare(patches).score + weight * 3.5 * (1 - cosine) / 2
+    else:
+        expected = 1 - cosine
+    np.testing.assert_allclose(found.score, expected, atol=1e-5)
+    np.testing.assert_allclose(found.similarity, cosine, atol=1e-5)
+
+
 def test_token_scores() -> None:
     tokens, normal = features(9, 8), features(1, 8)
     found = token_scores(tokens, normal, Similarity(temperature=0.1))
