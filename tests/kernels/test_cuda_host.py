@@ -7,7 +7,7 @@ import ctypes
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,79 @@ def operators(host_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[O
     set_machine = ctypes.CDLL(str(host_library)).vmad_host_machine
     yield Operators(HostArray, lambda array: array.array, lambda: set_machine(*next(machines)))
     library.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "path", "launches"),
+    [
+        pytest.param(2560, 1, "auto", 1, id="a small bank: one launch"),
+        pytest.param(5000, 1, "auto", 1, id="a larger one too"),
+        pytest.param(2560, 2, "auto", 3, id="second best: the query's rows, a product, a reduction"),
+        pytest.param(5000, 1, "split", 5, id="two chunks"),
+    ],
+)
+def test_launches(operators: Operators, host_library: Path, m: int, k: int, path: cuda.Path, launches: int) -> None:
+    query, features = HostArray(np.ones((3, 8), np.float32)), np.ones((m, 8), np.float32)
+    bank = operators.bank(features, "int8")
+    workspace = operators.workspace(cuda.max_cosine_workspace(3, bank, k, path=path))
+    count = ctypes.CDLL(str(host_library)).vmad_host_launches
+    before = count()
+    score, index = HostArray(np.zeros(3, np.float32)), HostArray(np.zeros(3, np.int64))
+    cuda.max_cosine(query, bank, score, index, workspace, k, path=path)
+    assert count() - before == launches and (index.array == k - 1).all()
+
+
+ROWS = HostArray(np.zeros((4, 64), np.uint8))
+BANK = cuda.DeviceBank(ROWS, None, 8, "float16")
+QUERY, SCORE, INDEX = (HostArray(np.zeros(shape, t)) for shape, t in (((3, 8), "f4"), (3, "f4"), (3, "i8")))
+SPACE = HostArray(np.zeros(1 << 20, np.uint8))
+NO_ROWS = cuda.DeviceBank(HostArray(np.zeros((0, 64), np.uint8)), None, 8, "float16")
+OFFSETS = cuda.DeviceOffsets(np.array([0, 3]), HostArray(np.array([0, 3])))
+BYTES = HostArray(np.zeros((9, 9), np.uint8))
+AXIS = cuda.resize_axis(9, 4, "bilinear").on_device(HostArray)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: cuda.max_cosine(np.zeros((3, 8), "f4"), BANK, SCORE, INDEX, SPACE),
+            TypeError,
+            "query: .* got ndarray",
+        ),
+        (lambda: cuda.max_cosine(SCORE, BANK, SCORE, INDEX, SPACE), ValueError, r"query: .*2 dimensions.* \[3\]"),
+        (lambda: cuda.max_cosine(ROWS, BANK, SCORE, INDEX, SPACE), TypeError, "query: .*float16, got uint8"),
+        (lambda: cuda.max_cosine(QUERY, NO_ROWS, SCORE, INDEX, SPACE), ValueError, "bank: expected at least 1 row"),
+        (lambda: cuda.max_cosine(QUERY, BANK, SCORE, SCORE, SPACE), TypeError, "index: expected int64, got float32"),
+        (lambda: cuda.max_cosine(QUERY, BANK, SCORE, INDEX, SPACE, 0), ValueError, "k: expected at least 1, got 0"),
+        (lambda: cuda.max_cosine(QUERY, BANK, SCORE, INDEX, SPACE, 2, path="fused"), ValueError, "k of 1, got 2"),
+        (lambda: cuda.max_cosine(QUERY, BANK, SCORE, INDEX, HostArray(np.zeros(9, "u1"))), ValueError, "got 9"),
+        (
+            lambda: cuda.segmented_max_cosine(QUERY, BANK, OFFSETS, SCORE, SPACE),
+            ValueError,
+            "start at 0 and end at 4, the bank's rows, got 0 and 3",
+        ),
+        (lambda: cuda.DeviceOffsets.check([0, 2, 2, 4], 4), ValueError, "segment 1 from 2 to 2"),
+        (lambda: cuda.DeviceBank(ROWS, None, 64, "float16"), ValueError, r"rows: expected shape \[4, 128\]"),
+        (lambda: cuda.DeviceBank(ROWS, None, 64, "int8"), ValueError, "scale: expected one with int8"),
+        (lambda: cuda.normalise(QUERY, BANK), ValueError, r"features: expected shape \[4, 8\], got \[3, 8\]"),
+        (
+            lambda: cuda.preprocess(BYTES, "rgb8", AXIS, AXIS, QUERY, QUERY, SPACE),
+            ValueError,
+            r"frame: expected 3 dimensions, got shape \[9, 9\]",
+        ),
+        (
+            lambda: cuda.preprocess(HostArray(np.zeros((2, 9), "u1")), "mono8", AXIS, AXIS, QUERY, QUERY, SPACE),
+            ValueError,
+            "mono8 of at least 3 × 3 pixels",
+        ),
+    ],
+)
+def test_errors_say_what_was_expected_and_what_came(
+    operators: Operators, call: Callable[[], object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_no_kernel_spills_on_any_target() -> None:

@@ -97,8 +97,9 @@ struct Thread {
 inline Thread* current = nullptr;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
-inline unsigned turn_order = 0;       // 0 forwards, 1 backwards, else shuffled by this seed
+inline unsigned turn_order = 0;  // 0 forwards, 1 backwards, else shuffled by this seed
 inline int multiprocessors = 4;
+inline unsigned launches = 0;
 
 inline void yield() {
   if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
@@ -287,6 +288,7 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, std::size_t shared_bytes, cudaStream_t,
                    Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || shared_bytes > 48 * 1024) return cudaErrorInvalidValue;
+  ++host::launches;
   gridDim = grid;
   blockDim = dim3(threads);
   host::body = [=] { kernel(arguments...); };
