@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID, track
 from rich.table import Table
 
+from vmad_edge.kernels import cuda
 from vmad_edge.runtime.benchmark import benchmark, read_benchmark
 from vmad_edge.runtime.benchmark import compare as compare_benchmarks
 from vmad_edge.runtime.benchmark_page import facts as benchmark_facts
@@ -370,7 +371,7 @@ def _info(args: argparse.Namespace) -> int:
             "device": inspector.engines.device,
             "provider": inspector.provider,
             "passed_over": inspector.engines.passed_over,
-            "cuda_kernels": "not in this build",
+            "cuda_kernels": cuda.targets() or "none: no nvcc was found when this was installed",
         }
     _print_facts(facts, args.json)
     if manifest.clip.resize == "shortest_edge":
