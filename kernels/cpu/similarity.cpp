@@ -63,16 +63,40 @@ struct Plan {
   Index blocks, parts, block_rows, threads;
 };
 
+/// The best of each query row and lane since the last `clear`.
+struct Best {
+  explicit Best(Index rows) : score(rows), where(rows) {}
+
+  void clear() {
+    for (auto& row : score) std::fill(std::begin(row.lane), std::end(row.lane), kNone);
+  }
+  /// Slot of row i's best, −1 if it has none; `value` is its score.
+  Index find(Index i, float& value) const {
+    Index slot = -1;
+    value = kNone;
+    for (Index lane = 0; lane < kPanelRows; ++lane) {
+      const Index candidate = Index{where[i].lane[lane]} * kPanelRows + lane;
+      const float found = score[i].lane[lane];
+      if (found > value || (found == value && found != kNone && candidate < slot)) value = found, slot = candidate;
+    }
+    return slot;
+  }
+
+  std::vector<Lanes<float>> score;
+  std::vector<Lanes<std::int32_t>> where;
+};
+
 template <class T>
 using Buffer = std::unique_ptr<T[]>;
 
-/// One thread's working memory, not initialised.
+/// One thread's working memory. What `new` brings is not initialised.
 struct Scratch {
   explicit Scratch(const Plan& plan)
       : query(new Line[lines(plan.computed, plan.bank.width) / 16 * plan.block_rows]),
         query_scale(new float[plan.block_rows]),
         products(new Line[plan.block_rows * plan.tiles.panels]),
         panels(new Line[plan.tiles.panels * panel_lines(Type::float32, plan.bank.width)]),
+        best(plan.block_rows),
         unit(new float[plan.bank.width]),
         words(new Word[lines(Type::float32, plan.bank.width)]) {}
 
@@ -81,6 +105,7 @@ struct Scratch {
   Buffer<float> query_scale;  // [row]
   Buffer<Line> products;      // [row][panel]
   Buffer<Line> panels;        // packed or converted
+  Best best;
   Buffer<float> unit;
   Buffer<Word> words;
 };
@@ -123,8 +148,9 @@ struct Factors {
     std::memcpy(scale, line, sizeof scale);
     std::memcpy(shift, line + 1, sizeof shift);
     for (Index i = 0; i < kPanelRows; ++i) {
-      shift[i] *= plan.tiles.shift;
-      if (i < from || i >= to) scale[i] = kNan;
+      const bool inside = i >= from && i < to;
+      shift[i] = inside ? shift[i] * plan.tiles.shift : 0;
+      if (!inside) scale[i] = kNan;
     }
   }
 
@@ -194,29 +220,6 @@ void run(const Plan& plan, Work work) {
   for (std::thread& helper : helpers) helper.join();
 }
 
-/// The best of each query row and lane since the last `take`.
-struct Best {
-  explicit Best(Index rows) : score(rows), where(rows) { clear(); }
-
-  void clear() {
-    for (auto& row : score) std::fill(std::begin(row.lane), std::end(row.lane), kNone);
-  }
-  /// Slot of row i's best, −1 if it has none; `value` is its score.
-  Index find(Index i, float& value) const {
-    Index slot = -1;
-    value = kNone;
-    for (Index lane = 0; lane < kPanelRows; ++lane) {
-      const Index candidate = Index{where[i].lane[lane]} * kPanelRows + lane;
-      const float found = score[i].lane[lane];
-      if (found > value || (found == value && found != kNone && candidate < slot)) value = found, slot = candidate;
-    }
-    return slot;
-  }
-
-  std::vector<Lanes<float>> score;
-  std::vector<Lanes<std::int32_t>> where;
-};
-
 void keep_best(const Plan& plan, const Factors& factors, const Line* products, Index rows, Index panel, Best& best) {
   plan.tiles.keep_best(products, plan.tiles.panels, rows, factors.scale, factors.shift, std::int32_t(panel),
                        best.score.data(), best.where.data());
@@ -279,7 +282,8 @@ void max_cosine(const Path& path, Query query, const Bank& bank, Index k, Index 
                     : p == plan.parts ? bank.first + bank.count : (bank.first + bank.count * p / plan.parts) / step * step;
     };
     const Index from = bound(part), to = bound(part + 1), place = (part * query.count + first) * k;
-    Best lanes(k == 1 ? count : 0);
+    Best& lanes = scratch.best;
+    lanes.clear();
     scan(plan, from, to, scratch, [&](Index slot, const Line* panel, const Line* products) {
       const Factors factors(plan, panel, from - slot, to - slot);
       if (k == 1) {
@@ -318,7 +322,8 @@ void segmented_max_cosine(const Path& path, Query query, const Bank& bank, const
   run(plan, [&](Scratch& scratch, Index part, Index first, Index count) {
     Index segment = segments * part / plan.parts;
     const Index last = segments * (part + 1) / plan.parts;
-    Best lanes(count);
+    Best& lanes = scratch.best;
+    lanes.clear();
     scan(plan, bank.first + offsets[segment], bank.first + offsets[last], scratch,
          [&](Index slot, const Line* panel, const Line* products) {
            for (; segment < last; ++segment) {
