@@ -100,7 +100,7 @@ def warnings(evaluation: Evaluation) -> list[str]:
 
 def _facts(evaluation: Evaluation) -> str:
     settings = evaluation.settings
-    compared = "the bundle’s normal features" if settings.shots == 0 else f"{settings.shots} enrolled normal frames"
+    compared = "the bundle’s normal features" if settings.shots == 0 else f"{settings.shots} normal frames, enrolled"
     lanes = "screen and review" if settings.review else "the screen alone"
     return (
         f"{settings.dataset}, bundle {settings.bundle[:16]}; compared with {compared} (seed {settings.seed}); {lanes}."
@@ -119,12 +119,17 @@ def _row(name: str, figures: Figures, columns: Sequence[str], counts: Sequence[i
 
 
 def _section(category: CategoryResult, folder: Path) -> str:
+    figures = category.figures
     curves = (
-        ("ROC of the frames", category.image_roc, 1.0),
-        ("ROC of the pixels", category.pixel_roc, 1.0),
-        ("PRO", category.pro, PRO_LIMIT),
+        ("ROC of the frames", figures.image_auroc, "true positive rate", category.image_roc, 1.0),
+        ("ROC of the pixels", figures.pixel_auroc, "true positive rate", category.pixel_roc, 1.0),
+        ("PRO", figures.aupro, "mean overlap of the regions", category.pro, PRO_LIMIT),
     )
-    drawn = "".join(_curve(title, points, limit) for title, points, limit in curves if points)
+    drawn = "".join(
+        _curve(f"{title}, area {100 * area:.1f}%", height, points, limit)
+        for title, area, height, points, limit in curves
+        if area is not None
+    )
     shown = "".join(_figure(frame, why, folder) for why, frame in _best_and_worst(category.frames))
     return (
         f"<section><h2>{html.escape(category.name)}</h2>"
@@ -132,8 +137,8 @@ def _section(category: CategoryResult, folder: Path) -> str:
     )
 
 
-def _curve(title: str, points: Curve, limit: float) -> str:
-    """A rate over the false positive rate from 0 to `limit`."""
+def _curve(title: str, height: str, points: Curve, limit: float) -> str:
+    """What `height` names over the false positive rate from 0 to `limit`."""
     path = " ".join(f"{30 + x / limit * _SIDE:.1f},{20 + (1 - y) * _SIDE:.1f}" for x, y in points)
     bottom = 20 + _SIDE
     return (
@@ -141,8 +146,9 @@ def _curve(title: str, points: Curve, limit: float) -> str:
         f'<rect x="30" y="20" width="{_SIDE}" height="{_SIDE}" fill="none" stroke="#999"/>'
         f'<polyline points="{path}" fill="none" stroke="#4e79a7" stroke-width="2"/>'
         f'<text x="30" y="14">{title}</text><text x="18" y="{bottom}">0</text><text x="18" y="30">1</text>'
+        f'<text transform="translate(24,{_SIDE // 2 + 20}) rotate(-90)" text-anchor="middle">{height}</text>'
         f'<text x="30" y="{bottom + 15}">0</text><text x="{_SIDE + 15}" y="{bottom + 15}">{limit:g}</text>'
-        f'<text x="{_SIDE // 2 - 20}" y="{bottom + 15}">false positive rate</text></svg>'
+        f'<text x="{30 + _SIDE // 2}" y="{bottom + 15}" text-anchor="middle">false positive rate</text></svg>'
     )
 
 

@@ -255,10 +255,28 @@ def test_the_command_and_info(
     assert made["frames"] == 5 and made["by"] == "me" and "from 5 good frames" in made["promise"]
     assert main(["info", *common]) == 0
     assert json.loads(capsys.readouterr().out)["calibrated"]["tile"]["thresholds"] == made["thresholds"]
+    assert main(["calibrate", *common, *good, "--defects", str(parts / "defects"), "--escape", "0.34"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["frames"] == 8 and "of 3 defective frames called GOOD" in made["promise"]
+    assert made["thresholds"]["good_below"] <= made["thresholds"]["defect_above"]
+    inspect = [
+        "inspect",
+        str(tiny_bundle),
+        str(parts / "defects/0.png"),
+        *common[1:],
+        "--object",
+        "tile",
+        "--no-review",
+    ]
+    assert main(inspect) in (1, 3)
+    capsys.readouterr()
     assert main(["enroll", str(tiny_bundle), str(parts / "enrolled"), *common[1:], "--object", "tile"]) == 0
     assert "another reference bank" in " ".join(capsys.readouterr().err.split())
     assert main(["info", *common]) == 0
     assert "another reference bank" in json.loads(capsys.readouterr().out)["calibrated"]["tile"]["refused"]
+    assert main(inspect) == 2  # not with thresholds that promise something else: one line says what to do
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Calibrate 'tile' again, or remove" in said
 
 
 def empty(folder: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from browser import needs_browser, opened
+from selenium.webdriver.common.by import By
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from vmad_edge.runtime.bundle import Bundle
@@ -154,6 +156,29 @@ def test_page(evaluated: Path) -> None:
     assert page.count("<figure>") == 10  # of three defects two worst and one best, of two good parts two worst
     assert "http" not in page and "{{" not in page
     assert f"{100 * (found.mean.image_auroc or 0):.1f}" in page and "paper" not in page.split("</style>")[1]
+
+
+@needs_browser
+def test_page_in_a_browser(evaluated: Path) -> None:
+    found = read_evaluation(evaluated)
+    with opened(write_page(found, evaluated)) as browser:
+        assert not browser.get_log("browser")
+        rows = browser.find_elements(By.CSS_SELECTOR, "tbody tr")
+        cells = [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in rows]
+        assert [row[0] for row in cells] == ["bolt_m3", "nut", "mean"] and cells[1][1:4] == ["2", "5", "0"]
+        assert cells[1][4] == f"{100 * (found.categories[1].figures.image_auroc or 0):.1f}"
+        for curve in browser.find_elements(By.CSS_SELECTOR, "svg"):
+            frame, line = (curve.find_element(By.TAG_NAME, name).rect for name in ("rect", "polyline"))
+            # from corner to corner (PRO may end below the top), and nowhere beyond but for the line's own width
+            assert line["x"] == pytest.approx(frame["x"], abs=3) and line["width"] == pytest.approx(
+                frame["width"], abs=3
+            )
+            assert line["y"] + line["height"] == pytest.approx(frame["y"] + frame["height"], abs=3)
+            assert line["y"] >= frame["y"] - 3
+        for picture in browser.find_elements(By.TAG_NAME, "img"):
+            assert browser.execute_script("return arguments[0].naturalWidth", picture) > 90
+        width = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert width[0] <= width[1]
 
 
 def test_page_shows_what_was_published_for_the_same_data_set_alone(evaluated: Path) -> None:

@@ -1,22 +1,18 @@
-"""The report's page in a real browser (Debian's chromium and chromium-driver)."""
+"""The report's page in a real browser."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from browser import needs_browser, opened
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Inspection, NearestNormal, Region, Verdict
 from vmad_edge.runtime.report import Report, heat
-
-needs_browser = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="chromium and chromedriver not installed"
-)
 
 
 def inspections() -> list[Inspection]:
@@ -56,15 +52,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
     for inspection in inspections():
         report.add(inspection)
     page = report.write(["Five frames."])
-    options = ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = Chrome(options, ChromeService("/usr/bin/chromedriver"))
-    driver.get(page.as_uri())
-    yield driver
-    driver.quit()
+    with opened(page) as driver:
+        yield driver
 
 
 def visible(browser: Chrome, column: str = "name") -> list[str]:
