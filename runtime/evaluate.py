@@ -183,7 +183,7 @@ def read_evaluation(folder: Path) -> Evaluation:
 def _evaluate_category(
     inspector: Inspector, category: Category, settings: Settings, folder: Path, progress: Progress
 ) -> CategoryResult:
-    references = _drawn(category, settings)
+    references = drawn(category, settings.shots, settings.seed)
     known = [frame.path for frame in category.test] if settings.unlabelled else references
     enrolled = hashlib.sha256("".join(map(sha256, known)).encode()).hexdigest()
     made_of = {
@@ -220,14 +220,18 @@ def _evaluate_category(
     return result
 
 
-def _drawn(category: Category, settings: Settings) -> list[Path]:
-    """The normal frames to enroll: for a seed, more shots include those of fewer."""
-    count = len(category.train) if settings.shots == "all" else settings.shots
+def drawn(category: Category, shots: Shots, seed: int) -> list[Path]:
+    """The normal frames to enroll: for a seed, more shots include those of fewer.
+
+    Raises:
+        VmadError: the category has fewer.
+    """
+    count = len(category.train) if shots == "all" else shots
     if count > len(category.train):
         raise VmadError(
             f"{category.name} has {len(category.train)} normal frames to enroll; --shots {count} asks for more"
         )
-    order = np.random.default_rng(settings.seed).permutation(len(category.train))
+    order = np.random.default_rng(seed).permutation(len(category.train))
     return [category.train[i] for i in sorted(order[:count])]
 
 
