@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vmad_edge.kernels import Dtype
 from vmad_edge.runtime.errors import BundleError
 from vmad_edge.runtime.files import sha256
 
@@ -155,6 +156,8 @@ class Similarity(Record):
     """Gaussian on the anomaly map, in pixels of `clip_pixels` (AnomalyCLIP: 4)."""
     coreset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the enrolled patches that `enroll` keeps: PatchCore's greedy coreset below 1."""
+    bank_dtype: Dtype = "float32"
+    """How enrolled patches are kept for comparison: reduced ones are compared faster, on most processors."""
     thresholds: Thresholds | None = None
     """For the bundle's normal features, from the training's held-out normals; without them: UNCERTAIN."""
 

@@ -139,7 +139,8 @@ class Station:
             EnrolledFrame(f.id, f.start, f.stop, View(*f.view), f.size, jpeg[f.jpeg[0] : f.jpeg[1]])
             for f in record.frames
         )
-        return References(arrays["features"], arrays["patch"], frames, record.thresholds, beside)
+        dtype = self._bundle.manifest.similarity.bank_dtype
+        return References(arrays["features"], arrays["patch"], frames, record.thresholds, beside, dtype)
 
     def enrolled(self) -> list[str]:
         """Folder names of the banks that are there."""

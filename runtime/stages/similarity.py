@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file
 
-from vmad_edge.kernels import ReferenceBank, max_cosine, segmented_max_cosine
+from vmad_edge.kernels import Dtype, ReferenceBank, max_cosine, segmented_max_cosine
 from vmad_edge.runtime.bundle import Similarity, Thresholds
 from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.inspection import NearestNormal
@@ -93,6 +93,7 @@ class References:
         features: [M,D] float32, the inspected patches of every frame, one frame after the other.
         patch: [M] each row's patch number (row-major in the grid) in its frame.
         beside: the bundle's features, whose score is fused with the distance to the bank.
+        dtype: of the bank that is made of the features.
     """
 
     kind = "references"
@@ -104,10 +105,11 @@ class References:
         frames: tuple[EnrolledFrame, ...],
         thresholds: Thresholds | None,
         beside: NormalFeatures | None = None,
+        dtype: Dtype = "float32",
     ) -> None:
         self.features, self.patch, self.frames, self.thresholds = features, patch, frames, thresholds
-        self.beside = beside
-        self._bank = ReferenceBank.from_array(features)
+        self.beside, self.dtype = beside, dtype
+        self._bank = ReferenceBank.from_array(features, dtype)
 
     def compare(self, patches: Floats) -> PatchScores:
         """`patches` [N,D] → 1 − the largest cosine to the bank (PatchCore, AnomalyDINO), fused with what is beside."""
@@ -126,7 +128,7 @@ class References:
                 self.frames, np.searchsorted(rows, [(f.start, f.stop) for f in self.frames]), strict=True
             )
         )
-        return References(self.features[rows], self.patch[rows], frames, self.thresholds, self.beside)
+        return References(self.features[rows], self.patch[rows], frames, self.thresholds, self.beside, self.dtype)
 
     def nearest(self, row: int, similarity: float, grid: int) -> NearestNormal:
         """The place of bank row `row`, with a picture of three patches around it."""
@@ -160,21 +162,22 @@ def coreset(features: Floats, share: float) -> NDArray[np.int64]:
     """Rows, in ascending order, of the `share` of `features` [M,D] that PatchCore (Roth et al. 2022) would keep.
 
     Greedy k-center: from the first row on, always the row that is least similar (cosine) to the nearest one chosen.
-    Rows of zeros, or with NaN, are left out. Holds one more copy of the features.
+    Rows of zeros, or with NaN, are left out. Holds two more copies of the features.
 
     Raises:
         FrameError: no row is left.
     """
-    length = np.linalg.norm(features, axis=1, keepdims=True)
+    length = np.linalg.norm(features, axis=1)
     rows = np.flatnonzero(np.isfinite(length) & (length > 0))
     if not len(rows):
         raise FrameError("expected features to enroll, found nothing but zeros and NaN")
-    unit = features[rows] / length[rows]
+    kept = features[rows]
+    bank, each = ReferenceBank.from_array(kept), np.arange(len(rows) + 1)
     chosen = np.zeros(min(len(rows), max(1, round(share * len(features)))), np.int64)
     nearest = np.full(len(rows), -np.inf, np.float32)
     for place in range(1, len(chosen)):
         last = chosen[place - 1]
-        np.maximum(nearest, unit @ unit[last], out=nearest)
+        np.maximum(nearest, segmented_max_cosine(kept[last : last + 1], bank, each)[0], out=nearest)
         nearest[last] = np.inf
         chosen[place] = np.argmin(nearest)
     return rows[np.sort(chosen)]

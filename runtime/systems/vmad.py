@@ -104,8 +104,9 @@ class Screen:
             start = stop
         if not enrolled:
             raise FrameError("expected at least one normal frame to enroll, found none")
-        whole = References(np.concatenate(features), np.concatenate(patches), tuple(enrolled), None, beside)
         similarity = self._manifest.similarity
+        stacked = np.concatenate(features), np.concatenate(patches), tuple(enrolled)
+        whole = References(*stacked, None, beside, similarity.bank_dtype)
         kept = None if similarity.coreset == 1 else coreset(whole.features, similarity.coreset)
         whole.thresholds = leave_one_out_thresholds(whole, similarity, kept)
         return whole if kept is None else whole.take(kept)

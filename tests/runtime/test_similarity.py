@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from scipy import ndimage
 
+from vmad_edge.kernels import Dtype
 from vmad_edge.runtime.bundle import Similarity
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages.preprocess import View, clip_pixels
@@ -157,6 +158,20 @@ def test_references_compare_and_nearest() -> None:
     assert nearest.frame == "f1"  # row 6 is the second frame's patch 2: lower left
     assert nearest.box == (0, 10, 20, 20)
     assert nearest.picture.shape == (28, 28, 3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 4e-3), ("float16", 1e-3), ("int8", 1e-2)])
+def test_a_reduced_bank_finds_the_same_patches(dtype: Dtype, tolerance: float) -> None:
+    """Patches near enrolled ones, and what `take` leaves of the bank."""
+    whole = references(5)
+    reduced = References(whole.features, whole.patch, whole.frames, None, None, dtype)
+    rows = np.arange(0, 20, 3)
+    patches = whole.features[rows] + np.float32(0.05) * features(len(rows), 8)
+    for bank in (reduced, reduced.take(rows)):
+        assert bank.dtype == dtype
+        found = bank.compare(patches)
+        np.testing.assert_array_equal(found.index, rows if bank is reduced else np.arange(len(rows)))
+        np.testing.assert_allclose(found.score, whole.compare(patches).score, rtol=0, atol=tolerance)
 
 
 def test_leave_one_out() -> None:
