@@ -37,6 +37,7 @@ from vmad_edge.runtime.stages.language import LanguageModel
 from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
 from vmad_edge.runtime.stages.segmentation import mask_logits
 from vmad_edge.runtime.stages.similarity import NormalFeatures
+from vmad_edge.runtime.station import Station
 from vmad_edge.runtime.systems.vmad import Screen
 from vmad_edge.runtime.timing import Stopwatch
 
@@ -586,9 +587,10 @@ class Exported:
 
     def __init__(self, bundle: Bundle, device: Device) -> None:
         self._manifest = manifest = bundle.for_review
-        self._screen = Screen(bundle, device)
+        plans = Station(None, bundle).plans
+        self._screen = Screen(bundle, device, plans)
         self._normal = NormalFeatures(bundle.file("similarity.safetensors"), manifest.similarity)
-        engines = Engines.choose(bundle, device)
+        engines = Engines.choose(bundle, device, plans)
         self._engines = {name: engines.open(name) for name in ("ltc_projector", "sam_encoder", "mask_decoder")}
         self._language = LanguageModel(bundle.file("llm.gguf"), manifest.language, manifest.conversation, exact=True)
 

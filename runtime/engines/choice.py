@@ -10,7 +10,7 @@ from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.engines import Device, Engine
 from vmad_edge.runtime.engines.gpu import gpu
 from vmad_edge.runtime.engines.plans import Plans
-from vmad_edge.runtime.engines.tensorrt import why_not
+from vmad_edge.runtime.engines.tensorrt import open_plan, why_not
 from vmad_edge.runtime.errors import VmadError
 
 
@@ -23,6 +23,7 @@ class Engines:
     """Never "auto"."""
     passed_over: dict[Device, str]
     """What "auto" would rather have taken, and why it did not."""
+    plans: Plans | None
 
     @staticmethod
     def choose(bundle: Bundle, device: Device, plans: Plans | None = None) -> Engines:
@@ -38,7 +39,7 @@ class Engines:
         for candidate in get_args(Device)[1:] if device == "auto" else (device,):
             reason = _why_not(candidate, bundle, plans)
             if reason is None:
-                return Engines(bundle, candidate, passed_over)
+                return Engines(bundle, candidate, passed_over, plans)
             passed_over[candidate] = reason
         reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
         raise VmadError(f"device {device!r} cannot run {bundle.path} here. {reasons}.")
@@ -56,6 +57,9 @@ class Engines:
             VmadError: the device fails, or has no memory left.
         """
         path = self.bundle.file(f"{graph}.onnx")
+        if self.device == "tensorrt":
+            assert self.plans is not None  # without them it was not chosen
+            return open_plan(self.bundle, graph, self.plans, gpu())
         # Imported here: each is an extra of its own, and a device needs one of them.
         if self.device == "openvino":
             from vmad_edge.runtime.engines.openvino import OpenVinoEngine

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -15,8 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vmad_edge.runtime.bundle import Bundle
-from vmad_edge.runtime.engines import ran_out_of_memory
+from vmad_edge.runtime.device import Device, DeviceMemory
+from vmad_edge.runtime.engines import Arrays, ran_out_of_memory
 from vmad_edge.runtime.engines.gpu import Gpu
 from vmad_edge.runtime.engines.plans import PlanKey, Plans, graph_hash
 from vmad_edge.runtime.errors import BundleError, VmadError
@@ -107,12 +111,86 @@ def why_not(bundle: Bundle, plans: Plans | None, gpu: Gpu) -> str | None:
     if plans is None:
         return "plans are built for a station, and none is known here"
     reasons = (plans.refusal(graph, plan_key(bundle, graph, trt, gpu)) for graph in graphs(bundle))
-    return next(filter(None, reasons), "its plans fit, but this version of vmad-edge cannot run them yet")
+    if (reason := next(filter(None, reasons), None)) is not None:
+        return reason
+    if not (find_spec("pycuda") and find_spec("cuda")):
+        return 'running plans needs pycuda and cuda-bindings (extra "gpu")'
+    return None
+
+
+def open_plan(bundle: Bundle, graph: str, plans: Plans, gpu: Gpu) -> TensorRtEngine:
+    """The engine of a plan that `build_plans` made.
+
+    Raises:
+        BundleError: the plan is not there, was changed, or was built for something else.
+        VmadError: see TensorRtEngine.
+    """
+    trt = tensorrt()
+    return TensorRtEngine(trt, plans.load(graph, plan_key(bundle, graph, trt, gpu)), gpu)
 
 
 def graphs(bundle: Bundle) -> list[str]:
     """Names of the bundle's graphs."""
     return sorted(Path(name).stem for name in bundle.manifest.files if name.endswith(".onnx"))
+
+
+class TensorRtEngine:
+    """One plan, with a stream and memory of its own. Thread-safe: runs take turns.
+
+    It lives in a thread of its own, for a `Device` serves the thread that made it.
+
+    Raises:
+        VmadError: no memory left for it, or no driver that TensorRT can use.
+        BundleError: TensorRT refuses the plan.
+    """
+
+    def __init__(self, trt: TensorRt, plan: bytes, gpu: Gpu) -> None:
+        self.provider = f"{trt}, {gpu}"
+        self._worker = ThreadPoolExecutor(1, "tensorrt")
+        self._worker.submit(self._open, trt, plan).result()
+
+    def run(self, inputs: Arrays) -> Arrays:
+        """Outputs by name, float32.
+
+        Raises:
+            ValueError: an input outside of the plan's profile.
+        """
+        return self._worker.submit(self._run, inputs).result()
+
+    def _open(self, trt: TensorRt, plan: bytes) -> None:
+        self._device = Device()
+        log = _log(trt.module)
+        self._runtime = trt.module.Runtime(log)  # which the engine needs as long as it lives
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        self._context: Any = None if engine is None else engine.create_execution_context()
+        if self._context is None:
+            raise _failure(trt, "load a plan", log)
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        if any(engine.get_tensor_dtype(name) != trt.module.float32 for name in names):
+            raise BundleError(f"expected float32 inputs and outputs of a graph with {', '.join(names)}, found others")
+        self._outputs = [name for name in names if engine.get_tensor_mode(name) == trt.module.TensorIOMode.OUTPUT]
+        self._memory: dict[tuple[str, tuple[int, ...]], DeviceMemory] = {}
+
+    def _run(self, inputs: Arrays) -> Arrays:
+        taken = []  # device memory lives as long as it is known
+        for name, array in inputs.items():
+            if not self._context.set_input_shape(name, array.shape):
+                raise ValueError(f"{name}: shape {array.shape} is outside of the plan's profile")
+            taken.append(self._device.upload(array.astype(np.float32, copy=False)))
+            self._bind(name, taken[-1])
+        outputs = {name: self._output(name, tuple(self._context.get_tensor_shape(name))) for name in self._outputs}
+        if not self._context.execute_async_v3(self._device.stream):
+            raise VmadError(f"{self.provider} could not run a plan")
+        return {name: self._device.download(memory) for name, memory in outputs.items()}
+
+    def _output(self, name: str, shape: tuple[int, ...]) -> DeviceMemory:
+        if (name, shape) not in self._memory:
+            self._memory[name, shape] = self._device.zeros(shape, np.float32)
+        self._bind(name, self._memory[name, shape])
+        return self._memory[name, shape]
+
+    def _bind(self, name: str, memory: DeviceMemory) -> None:
+        self._context.set_tensor_address(name, memory.__cuda_array_interface__["data"][0])
 
 
 def build_plans(

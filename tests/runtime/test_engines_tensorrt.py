@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vmad_edge.export.precision import write_fp16
@@ -19,7 +21,7 @@ from vmad_edge.runtime.engines import choice, gpu, tensorrt
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.engines.gpu import Gpu
 from vmad_edge.runtime.engines.plans import PlanKey, Plans
-from vmad_edge.runtime.engines.tensorrt import FLAVOURS, TensorRt, build, build_plans, plan_key
+from vmad_edge.runtime.engines.tensorrt import FLAVOURS, TensorRt, TensorRtEngine, build, build_plans, plan_key
 from vmad_edge.runtime.errors import BundleError, VmadError
 
 DEMO = Path(__file__).parents[2] / "demo/bundle"
@@ -137,6 +139,9 @@ def test_a_stale_plan_is_named_when_a_device_is_chosen(
     assert "another driver (540.3" in Engines.choose(small, "auto", plans).passed_over["tensorrt"]
     with pytest.raises(VmadError, match=r"another driver \(540\.3"):
         Engines.choose(small, "tensorrt", plans)
+    build_plans(small, plans, ORIN)
+    monkeypatch.setattr(tensorrt, "find_spec", lambda name: name)  # pycuda and cuda-bindings
+    assert Engines.choose(small, "auto", plans).device == "tensorrt"
 
 
 @needs_rtx
@@ -354,3 +359,86 @@ def test_which_tensorrt(installed: dict[str, str | Exception], expected: str, mo
     else:
         with pytest.raises(VmadError, match=expected):
             find()
+
+
+class FakeDevice:
+    """Device memory in the processor's: addresses are real, so that what is bound can be read and written."""
+
+    stream = 7
+
+    def upload(self, array: np.ndarray) -> Any:
+        interface = {"data": (array.ctypes.data, False)}
+        return SimpleNamespace(array=array, __cuda_array_interface__=interface)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self.upload(np.zeros(shape, dtype))
+
+    def download(self, memory: Any) -> np.ndarray:
+        return memory.array.copy()
+
+
+class FakePlan:
+    """TensorRT's runtime with a plan that doubles `x` [n,2], n 1 to 4."""
+
+    __version__ = "10.3.0"
+    ILogger, float32 = FakeTensorRt.ILogger, "float32"
+    TensorIOMode = SimpleNamespace(INPUT=0, OUTPUT=1)
+    num_io_tensors = 2
+
+    def Runtime(self, log: Any) -> Any:
+        return SimpleNamespace(deserialize_cuda_engine=lambda plan: self)
+
+    def create_execution_context(self) -> Any:
+        self.addresses: dict[str, int] = {}
+        return self
+
+    def get_tensor_name(self, index: int) -> str:
+        return ("x", "y")[index]
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return "float32"
+
+    def get_tensor_mode(self, name: str) -> int:
+        return int(name == "y")
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shape = shape
+        return 1 <= shape[0] <= 4
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        x, y = (
+            np.ctypeslib.as_array((ctypes.c_float * np.prod(self.shape)).from_address(self.addresses[name]))
+            for name in ("x", "y")
+        )
+        y[:] = 2 * x
+        return stream == FakeDevice.stream
+
+
+def test_a_plan_is_run_at_each_shape_of_its_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "Device", FakeDevice)
+    engine = TensorRtEngine(TensorRt(FLAVOURS[0], FakePlan(), "10.3.0"), b"plan", ORIN)
+    assert engine.provider == "tensorrt 10.3.0, Orin, SM 8.7"
+    for n in (1, 4, 1):
+        x = np.random.default_rng(n).normal(size=(n, 2))
+        np.testing.assert_allclose(engine.run({"x": x})["y"], 2 * x, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"x: shape \(5, 2\) is outside of the plan's profile"):
+        engine.run({"x": np.zeros((5, 2))})
+
+
+def test_a_real_plan_without_a_driver(small: Bundle, rtx: TensorRt, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, _ = build(rtx, small.file("ltc_projector.onnx"), small.manifest.dynamic_axes, ADA.compute_capability)
+    monkeypatch.setattr(tensorrt, "Device", FakeDevice)
+    try:
+        gpu.gpu()
+    except VmadError:
+        with pytest.raises(VmadError, match="driver is missing, or older than it needs"):
+            TensorRtEngine(rtx, plan, ADA)
+    else:
+        pytest.skip("there is a driver")
