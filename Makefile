@@ -33,6 +33,8 @@ bench: .venv/test
 	$(BIN)/python benchmarks/answer_modes.py demo/bundle --parts 100
 	if [ -d ../shared/data ]; then $(BIN)/python benchmarks/real_images.py demo/bundle ../shared/data/*; \
 	    else echo "benchmarks/real_images.py: skipped, there is no ../shared/data"; fi
+	$(BIN)/pip install --quiet --no-deps faiss-cpu==1.15.1
+	$(BIN)/python benchmarks/similarity.py --frames 40 --save
 	$(BIN)/python benchmarks/tables.py README.md benchmarks/results/reference.md
 
 .venv/llama:

@@ -104,8 +104,33 @@ def answer_modes(figures: Figures) -> list[str]:
     ]
 
 
+def similarity(figures: Figures) -> list[str]:
+    sizes = figures["sizes"]
+    rows = [
+        [name, *(f"{found['gflops'][name]:.0f} ({found['peak_mib'][name]:.0f})" for found in sizes.values())]
+        for name in next(iter(sizes.values()))["gflops"]
+    ]
+    for dtype in next(iter(sizes.values()))["accuracy"]:
+        accuracy = (found["accuracy"][dtype] for found in sizes.values())
+        rows.append([f"{dtype}: error, same row", *(f"{a['max_error']:.0e}, {a['same_argmax']:.2f}" for a in accuracy)])
+    notes = [f"Threads: {figures['threads']}; path {figures['path']}; time {figures['time']}"]
+    for name, bar in (figures["bars"] or {}).items():
+        notes.append(f"{name}: {bar['reached']:.2f}" + (f" (bar {bar['bar']})" if bar["bar"] else ""))
+    if found := figures["musc"]:
+        times, peaks = (found[what].values() for what in ("seconds", "peak_mib"))
+        notes.append(
+            f"MuSc of {found['frames']} frames × {found['patches']} patches × {found['levels']} levels: "
+            + ", ".join(f"{n} {t:.0f} s, {p:.0f} MiB" for n, t, p in zip(found["seconds"], times, peaks, strict=True))
+        )
+    return [
+        *_table([f"GFLOP/s (MiB more at its peak), D={figures['width']}", *sizes], rows),
+        "",
+        "; ".join(notes) + ".",
+    ]
+
+
 TABLES: dict[str, Callable[[Figures], list[str]]] = {
-    function.__name__: function for function in (bench, chain, real_images, answer_modes)
+    function.__name__: function for function in (bench, chain, real_images, answer_modes, similarity)
 }
 
 

@@ -263,6 +263,8 @@ def _open(args: argparse.Namespace, stream: int = 0) -> Inspector:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if args.stream and args.unlabelled:
+        raise VmadError("expected --stream or --unlabelled, got both")
     paths = list_images(args.paths)
     done: list[Inspection] = []
     with _open(args, args.stream) as inspector:

@@ -151,6 +151,8 @@ def test_inspect_unlabelled(tiny_bundle: Path, tmp_path: Path, capsys: pytest.Ca
     few = [str(folder / f"{seed}.png") for seed in range(4)]
     assert main(["inspect", str(tiny_bundle), *few, "--unlabelled", *station]) == 2
     assert "expected at least 5 frames to compare with each other, found 4" in capsys.readouterr().err
+    assert main(["inspect", str(tiny_bundle), *few, "--unlabelled", "--stream", "20", *station]) == 2
+    assert "expected --stream or --unlabelled, got both" in capsys.readouterr().err
 
 
 def test_evaluate_unlabelled(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
