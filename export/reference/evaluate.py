@@ -183,7 +183,7 @@ def thresholds(checkpoint: Checkpoint, count: int = 300) -> Thresholds:
     """0.95 and 0.995 quantile of the screen's score over `count` good parts that no figure below is measured on."""
     evaluation = Evaluation(checkpoint)
     scores: list[float] = []
-    for parts in _batches(iter(unseen(count, first=1_000_000, good_only=True))):
+    for parts in batches(iter(unseen(count, first=1_000_000, good_only=True))):
         scores += [image_score(p.numpy(), checkpoint.config.similarity) for p in evaluation.see(parts)[1]]
     low, high = np.quantile(scores, (0.95, 0.995))
     return Thresholds(good_below=float(low), defect_above=float(high))
@@ -193,9 +193,7 @@ def thresholds(checkpoint: Checkpoint, count: int = 300) -> Thresholds:
 def evaluate(find: Find, bounds: Thresholds | None, count: int, group: Group) -> dict[str, float]:
     """Figures on `count` unseen parts of `group`, half of them defective."""
     parts = sorted(unseen(count, first=0, group=group), key=lambda part: part.object)
-    groups = [
-        (name, batch) for name, members in groupby(parts, lambda part: part.object) for batch in _batches(members)
-    ]
+    groups = [(name, batch) for name, members in groupby(parts, lambda part: part.object) for batch in batches(members)]
     defective, kind, place, forms = [], [], [], []
     p_yes, score, overlap = [], [], []
     maps, masks = [], []
@@ -245,7 +243,7 @@ def _iou(found: NDArray[np.bool_], true: NDArray[np.bool_]) -> float:
     return float((found & true).sum() / (found | true).sum())
 
 
-def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+def batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
     iterator = iter(parts)
     while batch := list(islice(iterator, BATCH)):
         yield batch

@@ -206,14 +206,16 @@ def _resume(
 
 
 def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
-    """One process of the group: every stage."""
+    """One process of the group: every stage that has samples, and a checkpoint if the last one has."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=args.processes)
     reader = Reader(load_tokenizer(args.out / "tokenizer"))
-    model = ReferenceModel(reader, args.seed)
+    model = ReferenceModel(reader, args.seed, ltc="ltc" not in args.without, dssl="dssl" not in args.without)
     first = 0
     for stage in PEAKS:
         steps = getattr(args, f"{stage}_samples") // (BATCH * args.processes)
+        if steps == 0:
+            continue
         if stage == "segment":
             model.lend_vision(next(iter(Stream("see", reader, args.seed, range(1)))).clip_pixels)
         if stage == "mask":
@@ -221,7 +223,7 @@ def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
         train_stage(model, stage, steps, first, args.out, args.seed)
         first += steps
     dist.destroy_process_group()
-    if rank == 0:
+    if rank == 0 and model.adapted is not None:
         write_checkpoint(model, args.out / "checkpoint")
 
 
@@ -238,20 +240,25 @@ def write_checkpoint(model: ReferenceModel, folder: Path) -> None:
         (new / "config.json").write_text(config.model_dump_json(indent=2) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for states, curve and checkpoint")
-    parser.add_argument("--see-samples", type=int, default=70_000)
-    parser.add_argument("--read-samples", type=int, default=50_000)
-    parser.add_argument("--segment-samples", type=int, default=25_000)
-    parser.add_argument("--mask-samples", type=int, default=16_000)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def train(args: argparse.Namespace) -> None:
+    """Every process; `args` are those of the command."""
     make_tokenizer(args.out / "tokenizer")
     with tempfile.TemporaryDirectory() as folder:
         spawn(run, (f"{folder}/meeting", args), nprocs=args.processes)  # type: ignore[no-untyped-call]
 
 
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for states, curve and checkpoint")
+    parser.add_argument("--see-samples", type=int, default=84_000)
+    parser.add_argument("--read-samples", type=int, default=50_000)
+    parser.add_argument("--segment-samples", type=int, default=26_000)
+    parser.add_argument("--mask-samples", type=int, default=14_000)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without", choices=["ltc", "dssl"], action="append", default=[], help="for the ablation")
+    return parser
+
+
 if __name__ == "__main__":
-    main()
+    train(arguments().parse_args())
