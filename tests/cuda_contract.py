@@ -12,12 +12,17 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from examples import clip_input
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.interpolate import RegularGridInterpolator
 
 from vmad_edge.kernels import cuda, reference
+from vmad_edge.runtime.bundle import SamInput
+from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
+from vmad_edge.runtime.stages.preprocess_cuda import CudaPreprocess
 
 TOLERANCE = {"float16": 1e-3, "int8": 1e-2}
 
@@ -29,10 +34,15 @@ class Operators:
     turn: called before each run of an operator, which runs twice.
     """
 
+    stream = 0
+
     def __init__(
         self, upload: Callable[[Any], Any], download: Callable[[Any], Any], turn: Callable[[], None] = lambda: None
     ) -> None:
         self.upload, self.download, self.turn = upload, download, turn
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self.upload(np.zeros(shape, dtype))
 
     def bank(self, features: Any, dtype: cuda.Dtype) -> cuda.DeviceBank:
         count, width = features.shape
@@ -52,12 +62,15 @@ class Operators:
     def max_cosine(self, query: Any, bank: Any, k: int = 1, *, dtype: cuda.Dtype, path: cuda.Path = "auto") -> Any:
         device_bank = self.bank(bank, dtype)
         workspace = self.workspace(cuda.max_cosine_workspace(len(query), device_bank, k, path=path))
-        score, index = self.upload(np.full(len(query), 9, np.float32)), self.upload(np.full(len(query), -9, np.int64))
+        found = []
         for _ in range(2):  # the second call finds the workspace as the first one left it
+            score, index = (self.upload(np.full(len(query), -9, kind)) for kind in (np.float32, np.int64))
             self.turn()
             cuda.max_cosine(self.upload(query), device_bank, score, index, workspace, k, path=path)
+            found.append((self.download(score), self.download(index)))
         assert not self.used_up(workspace)
-        return self.download(score), self.download(index)
+        assert (bits(found[0][0]) == bits(found[1][0])).all() and (found[0][1] == found[1][1]).all()
+        return found[0]
 
     def segmented_max_cosine(
         self, query: Any, bank: Any, offsets: Sequence[int], *, dtype: cuda.Dtype, path: cuda.Path = "auto"
@@ -66,12 +79,15 @@ class Operators:
         host = cuda.DeviceOffsets.check(offsets, len(bank))
         bounds = cuda.DeviceOffsets(host, self.upload(host))
         size = cuda.segmented_max_cosine_workspace(len(query), device_bank, bounds, path=path)
-        workspace, score = self.workspace(size), self.upload(np.full((len(query), len(host) - 1), 9, np.float32))
+        workspace, found = self.workspace(size), []
         for _ in range(2):
+            score = self.upload(np.full((len(query), len(host) - 1), 9, np.float32))
             self.turn()
             cuda.segmented_max_cosine(self.upload(query), device_bank, bounds, score, workspace, path=path)
+            found.append(self.download(score))
         assert not self.used_up(workspace)
-        return self.download(score)
+        assert (bits(found[0]) == bits(found[1])).all()
+        return found[0]
 
 
 def draw_rows(seed: int, count: int, width: int) -> Any:
@@ -280,6 +296,31 @@ def test_preprocess_decodes_as_opencv(operators: Operators, kind: Any, code: int
     axes = cuda.resize_axis(size[1], size[1], "bilinear"), cuda.resize_axis(size[0], size[0], "bilinear")
     pixels = preprocess(operators, frame, kind, axes, max(size))[0, :, : size[0], : size[1]]
     np.testing.assert_array_equal(pixels.transpose(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize(
+    ("resize", "pad"),
+    [
+        pytest.param("exact", False, id="squeezed"),
+        pytest.param("exact", True, id="padded to a square"),
+        pytest.param("shortest_edge", False, id="cropped"),
+    ],
+)
+def test_preprocess_makes_clip_pixels(operators: Operators, resize: str, pad: bool) -> None:
+    frame, spec = photograph(50, 71), clip_input(resize, pad, size=28)
+    prepared = CudaPreprocess.clip(operators, "bgr8", 50, 71, spec)
+    prepared.queue(operators.upload(frame[:, :, ::-1]))
+    expected, _ = clip_pixels(Frame.read(frame), spec)
+    np.testing.assert_array_equal(operators.download(prepared.pixels), expected)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (60, 40)])
+def test_preprocess_makes_sam_pixels(operators: Operators, size: tuple[int, int]) -> None:
+    frame, spec = photograph(*size), SamInput(size=32)
+    prepared = CudaPreprocess.sam(operators, "rgb8", *size, spec)
+    prepared.queue(operators.upload(frame))
+    expected, _ = sam_pixels(Frame.read(frame), spec)
+    np.testing.assert_array_equal(operators.download(prepared.pixels), expected)
 
 
 def spread(operators: Operators, scores: Any, y: cuda.Axis, x: cuda.Axis) -> Any:

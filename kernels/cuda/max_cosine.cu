@@ -107,10 +107,11 @@ __global__ __launch_bounds__(kThreads) void keep_best(const float* scores, Rows 
 }
 
 template <class Number, class Tile>
-cudaError_t launch_fused(const Features& features, const Rows& query, const Rows& bank, Index blocks,
+cudaError_t launch_fused(const Features& features, const Rows& query, const Rows& bank, const TileChoice& pick,
                          Agreement* agreements, Key* keys, float* score, Index* index, cudaStream_t stream) {
   const Index query_tiles = ceil_div(query.count, Tile::kQueryRows);
-  const Shares shares = share_out(query_tiles, ceil_div(bank.count, Tile::kBankRows), blocks);
+  const Index bank_tiles = ceil_div(bank.count, Tile::kBankRows);
+  const Shares shares = share_out(query_tiles, bank_tiles, pick.processors, pick.blocks_each);
   return launch(fused<Number, Tile>, dim3(unsigned(query_tiles), unsigned(shares.count)), kThreads,
                 kStages * Tile::kStageBytes, stream, features, query, bank, shares.tiles, agreements, keys, score,
                 index);
@@ -135,7 +136,7 @@ cudaError_t max_cosine(const Features& features, const Rows& bank, bool int8, in
     auto* const agreements = reinterpret_cast<Agreement*>(workspace);
     const auto run = int8 ? (pick.large ? launch_fused<Int8, LargeTile> : launch_fused<Int8, SmallTile>)
                           : (pick.large ? launch_fused<Half, LargeTile> : launch_fused<Half, SmallTile>);
-    return pick.error ? pick.error : run(features, query, bank, pick.blocks, agreements, keys, score, index, stream);
+    return pick.error ? pick.error : run(features, query, bank, pick, agreements, keys, score, index, stream);
   }
 
   auto* const scores = reinterpret_cast<float*>(start + parts.scores);

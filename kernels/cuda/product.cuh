@@ -123,10 +123,10 @@ __device__ inline void scale_query_rows(const Features& features, const Rows& un
   __syncthreads();
 }
 
-/// The tile for a problem, and how many blocks the device holds at once.
+/// The tile for a problem, the device's multiprocessors, and how many blocks each holds at once.
 struct TileChoice {
   bool large;
-  Index blocks;
+  Index processors, blocks_each;
   cudaError_t error;
 };
 
@@ -136,7 +136,7 @@ inline TileChoice tile_for(Index query_count, Index bank_count) {
   const cudaError_t error = processors(count);
   const Index tiles = ceil_div(query_count, LargeTile::kQueryRows) * ceil_div(bank_count, LargeTile::kBankRows);
   const bool large = tiles >= count;
-  return {large, Index(count) * (large ? 2 : 4), error};
+  return {large, count, large ? 2 : 4, error};
 }
 
 /// True in the last of `blocks` blocks to come here; it then sees what all of them wrote.

@@ -121,9 +121,10 @@ __global__ __launch_bounds__(kThreads) void best_of_segment(const float* scores,
 
 template <class Number, class Tile>
 cudaError_t launch_fused(const Features& features, const Rows& query, const Rows& bank, const Index* offsets,
-                         Index segments, Index blocks, Agreement* agreements, float* score, cudaStream_t stream) {
+                         Index segments, const TileChoice& pick, Agreement* agreements, float* score, cudaStream_t stream) {
   const Index query_tiles = ceil_div(query.count, Tile::kQueryRows);
-  const Shares shares = share_out(query_tiles, ceil_div(bank.count, Tile::kBankRows), blocks);
+  const Index bank_tiles = ceil_div(bank.count, Tile::kBankRows);
+  const Shares shares = share_out(query_tiles, bank_tiles, pick.processors, pick.blocks_each);
   return launch(fused<Number, Tile>, dim3(unsigned(query_tiles), unsigned(shares.count)), kThreads,
                 kStages * Tile::kStageBytes, stream, features, query, bank, offsets, segments, shares.tiles, agreements,
                 score);
@@ -149,7 +150,7 @@ cudaError_t segmented_max_cosine(const Features& features, const Rows& bank, boo
     const auto run = int8 ? (pick.large ? launch_fused<Int8, LargeTile> : launch_fused<Int8, SmallTile>)
                           : (pick.large ? launch_fused<Half, LargeTile> : launch_fused<Half, SmallTile>);
     if (pick.error != cudaSuccess) return pick.error;
-    return run(features, query, bank, offsets, segments, pick.blocks, agreements, score, stream);
+    return run(features, query, bank, offsets, segments, pick, agreements, score, stream);
   }
 
   auto* const scores = reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + parts.scores);

@@ -83,11 +83,19 @@ struct Shares {
   Index count, tiles;
 };
 
-__host__ inline Shares share_out(Index query_tiles, Index bank_tiles, Index blocks) {
-  const Index wanted = blocks / query_tiles;
-  const Index count = wanted < 1 ? 1 : wanted > bank_tiles ? bank_tiles : wanted;
-  const Index tiles = ceil_div(bank_tiles, count);
-  return {ceil_div(bank_tiles, tiles), tiles};
+/// So that the multiprocessor with most to do has least: of one to four times the blocks that the device holds at
+/// once. A block costs a fraction of a tile to begin.
+__host__ inline Shares share_out(Index query_tiles, Index bank_tiles, Index processors, Index blocks_each) {
+  Shares best = {};
+  Index least = 0;
+  for (Index rounds = 1; rounds <= 4; ++rounds) {
+    const Index wanted = rounds * processors * blocks_each / query_tiles;
+    const Index tiles = ceil_div(bank_tiles, wanted < 1 ? 1 : wanted);
+    const Index count = ceil_div(bank_tiles, tiles);
+    const Index cost = ceil_div(query_tiles * count, processors) * (4 * tiles + 1);
+    if (rounds == 1 || cost < least) best = {count, tiles}, least = cost;
+  }
+  return best;
 }
 
 }  // namespace vmad

@@ -32,47 +32,96 @@ class View:
     bottom: float
 
 
-def clip_pixels(frame: Frame, spec: ClipInput) -> tuple[NDArray[np.float32], View]:
-    """`clip_pixels` [1,3,S_c,S_c], and what part of the frame it shows."""
-    image = Image.fromarray(frame.pixels)
-    width, height = image.size
-    x0, y0 = 0, 0
-    if spec.pad_to_square and width != height:
+@dataclass(frozen=True)
+class ClipGeometry:
+    """How frames of one size become `clip_pixels`. All pairs are vertical, horizontal, in pixels."""
+
+    canvas: tuple[int, int]
+    """The frame, padded."""
+    place: tuple[int, int]
+    """Where the frame lies on it."""
+    resized: tuple[int, int]
+    """The canvas, resized."""
+    crop: tuple[int, int]
+    """Where `clip_pixels` begins in that."""
+    view: View
+
+
+def clip_geometry(height: int, width: int, spec: ClipInput) -> ClipGeometry:
+    """Of frames of `height` × `width`."""
+    y0, x0 = 0, 0
+    if spec.pad_to_square:
         side = max(width, height)
-        x0, y0 = (side - width) // 2, (side - height) // 2
-        square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in spec.mean))
-        square.paste(image, (x0, y0))
-        image, width, height = square, side, side
-    new_width, new_height = spec.size, spec.size
+        y0, x0 = (side - height) // 2, (side - width) // 2
+        height, width = side, side
+    new_height, new_width = spec.size, spec.size
     if spec.resize == "shortest_edge":
         if width <= height:
             new_height = int(spec.size * height / width)
         else:
             new_width = int(spec.size * width / height)
-    left, top = (new_width - spec.size) // 2, (new_height - spec.size) // 2
-    image = image.resize((new_width, new_height), _RESAMPLE[spec.resample])
-    image = image.crop((left, top, left + spec.size, top + spec.size))
-    scale_x, scale_y = width / new_width, height / new_height
+    top, left = (new_height - spec.size) // 2, (new_width - spec.size) // 2
+    scale_y, scale_x = height / new_height, width / new_width
     view = View(
         left * scale_x - x0,
         top * scale_y - y0,
         (left + spec.size) * scale_x - x0,
         (top + spec.size) * scale_y - y0,
     )
-    # Rescaled in float64 and normalised in float32, as transformers does: equal to the last bit.
-    scaled = (np.asarray(image).astype(np.float64) * spec.rescale_factor).astype(np.float32)
-    return _normalise(scaled, spec.mean, spec.std), view
+    return ClipGeometry((height, width), (y0, x0), (new_height, new_width), (top, left), view)
+
+
+def padding_colour(spec: ClipInput) -> tuple[int, int, int]:
+    """Of the canvas around a padded frame: the mean, as LLaVA has it."""
+    red, green, blue = (int(value * 255) for value in spec.mean)
+    return red, green, blue
+
+
+def clip_pixels(frame: Frame, spec: ClipInput) -> tuple[NDArray[np.float32], View]:
+    """`clip_pixels` [1,3,S_c,S_c], and what part of the frame it shows."""
+    image = Image.fromarray(frame.pixels)
+    geometry = clip_geometry(image.height, image.width, spec)
+    if geometry.canvas != (image.height, image.width):
+        square = Image.new("RGB", geometry.canvas[::-1], padding_colour(spec))
+        square.paste(image, geometry.place[::-1])
+        image = square
+    image = image.resize(geometry.resized[::-1], _RESAMPLE[spec.resample])
+    top, left = geometry.crop
+    image = image.crop((left, top, left + spec.size, top + spec.size))
+    return _normalise(_rescaled(np.asarray(image), spec), spec.mean, spec.std), geometry.view
+
+
+def _rescaled(image: NDArray[np.uint8], spec: ClipInput) -> NDArray[np.float32]:
+    """Rescaled in float64 and normalised in float32, as transformers does: equal to the last bit."""
+    return (image.astype(np.float64) * spec.rescale_factor).astype(np.float32)
+
+
+def sam_covered(height: int, width: int, spec: SamInput) -> tuple[int, int]:
+    """The (height, width) in `sam_pixels` that frames of `height` × `width` cover."""
+    scale = spec.size / max(height, width)
+    return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
 def sam_pixels(frame: Frame, spec: SamInput) -> tuple[NDArray[np.float32], tuple[int, int]]:
     """`sam_pixels` [1,3,S_s,S_s], and the (height, width) in it that the frame covers."""
-    height, width = frame.pixels.shape[:2]
-    scale = spec.size / max(height, width)
-    covered = (int(height * scale + 0.5), int(width * scale + 0.5))
+    covered = sam_covered(frame.pixels.shape[0], frame.pixels.shape[1], spec)
     image = Image.fromarray(frame.pixels).resize(covered[::-1], Image.Resampling.BILINEAR)
     pixels = np.zeros((1, 3, spec.size, spec.size), np.float32)
     pixels[:, :, : covered[0], : covered[1]] = _normalise(np.asarray(image).astype(np.float32), spec.mean, spec.std)
     return pixels, covered
+
+
+def clip_values(spec: ClipInput) -> NDArray[np.float32]:
+    """[3,256]: what each byte of each colour becomes in `clip_pixels`."""
+    return _normalise(_rescaled(_BYTES, spec), spec.mean, spec.std)[0, :, 0]
+
+
+def sam_values(spec: SamInput) -> NDArray[np.float32]:
+    """[3,256]: what each byte of each colour becomes in `sam_pixels`."""
+    return _normalise(_BYTES.astype(np.float32), spec.mean, spec.std)[0, :, 0]
+
+
+_BYTES = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (1, 256, 3))
 
 
 def _normalise(image: NDArray[np.float32], mean: Triple, std: Triple) -> NDArray[np.float32]:

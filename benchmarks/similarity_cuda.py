@@ -1,0 +1,117 @@
+"""Patch similarity on a GPU against the matrix product that it contains, in one run.
+
+    pip install '.[gpu]' torch
+    python benchmarks/similarity_cuda.py --save
+
+Each contender is captured as a CUDA graph, launched in rounds that take turns; figures are medians. torch's product is
+cuBLAS. `aim` is 0.9 of the product alone at the two large sizes, `must` 0.6; 256×2560 shall take 15 µs at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from record import save
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vmad_edge.kernels import cuda
+from vmad_edge.runtime.device import Device
+from vmad_edge.runtime.machine import RunInProgress
+
+SIZES = ("256x256", "256x2560", "576x18432", "576x115200", "1369x273800")
+WIDTH = 1024
+Contenders = dict[str, Callable[[], object]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="QxM")
+    parser.add_argument("--rounds", type=int, default=15, help="that count (default: %(default)s)")
+    parser.add_argument("--save", action="store_true", help="write results/similarity_cuda.json")
+    arguments = parser.parse_args()
+
+    run, device = RunInProgress(), Device()
+    microseconds = {}
+    for size in arguments.sizes:
+        q, m = map(int, size.split("x"))
+        microseconds[size] = measured(contenders(device, q, m), arguments.rounds, size)
+    table = Table("", *arguments.sizes, title=f"µs, D={WIDTH}, {device.name}, kernels for {cuda.targets()}")
+    for name in microseconds[arguments.sizes[0]]:
+        table.add_row(name, *(f"{taken[name]:.1f}" for taken in microseconds.values()))
+    Console().print(table)
+    if arguments.save:
+        save("similarity_cuda", run.end(["torch", "pycuda"]), {"gpu": device.name, "microseconds": microseconds})
+
+
+def contenders(device: Device, q: int, m: int) -> Contenders:
+    """Each launches a graph; the last of them waits."""
+    rng = np.random.default_rng(0)
+    features = [rng.standard_normal((count, WIDTH), np.float32).astype(np.float16) for count in (q, m)]
+    query = device.upload(features[0])
+    score, index = device.zeros((q,), np.float32), device.zeros((q,), np.int64)
+    dtypes: tuple[cuda.Dtype, ...] = ("float16", "int8")
+    paths: tuple[cuda.Path, ...] = ("fused", "split")
+    runs: Contenders = {}
+    for dtype in dtypes:
+        scale = device.zeros((m,), np.float32) if dtype == "int8" else None
+        bank = cuda.DeviceBank(device.zeros((m, cuda.row_bytes(WIDTH, dtype)), np.uint8), scale, WIDTH, dtype)
+        cuda.normalise(device.upload(features[1]), bank, stream=device.stream)
+        for path in paths:
+            workspace = device.zeros((cuda.max_cosine_workspace(q, bank, path=path),), np.uint8)
+            graph = device.capture(
+                lambda bank=bank, path=path, workspace=workspace: cuda.max_cosine(  # type: ignore[misc]
+                    query, bank, score, index, workspace, path=path, stream=device.stream
+                )
+            )
+            # The lambda keeps what the graph uses.
+            runs[f"max_cosine, {dtype}, {path}"] = lambda graph=graph, used=(bank, workspace): graph.launch()  # type: ignore[misc]
+
+    stream = torch.cuda.ExternalStream(device.stream)
+    with torch.cuda.stream(stream):
+        left, right = (torch.from_numpy(rows).cuda() for rows in features)
+        product = torch.empty((q, m), dtype=torch.float16, device="cuda")
+        for name, work in (
+            ("product alone, float16 (cuBLAS)", lambda: torch.matmul(left, right.T, out=product)),
+            ("product + max, float16 (torch)", lambda: torch.matmul(left, right.T, out=product).max(dim=1)),
+        ):
+            work()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                work()
+            runs[name] = graph.replay
+    runs["wait"] = device.wait
+    return runs
+
+
+def measured(runs: Contenders, rounds: int, label: str) -> dict[str, float]:
+    """Microseconds a launch: medians over rounds of as many launches as take about 20 ms."""
+    wait = runs.pop("wait")
+
+    def seconds(launch: Callable[[], object], launches: int) -> float:
+        wait()
+        start = time.perf_counter()
+        for _ in range(launches):
+            launch()
+        wait()
+        return time.perf_counter() - start
+
+    launches = {}
+    for name, launch in runs.items():
+        seconds(launch, 3)
+        launches[name] = max(1, round(0.02 / (seconds(launch, 20) / 20)))
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in track(range(rounds), label):
+        for name, launch in runs.items():
+            taken[name].append(seconds(launch, launches[name]) / launches[name])
+    return {name: 1e6 * statistics.median(each) for name, each in taken.items()}
+
+
+if __name__ == "__main__":
+    main()
