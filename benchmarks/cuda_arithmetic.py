@@ -52,27 +52,17 @@ FRAME, CLIP, SAM, GRID = (1080, 1440), 336, 1024, 24
 
 def main() -> None:
     print("# CUDA kernels: compiled and host-tested, not run\n")
-    print(
-        "No GPU was at hand (2026-11-20; nvcc 13.0, AMD EPYC, 2 cores). The kernels compile for SM 87, 89, 90, 110, 120"
-    )
-    print("and PTX of 80 without a spilled register, and the same sources pass their contract on the processor, on a")
-    print("machine that runs their threads, barriers, asynchronous copies and matrix instructions")
-    print("(`tests/kernels/cuda_host`). Speed is unknown. What follows is arithmetic, made by")
-    print("`python benchmarks/cuda_arithmetic.py`.\n")
+    print(ABOUT)
     print(f"## max_cosine, D={WIDTH}: floor and share of it that the tiles leave, at most\n")
     print("| Q×M | type | operations | bytes | " + " | ".join(gpu.name for gpu in GPUS) + " |")
     print("|---|---|---|---|" + "---|" * len(GPUS))
     for q, m in SIZES:
         for kind, size in (("float16", 2), ("int8", 1)):
             operations, moved = 2 * q * m * WIDTH, (q * 4 + m * size) * WIDTH + q * 12
-            cells = (
-                f"{1e6 * floor(gpu, operations, moved, size):.1f} µs, {share(gpu, q, m, size):.2f}" for gpu in GPUS
-            )
+            least = (1e6 * floor(gpu, operations, moved, size) for gpu in GPUS)
+            cells = (f"{us:.1f} µs, {share(gpu, q, m, size):.2f}" for gpu, us in zip(GPUS, least, strict=True))
             print(f"| {q}×{m} | {kind} | {operations / 1e9:.2f} G | {moved / 1e6:.1f} MB | " + " | ".join(cells) + " |")
-    print(
-        "\nsegmented_max_cosine adds 4·Q·S bytes and one pass over a tile's sums for each segment in it; the split path"
-    )
-    print("adds 8·Q·M bytes, which stay in L2 where its chunk of 4·Q·4,096 bytes fits, and Q·M comparisons a rank.\n")
+    print(BESIDE)
     print(f"## The rest of the screen, frame of {FRAME[1]}×{FRAME[0]}, float32 out\n")
     print("| operator | operations | bytes | " + " | ".join(gpu.name for gpu in GPUS) + " |")
     print("|---|---|---|" + "---|" * len(GPUS))

@@ -13,6 +13,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vmad_edge.kernels import cuda
-from vmad_edge.runtime.device import Device
+from vmad_edge.runtime.device import Device, Graph
 from vmad_edge.runtime.machine import RunInProgress
 
 SIZES = ("256x256", "256x2560", "576x18432", "576x115200", "1369x273800")
@@ -65,13 +68,9 @@ def contenders(device: Device, q: int, m: int) -> Contenders:
         cuda.normalise(device.upload(features[1]), bank, stream=device.stream)
         for path in paths:
             workspace = device.zeros((cuda.max_cosine_workspace(q, bank, path=path),), np.uint8)
-            graph = device.capture(
-                lambda bank=bank, path=path, workspace=workspace: cuda.max_cosine(  # type: ignore[misc]
-                    query, bank, score, index, workspace, path=path, stream=device.stream
-                )
-            )
-            # The lambda keeps what the graph uses.
-            runs[f"max_cosine, {dtype}, {path}"] = lambda graph=graph, used=(bank, workspace): graph.launch()  # type: ignore[misc]
+            options: dict[str, Any] = {"path": path, "stream": device.stream}
+            queue = partial(cuda.max_cosine, query, bank, score, index, workspace, **options)
+            runs[f"max_cosine, {dtype}, {path}"] = Captured(device.capture(queue), queue).launch
 
     stream = torch.cuda.ExternalStream(device.stream)
     with torch.cuda.stream(stream):
@@ -82,12 +81,22 @@ def contenders(device: Device, q: int, m: int) -> Contenders:
             ("product + max, float16 (torch)", lambda: torch.matmul(left, right.T, out=product).max(dim=1)),
         ):
             work()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured, stream=stream):
                 work()
-            runs[name] = graph.replay
+            runs[name] = captured.replay
     runs["wait"] = device.wait
     return runs
+
+
+@dataclass(frozen=True)
+class Captured:
+    graph: Graph
+    queue: Callable[[], None]
+    """Holds the memory that the graph uses."""
+
+    def launch(self) -> None:
+        self.graph.launch()
 
 
 def measured(runs: Contenders, rounds: int, label: str) -> dict[str, float]:
