@@ -87,7 +87,12 @@ class Device:
         self._stream.synchronize()
 
     def capture(self, queue: Callable[[], None]) -> Graph:
-        """What `queue` queues on `stream`, as one graph. It must neither allocate nor wait."""
+        """What `queue` queues on `stream`, as one graph. It must neither allocate nor wait.
+
+        It is run once first: CUDA loads a kernel at its first launch, which a capture may not.
+        """
+        queue()
+        self.wait()
         mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._checked(self._driver.cuStreamBeginCapture(self.stream, mode))
         try:

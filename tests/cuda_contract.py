@@ -188,10 +188,11 @@ def test_a_long_bank(operators: Operators, dtype: cuda.Dtype, path: cuda.Path) -
 @dtypes
 @pytest.mark.parametrize(("path", "k"), [("fused", 1), ("split", 1), ("split", 2), ("split", 3)])
 def test_equal_rows_tie_whatever_their_place(operators: Operators, dtype: cuda.Dtype, path: cuda.Path, k: int) -> None:
-    """One row at three places, in other lanes, tiles and blocks: the k-th best is its k-th place, for every query."""
+    """One row at three places, the k-th best is its k-th place, for every query: 7 and 15 lie in one tile and lane, 135
+    in the same lane of another tile."""
     rng = np.random.default_rng(0)
     bank = rng.standard_normal((301, 100)).astype(np.float32)
-    places = [7, 130, 300]
+    places = [7, 15, 135]
     query = bank[7] + rng.standard_normal((150, 100)).astype(np.float32) * np.float32(0.01)
     bank[places] = bank[7]
     score, index = operators.max_cosine(query, bank, k, dtype=dtype, path=path)

@@ -122,4 +122,11 @@ def workspace_pointer(workspace: DeviceArray, needed: int) -> int:
     (size,), kind = describe("workspace", workspace, 1, "|u1")
     if size < needed:
         raise ValueError(f"workspace: expected at least {needed} bytes, got {size}")
-    return pointer("workspace", workspace, (size,), kind)
+    return aligned("workspace", pointer("workspace", workspace, (size,), kind))
+
+
+def aligned(name: str, address: int) -> int:
+    """Of memory that is copied 16 bytes at a time."""
+    if address % 16:
+        raise ValueError(f"{name}: expected memory that begins at a multiple of 16 bytes, got {address:#x}")
+    return address

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmad_edge.kernels import _at_least_one, _offsets
-from vmad_edge.kernels.cuda.library import DeviceArray, call, describe, library, pointer, workspace_pointer
+from vmad_edge.kernels.cuda.library import DeviceArray, aligned, call, describe, library, pointer, workspace_pointer
 
 Dtype = Literal["float16", "int8"]
 Path = Literal["auto", "fused", "split"]
@@ -185,7 +185,7 @@ def _query(query: DeviceArray, bank: DeviceBank) -> tuple[int, int, bool]:
 def _bank(bank: DeviceBank) -> tuple[bool, int, int | None]:
     scale = None if bank.scale is None else pointer("scale", bank.scale, (len(bank),), "<f4")
     shape = len(bank), row_bytes(bank.width, bank.dtype)
-    return bank.dtype == "int8", pointer("rows", bank.rows, shape, "|u1"), scale
+    return bank.dtype == "int8", aligned("rows", pointer("rows", bank.rows, shape, "|u1")), scale
 
 
 def _features(name: str, features: DeviceArray) -> tuple[int, int, int, bool]:

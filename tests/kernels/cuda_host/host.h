@@ -2,7 +2,8 @@
 //
 // Each thread of a block runs as a fiber until it waits for others; two blocks are resident at a time. The machine is
 // unkind where the real one may be: shared memory starts as NaN, an asynchronous copy lands no sooner than its wait
-// makes it, and threads take their turns in an order that the test chooses, so a missing barrier or wait shows.
+// makes it, and threads take their turns in an order that the test chooses, some warps slower than others, so that a
+// missing barrier or wait is likely to show.
 // Fragment layouts are those of the PTX ISA's tables for mma.m16n8k16, mma.m16n8k32 and ldmatrix.
 #pragma once
 
@@ -97,7 +98,7 @@ struct Thread {
 inline Thread* current = nullptr;
 inline jmp_buf scheduler;
 inline std::function<void()> body;
-inline unsigned turn_order = 0;  // 0 forwards, 1 backwards, else shuffled by this seed
+inline unsigned turn_order = 0;  // 0 forwards, 1 backwards, else shuffled by this seed, some warps slow
 inline int multiprocessors = 4;
 inline unsigned launches = 0;
 
@@ -171,13 +172,19 @@ inline void run_blocks(std::vector<Block>& blocks) {
   std::vector<std::size_t> order(threads.size());
   std::iota(order.begin(), order.end(), 0);
   if (turn_order == 1) std::reverse(order.begin(), order.end());
-  if (turn_order > 1) std::shuffle(order.begin(), order.end(), std::mt19937(turn_order));
-  for (bool running = true; running;) {
+  std::vector<unsigned> slowness(threads.size() / kWarp, 1);  // by warp: it runs in every so many rounds
+  if (turn_order > 1) {
+    std::mt19937 random(turn_order);
+    std::shuffle(order.begin(), order.end(), random);
+    for (unsigned& slow : slowness) slow = random() % 2 ? 1 : 5;
+  }
+  bool running = true;
+  for (unsigned round = 0; running; ++round) {
     running = false;
     for (std::size_t i : order) {
       if (threads[i]->ended) continue;
       running = true;
-      resume(*threads[i]);
+      if (round % slowness[i / kWarp] == 0) resume(*threads[i]);
     }
   }
 }
