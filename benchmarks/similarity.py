@@ -22,6 +22,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+import similarity_cuda
 import torch
 from numpy.typing import NDArray
 from record import save
@@ -53,8 +54,11 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=200, help="of MuSc; 0 leaves it out (default: %(default)s)")
     parser.add_argument("--patches", type=int, default=576, help="a frame (default: %(default)s)")
     parser.add_argument("--levels", type=int, default=4, help="of features (default: %(default)s)")
-    parser.add_argument("--save", action="store_true", help="write results/similarity.json")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: see similarity_cuda.py")
+    parser.add_argument("--save", action="store_true", help="write results/similarity.json, or similarity_cuda.json")
     arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        return similarity_cuda.measure(arguments.sizes, arguments.repeats, arguments.save)
 
     run = RunInProgress()
     threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))

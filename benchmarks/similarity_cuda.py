@@ -1,7 +1,7 @@
 """Patch similarity on a GPU against the matrix product that it contains, in one run.
 
-    pip install '.[gpu]' torch
-    python benchmarks/similarity_cuda.py --save
+    pip install '.[gpu]' faiss-cpu torch
+    python benchmarks/similarity.py --device cuda --sizes 256x2560 576x115200 1369x273800 --save
 
 Each contender is captured as a CUDA graph, launched in rounds that take turns; figures are medians. torch's product is
 cuBLAS. `aim` is 0.9 of the product alone at the two large sizes, `must` 0.6; 256×2560 shall take 15 µs at most.
@@ -9,10 +9,9 @@ cuBLAS. `aim` is 0.9 of the product alone at the two large sizes, `must` 0.6; 25
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,28 +27,22 @@ from vmad_edge.kernels import cuda
 from vmad_edge.runtime.device import Device, Graph
 from vmad_edge.runtime.machine import RunInProgress
 
-SIZES = ("256x256", "256x2560", "576x18432", "576x115200", "1369x273800")
 WIDTH = 1024
 Contenders = dict[str, Callable[[], object]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="QxM")
-    parser.add_argument("--rounds", type=int, default=15, help="that count (default: %(default)s)")
-    parser.add_argument("--save", action="store_true", help="write results/similarity_cuda.json")
-    arguments = parser.parse_args()
-
+def measure(sizes: Sequence[str], rounds: int, keep: bool) -> None:
+    """Prints a table; `keep` writes results/similarity_cuda.json."""
     run, device = RunInProgress(), Device()
     microseconds = {}
-    for size in arguments.sizes:
+    for size in sizes:
         q, m = map(int, size.split("x"))
-        microseconds[size] = measured(contenders(device, q, m), arguments.rounds, size)
-    table = Table("", *arguments.sizes, title=f"µs, D={WIDTH}, {device.name}, kernels for {cuda.targets()}")
-    for name in microseconds[arguments.sizes[0]]:
+        microseconds[size] = measured(contenders(device, q, m), rounds, size)
+    table = Table("", *sizes, title=f"µs, D={WIDTH}, {device.name}, kernels for {cuda.targets()}")
+    for name in microseconds[sizes[0]]:
         table.add_row(name, *(f"{taken[name]:.1f}" for taken in microseconds.values()))
     Console().print(table)
-    if arguments.save:
+    if keep:
         save("similarity_cuda", run.end(["torch", "pycuda"]), {"gpu": device.name, "microseconds": microseconds})
 
 
@@ -120,7 +113,3 @@ def measured(runs: Contenders, rounds: int, label: str) -> dict[str, float]:
         for name, launch in runs.items():
             taken[name].append(seconds(launch, launches[name]) / launches[name])
     return {name: 1e6 * statistics.median(each) for name, each in taken.items()}
-
-
-if __name__ == "__main__":
-    main()
