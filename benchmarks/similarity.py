@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write results/similarity.json, or similarity_cuda.json")
     arguments = parser.parse_args()
     if arguments.device == "cuda":
-        return similarity_cuda.measure(arguments.sizes, arguments.repeats, arguments.save)
+        similarity_cuda.measure(arguments.sizes, arguments.repeats, arguments.save)
+        return
 
     run = RunInProgress()
     threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
