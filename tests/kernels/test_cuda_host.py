@@ -88,6 +88,8 @@ SPACE = HostArray(np.zeros(1 << 20, np.uint8))
 NO_ROWS = cuda.DeviceBank(HostArray(np.zeros((0, 64), np.uint8)), None, 8, "float16")
 OFFSETS = cuda.DeviceOffsets(np.array([0, 3]), HostArray(np.array([0, 3])))
 BYTES = HostArray(np.zeros((9, 9), np.uint8))
+UNALIGNED = HostArray(np.zeros(1 << 20, np.uint8))
+UNALIGNED.array = UNALIGNED.array[8 + -UNALIGNED.array.ctypes.data % 16 :]
 AXIS = cuda.resize_axis(9, 4, "bilinear").on_device(HostArray)
 
 
@@ -105,6 +107,11 @@ AXIS = cuda.resize_axis(9, 4, "bilinear").on_device(HostArray)
         (lambda: cuda.max_cosine(QUERY, BANK, SCORE, SCORE, SPACE), TypeError, "index: expected int64, got float32"),
         (lambda: cuda.max_cosine(QUERY, BANK, SCORE, INDEX, SPACE, 0), ValueError, "k: expected at least 1, got 0"),
         (lambda: cuda.max_cosine(QUERY, BANK, SCORE, INDEX, SPACE, 2, path="fused"), ValueError, "k of 1, got 2"),
+        (
+            lambda: cuda.max_cosine(QUERY, BANK, SCORE, INDEX, UNALIGNED),
+            ValueError,
+            "multiple of 16 bytes",
+        ),
         (lambda: cuda.max_cosine(QUERY, BANK, SCORE, INDEX, HostArray(np.zeros(9, "u1"))), ValueError, "got 9"),
         (
             lambda: cuda.segmented_max_cosine(QUERY, BANK, OFFSETS, SCORE, SPACE),
