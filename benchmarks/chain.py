@@ -206,7 +206,7 @@ def _show(rows: dict[str, dict[str, Any] | None], bars: dict[str, dict[str, Any]
             f"{agrees['mask_iou_mean']:.3f}",
             f"{agrees['same_text']:.0%}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
     for lane, bar in bars.items():
         print(f"{lane}: {bar['reached']:.2f} × torch f32, bar {bar['bar']} × {'holds' if bar['holds'] else 'MISSED'}")
 

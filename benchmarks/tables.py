@@ -29,7 +29,7 @@ def bench(figures: Figures) -> list[str]:
         rows.append([f"**{name}**", *map(in_ms, (lane.whole.p50, lane.whole.p95, lane.whole.p99, lane.whole.max))])
         rows += [[stage, *map(in_ms, (s.p50, s.p95, s.p99, s.max))] for stage, s in lane.stages.items()]
     for bank in found.banks:
-        name = f"**screen**, {bank.frames} frames enrolled"
+        name = f"**screen**, {bank.frames} frame{'s' * (bank.frames > 1)} enrolled"
         rows.append([name, *map(in_ms, (bank.screen.p50, bank.screen.p95, bank.screen.p99, bank.screen.max))])
     batches = "; ".join(f"{batch.frames}: {batch.frames_per_second:.0f}" for batch in found.batches)
     first = [
@@ -150,7 +150,7 @@ def remake(page: str) -> str:
 
 def _measured(fields: Figures) -> str:
     run = Run.model_validate(fields)
-    where = f"{run.machine.processor}, {run.machine.cores} cores" + (
+    where = f"{run.machine.processor}, {run.machine.cores} core{'s' * (run.machine.cores > 1)}" + (
         f", {run.machine.accelerator}" if run.machine.accelerator else ""
     )
     warning = busy_elsewhere(run)
