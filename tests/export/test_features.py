@@ -15,6 +15,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch.nn.functional import avg_pool2d, interpolate
 
+from vmad_edge.export.reference.teacher import installed
 from vmad_edge.runtime.bundle import Bundle, Manifest
 from vmad_edge.runtime.cli import main
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -113,7 +114,7 @@ def test_patches_are_patchcores(levels: list[str], options: dict[str, int], tmp_
     assert bundle.manifest.vision.width == found["patches"].shape[2]
 
 
-@pytest.mark.skipif(not efficientnet_lite0.installed(), reason="the packages of EfficientNet-lite0 are not installed")
+@pytest.mark.skipif(not installed(), reason="the packages of EfficientNet-lite0 are not installed")
 def test_efficientnet_lite0(tmp_path: Path) -> None:
     """A real network with real weights: against torch."""
     size = 96

