@@ -69,7 +69,7 @@ def facts(benchmark: Benchmark, before: Benchmark | None = None) -> dict[str, st
         "peak memory, MiB": f"screen {_mib(memory.inspector)}, with the banks above {_mib(memory.with_banks)}, "
         f"review's process {_mib(memory.review)}",
         "measured with": f"{settings.frames}; screen against {settings.compared_with}; {settings.provider}",
-        "machine": f"{machine.processor}, {machine.cores} cores, {machine.system}",
+        "machine": f"{machine.processor}, {machine.cores} core{'s' * (machine.cores > 1)}, {machine.system}",
     }
     named = {"accelerator": machine.accelerator, "power mode": machine.power_mode}
     found |= {name: value for name, value in named.items() if value is not None}
