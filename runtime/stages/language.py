@@ -131,7 +131,8 @@ class LanguageModel:
         gguf: the model file.
         language: what the manifest says about it; a file that differs is refused.
         conversation: the manifest's template and short answer.
-        threads: of llama.cpp; None: as many as processors are allowed to the process.
+        threads: of llama.cpp; None: one less than the processors allowed to the process. Its threads spin while they
+            wait for each other: one that has to share its processor makes all of them slow.
         gpu: put the manifest's `gpu_layers` on the GPU; else it is left alone.
         exact: F32 KV and no flash attention, for parity with the source (F16 KV costs about 1e-3 relative). Else
             as the manifest says.
@@ -172,7 +173,7 @@ class LanguageModel:
             self._vocab = llama.llama_model_get_vocab(self._model)
             self._bpe = llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_BPE
             self._check(gguf)
-            self._context = self._open_context(threads or len(os.sched_getaffinity(0)), gpu, exact)
+            self._context = self._open_context(threads or max(1, len(os.sched_getaffinity(0)) - 1), gpu, exact)
         except BaseException:
             self.close()
             raise
