@@ -17,7 +17,7 @@ from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.station import Calibration, CalibrationFrame
 
 _SAME = 1e-5
-"""A frame that scores below this against references is one of them."""
+"""A frame whose most abnormal patch is this near to a reference is one of them."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ def _scored(inspector: Inspector, path: str, object: str, defective: bool) -> Ca
     inspection = inspector.inspect(path, object=object, review=False)
     if inspection.score is None:
         raise FrameError(f"{path} cannot be calibrated with: {inspection.reason}")
-    if inspection.compared_with == "references" and inspection.score < _SAME:
+    nearest = inspection.nearest_normal  # to the most abnormal patch
+    if nearest is not None and 1 - nearest.similarity < _SAME:
         raise FrameError(
             f"{path} is one of the enrolled references of {object!r}; calibrate with frames of other parts"
         )
