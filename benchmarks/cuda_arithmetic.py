@@ -10,28 +10,12 @@ clocks that fall under load come on top.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
 
+from vmad_edge.runtime.hardware import HARDWARE, Hardware
 
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    tflops: float
-    """Dense, float16 into float32; int8 twice as many."""
-    gigabytes: float
-    """A second."""
-    processors: int
-    gigahertz: float
-
-
-GPUS = (
-    # NVIDIA's data sheets: AGX Orin 64 GB at its highest power mode; AGX Thor (8,192 operations a clock and
-    # multiprocessor by its own matrix instructions, which mma.sync does not reach); RTX 4090.
-    Gpu("AGX Orin", 42.5, 205, 16, 1.3),
-    Gpu("AGX Thor", 257, 273, 20, 1.57),
-    Gpu("RTX 4090", 165, 1008, 128, 2.52),
-)
+GPUS = [HARDWARE[name] for name in ("orin-agx", "orin-nano", "thor", "rtx4090")]
+"""Thor's peak is that of its own matrix instructions, which mma.sync does not reach."""
 SIZES = ((256, 256), (256, 2560), (256, 51200), (576, 115200), (1369, 273800))
 WIDTH = 1024
 L2_BYTES, SHARED_BYTES = 64, 128  # a clock and multiprocessor
@@ -72,12 +56,17 @@ def main() -> None:
     print("\nBytes at the memory's bandwidth; a launch costs some microseconds where it is not in a graph.")
 
 
-def floor(gpu: Gpu, operations: float, moved: float, size: int) -> float:
+def floor(gpu: Hardware, operations: float, moved: float, size: int) -> float:
     """Seconds."""
-    return max(operations / (gpu.tflops * 2 / size * 1e12), moved / (gpu.gigabytes * 1e9))
+    return max(operations / (peak(gpu, size) * 1e12), moved / (gpu.gigabytes * 1e9))
 
 
-def share(gpu: Gpu, q: int, m: int, size: int) -> float:
+def peak(gpu: Hardware, size: int) -> float:
+    """Of products of float16 or int8, by their size in bytes."""
+    return gpu.tflops[{2: "fp16", 1: "int8"}[size]]
+
+
+def share(gpu: Hardware, q: int, m: int, size: int) -> float:
     """Of the floor, by the rules of kernels/cuda/product.cuh."""
     rows = 128 if ceil(q / 128) * ceil(m / 128) >= gpu.processors else 64
     query_tiles, bank_tiles = ceil(q / rows), ceil(m / rows)
@@ -94,7 +83,7 @@ def share(gpu: Gpu, q: int, m: int, size: int) -> float:
     tile_shared = 4 * rows * pitch + tile_l2
     clocks = gpu.gigahertz * 1e9
     tile = max(
-        tile_operations / (gpu.tflops * 2 / size * 1e12 / gpu.processors),
+        tile_operations / (peak(gpu, size) * 1e12 / gpu.processors),
         tile_l2 / (L2_BYTES * clocks),
         tile_shared / (SHARED_BYTES * clocks),
     )

@@ -31,7 +31,11 @@ from vmad_edge.runtime.engines.gpu import gpu
 from vmad_edge.runtime.engines.tensorrt import build_plans
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.evaluate import Figures, Shots, compare, evaluate, read_evaluation
+from vmad_edge.runtime.floors import chain_of, floors
+from vmad_edge.runtime.floors import facts as floors_facts
+from vmad_edge.runtime.floors import table as floors_table
 from vmad_edge.runtime.evaluate_page import warnings, write_page
+from vmad_edge.runtime.hardware import HARDWARE
 from vmad_edge.runtime.frame import list_images
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
@@ -108,7 +112,8 @@ def add_inspect(subcommands: Subcommands) -> None:
         "--maps",
         metavar="DIR",
         type=Path,
-        help="write each frame's float map, a review's language map (.npy) and mask (.png) into DIR",
+        help="write each frame's map (.tiff, float32: what MVTec AD's evaluation reads), a review's language map and "
+        "its mask (.png) into DIR, in the frames' own folders",
     )
     parser.set_defaults(run=_inspect)
 
@@ -218,6 +223,12 @@ def add_bench(subcommands: Subcommands) -> None:
         description="Time screen and review, stage by stage, the screen over bank sizes and the CLIP encoder in "
         "batches; measure memory. Writes bench.json and bench.png.",
         epilog="Exit status: 0 done; 1 the screen does not hold --target-ms; 2 usage, bundle or frame error.",
+    )
+    parser.add_argument(
+        "--plan",
+        choices=list(HARDWARE),
+        help="measure nothing: the least time on this hardware, from the bundle's counted operations and bytes; "
+        "of the other options --banks and --json count",
     )
     _add_bundle(parser)
     parser.add_argument("--frames", nargs="+", metavar="PATH", help="images, or folders of them; default: drawn ones")
@@ -463,6 +474,8 @@ def _bench(args: argparse.Namespace) -> int:
     paths = None if args.frames is None else list_images(args.frames)
     found = benchmark(
         bundle,
+    if args.plan is not None:
+        return _plan(args)
         station,
         paths,
         run=run,
@@ -494,6 +507,16 @@ def _calibrate(args: argparse.Namespace) -> int:
     with Inspector.open(args.bundle, args.station, cast(Device, args.device), calibrated=False) as inspector:
         calibration = calibrate(
             inspector,
+def _plan(args: argparse.Namespace) -> int:
+    found = floors(chain_of(Bundle.open(args.bundle), args.banks), HARDWARE[args.plan])
+    if args.json:
+        print(found.model_dump_json(indent=2))
+    else:
+        _out.print(floors_table(found))
+        _print_facts(floors_facts(found), False)
+    return 0
+
+
             track(good, "good frames", console=_err, transient=True),
             track(defects, "defects", console=_err, transient=True, disable=not defects),
             object=args.object,

@@ -13,7 +13,8 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -92,13 +93,37 @@ def check_vocabulary(gguf: Path, language: bundle.Language) -> None:
     Raises:
         BundleError: it has none, or another than the manifest describes.
     """
+    with _vocabulary(gguf) as vocab:
+        _check_tokens(gguf, vocab, language)
+
+
+def prompt_lengths(
+    gguf: Path, language: bundle.Language, conversation: bundle.Conversation, object: str
+) -> tuple[int, int, int]:
+    """Tokens before and after `<image>` of the default question about `object`, and of the short answer.
+
+    Reads no weights.
+
+    Raises:
+        BundleError: as check_vocabulary.
+    """
+    question = conversation.question.replace("{object}", object)
+    with _vocabulary(gguf) as vocab:
+        tokenizer = Tokenizer(vocab, language, conversation)
+        before, after = tokenizer.prompt_ids(question)
+        return len(before), len(after), len(tokenizer.tokenize(conversation.short_answer))
+
+
+@contextmanager
+def _vocabulary(gguf: Path) -> Iterator[Any]:
     params = llama.llama_model_default_params()
     params.vocab_only = True
+    params.kv_overrides = _NO_SPACE_PREFIX
     model = llama.llama_model_load_from_file(os.fsencode(gguf), params)
     if not model:
         raise BundleError(f"{gguf}: llama.cpp cannot load it ({llama_messages()}). Export the bundle again.")
     try:
-        _check_tokens(gguf, llama.llama_model_get_vocab(model), language)
+        yield llama.llama_model_get_vocab(model)
     finally:
         llama.llama_model_free(model)
 
@@ -122,6 +147,49 @@ def _check_tokens(gguf: Path, vocab: Any, language: bundle.Language) -> None:
 def _token(vocab: Any, token_id: int) -> str:
     text: bytes = llama.llama_vocab_get_text(vocab, token_id)
     return text.decode()
+
+
+class Tokenizer:
+    """Text → ids and back, as transformers makes them, and the conversation's prompt. `vocab` is llama.cpp's."""
+
+    def __init__(self, vocab: Any, language: bundle.Language, conversation: bundle.Conversation) -> None:
+        self._vocab = vocab
+        self._bpe = llama.llama_vocab_type(vocab) == llama.LLAMA_VOCAB_TYPE_BPE
+        ids = range(language.vocabulary)
+        self._special = {_token(vocab, i) for i in ids if llama.llama_vocab_get_attr(vocab, i) & _SPECIAL}
+        self._prefixed = _prefixed(self._special, language.space_prefix)
+        self._before, self._after = conversation.template.split("<image>")
+
+    def prompt_ids(self, question: str) -> tuple[list[int], list[int]]:
+        """Token ids before and after `<image>`, as LLaVA makes them: each part tokenised apart, BOS before the first.
+
+        Raises:
+            VmadError: the question holds a special token of this model, or cannot be written as UTF-8.
+        """
+        for token in sorted(self._special | {"<image>"}):
+            if token in question:
+                raise VmadError(f"the question holds {token!r}, which is a special token of the model. Leave it out.")
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:
+            raise VmadError(f"the question is not text: {error}.") from None
+        if self._bpe and b"".join(map(self.piece, self.tokenize(question))) != question.encode():
+            raise VmadError("the question holds a character that the model has no token for. Use plain text.")
+        before, after = (part.replace("{question}", question) for part in (self._before, self._after))
+        return self.tokenize(before, first=True), self.tokenize(after)
+
+    def tokenize(self, text: str, *, first: bool = False) -> list[int]:
+        """Ids; BOS, where the model has it, only with `first`."""
+        data = self._prefixed.sub(r"\1 ", text).encode()
+        ids = (ctypes.c_int32 * (len(data) + 1))()  # at most one a byte, and BOS
+        n = llama.llama_tokenize(self._vocab, data, len(data), ids, len(ids), first, True)
+        return ids[:n]
+
+    def piece(self, token_id: int) -> bytes:
+        """The token's text: "" for control tokens, one byte for byte tokens."""
+        buffer = ctypes.create_string_buffer(256)
+        n = llama.llama_token_to_piece(self._vocab, token_id, buffer, len(buffer), 0, False)
+        return buffer.raw[:n]
 
 
 class LanguageModel:
@@ -171,19 +239,15 @@ class LanguageModel:
             raise BundleError(f"{gguf}: llama.cpp cannot load it ({said}). Export the bundle again.")
         try:
             self._vocab = llama.llama_model_get_vocab(self._model)
-            self._bpe = llama.llama_vocab_type(self._vocab) == llama.LLAMA_VOCAB_TYPE_BPE
             self._check(gguf)
             self._context = self._open_context(threads or max(1, len(os.sched_getaffinity(0)) - 1), gpu, exact)
         except BaseException:
             self.close()
             raise
-        ids = range(language.vocabulary)
+        self._tokenizer = Tokenizer(self._vocab, language, conversation)
         self._yes_no = language.yes_token_ids, language.no_token_ids
-        self._special = {_token(self._vocab, i) for i in ids if llama.llama_vocab_get_attr(self._vocab, i) & _SPECIAL}
-        self._prefixed = _prefixed(self._special, language.space_prefix)
-        self._end_ids = [i for i in ids if llama.llama_vocab_is_eog(self._vocab, i)]
-        self._before, self._after = conversation.template.split("<image>")
-        self._short_ids = self._tokenize(conversation.short_answer)
+        self._end_ids = [i for i in range(language.vocabulary) if llama.llama_vocab_is_eog(self._vocab, i)]
+        self._short_ids = self._tokenizer.tokenize(conversation.short_answer)
 
     def __enter__(self) -> LanguageModel:
         return self
@@ -202,25 +266,15 @@ class LanguageModel:
         self._model = self._context = None
 
     def prompt_ids(self, question: str) -> tuple[list[int], list[int]]:
-        """Token ids before and after `<image>`, as LLaVA makes them: each part tokenised apart, BOS before the first.
+        """See Tokenizer.
 
         Raises:
-            VmadError: the question holds a special token of this model, or cannot be written as UTF-8.
+            VmadError: see Tokenizer.
             ValueError: the model is closed.
         """
         if self._model is None:
             raise ValueError("the language model is closed")
-        for token in sorted(self._special | {"<image>"}):
-            if token in question:
-                raise VmadError(f"the question holds {token!r}, which is a special token of the model. Leave it out.")
-        try:
-            question.encode()
-        except UnicodeEncodeError as error:
-            raise VmadError(f"the question is not text: {error}.") from None
-        if self._bpe and b"".join(map(self._piece, self._tokenize(question))) != question.encode():
-            raise VmadError("the question holds a character that the model has no token for. Use plain text.")
-        before, after = (part.replace("{question}", question) for part in (self._before, self._after))
-        return self._tokenize(before, first=True), self._tokenize(after)
+        return self._tokenizer.prompt_ids(question)
 
     def answer(
         self,
@@ -270,7 +324,7 @@ class LanguageModel:
         if mode == "short" and stopped is None and p_yes >= mask_from:
             position = self._decode(self._short_ids, position, outputs=True)
             for token in self._short_ids:
-                text.add(self._piece(token))
+                text.add(self._tokenizer.piece(token))
             ids = [*self._short_ids, seg]
         while mode == "full" and stopped is None:
             token = self._greedy()
@@ -280,7 +334,7 @@ class LanguageModel:
             if token == seg:
                 break
             position = self._decode([token], position, outputs=True)
-            text.add(self._piece(token))
+            text.add(self._tokenizer.piece(token))
             stopped = stop()
 
         h_seg = None
@@ -437,19 +491,6 @@ class LanguageModel:
     def _forget(self) -> None:
         self._kept = self._prompt = None
         llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
-
-    def _tokenize(self, text: str, *, first: bool = False) -> list[int]:
-        """Ids as transformers makes them; BOS, where the model has it, only with `first`."""
-        data = self._prefixed.sub(r"\1 ", text).encode()
-        ids = (ctypes.c_int32 * (len(data) + 1))()  # at most one a byte, and BOS
-        n = llama.llama_tokenize(self._vocab, data, len(data), ids, len(ids), first, True)
-        return ids[:n]
-
-    def _piece(self, token_id: int) -> bytes:
-        """The token's text: "" for control tokens, one byte for byte tokens."""
-        buffer = ctypes.create_string_buffer(256)
-        n = llama.llama_token_to_piece(self._vocab, token_id, buffer, len(buffer), 0, False)
-        return buffer.raw[:n]
 
 
 def _prefixed(special: set[str], where: bundle.SpacePrefix) -> re.Pattern[str]:

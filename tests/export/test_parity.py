@@ -30,7 +30,7 @@ from vmad_edge.runtime.cli import main
 from vmad_edge.runtime.errors import BundleError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages import preprocess
-from vmad_edge.runtime.stages.language import LanguageModel
+from vmad_edge.runtime.stages.language import LanguageModel, Tokenizer
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.systems import vmad
 
@@ -139,22 +139,22 @@ def lm_head_not_exported(export: Export, monkeypatch: Patch) -> None:
 
 def space_after_the_image(export: Export, monkeypatch: Patch) -> None:
     """▁ before the text after the image, which begins with a line break."""
-    tokenize = LanguageModel._tokenize
+    tokenize = Tokenizer.tokenize
 
-    def wrong(self: LanguageModel, text: str, *, first: bool = False) -> list[int]:
+    def wrong(self: Tokenizer, text: str, *, first: bool = False) -> list[int]:
         return tokenize(self, f"  {text}" if text.startswith("\n") else text, first=first)
 
-    monkeypatch.setattr(LanguageModel, "_tokenize", wrong)
+    monkeypatch.setattr(Tokenizer, "tokenize", wrong)
 
 
 def bos_twice(export: Export, monkeypatch: Patch) -> None:
     """Before each part of the prompt."""
-    tokenize = LanguageModel._tokenize
+    tokenize = Tokenizer.tokenize
 
-    def wrong(self: LanguageModel, text: str, *, first: bool = False) -> list[int]:
+    def wrong(self: Tokenizer, text: str, *, first: bool = False) -> list[int]:
         return tokenize(self, text, first=first or text.startswith("\n"))
 
-    monkeypatch.setattr(LanguageModel, "_tokenize", wrong)
+    monkeypatch.setattr(Tokenizer, "tokenize", wrong)
 
 
 def antialias_off(export: Export, monkeypatch: Patch) -> None:
