@@ -12,7 +12,6 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TaskID, track
@@ -31,16 +30,16 @@ from vmad_edge.runtime.engines.gpu import gpu
 from vmad_edge.runtime.engines.tensorrt import build_plans
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.evaluate import Figures, Shots, compare, evaluate, read_evaluation
+from vmad_edge.runtime.evaluate_page import warnings, write_page
 from vmad_edge.runtime.floors import chain_of, floors
 from vmad_edge.runtime.floors import facts as floors_facts
 from vmad_edge.runtime.floors import table as floors_table
-from vmad_edge.runtime.evaluate_page import warnings, write_page
-from vmad_edge.runtime.hardware import HARDWARE
 from vmad_edge.runtime.frame import list_images
+from vmad_edge.runtime.hardware import HARDWARE
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import RunInProgress
-from vmad_edge.runtime.report import Report, file_stem
+from vmad_edge.runtime.report import Report, write_map
 from vmad_edge.runtime.stages.language import placement
 from vmad_edge.runtime.station import Calibration, Station
 
@@ -224,13 +223,13 @@ def add_bench(subcommands: Subcommands) -> None:
         "batches; measure memory. Writes bench.json and bench.png.",
         epilog="Exit status: 0 done; 1 the screen does not hold --target-ms; 2 usage, bundle or frame error.",
     )
+    _add_bundle(parser)
     parser.add_argument(
         "--plan",
         choices=list(HARDWARE),
         help="measure nothing: the least time on this hardware, from the bundle's counted operations and bytes; "
         "of the other options --banks and --json count",
     )
-    _add_bundle(parser)
     parser.add_argument("--frames", nargs="+", metavar="PATH", help="images, or folders of them; default: drawn ones")
     parser.add_argument("--object", metavar="NAME", help="compare with what is enrolled for it in the station")
     parser.add_argument("--no-review", action="store_true", help="measure the screen alone")
@@ -277,6 +276,8 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.stream and args.unlabelled:
         raise VmadError("expected --stream or --unlabelled, got both")
     paths = list_images(args.paths)
+    if args.maps is not None and len(set(map(_in_folders, paths))) < len(paths):
+        raise VmadError("--maps: expected frames of different names, got two whose names differ in their endings alone")
     done: list[Inspection] = []
     with _open(args, args.stream) as inspector:
         if args.unlabelled:
@@ -314,13 +315,18 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _write_maps(inspection: Inspection, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if inspection.map is not None:
-        np.save(folder / f"{file_stem(inspection)}.npy", inspection.map)
-    if inspection.language_map is not None:
-        np.save(folder / f"{file_stem(inspection)}_language.npy", inspection.language_map)
+    place = folder / _in_folders(inspection.frame.path or inspection.frame.id)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for name, heat in ((place.name, inspection.map), (f"{place.name}_language", inspection.language_map)):
+        if heat is not None:
+            write_map(place.with_name(f"{name}.tiff"), heat)
     if inspection.mask is not None:
-        Image.fromarray(inspection.mask).save(folder / f"{file_stem(inspection)}_mask.png")
+        Image.fromarray(inspection.mask).save(place.with_name(f"{place.name}_mask.png"))
+
+
+def _in_folders(path: str) -> Path:
+    """A frame's path as given, without its ending, to be put into another folder."""
+    return Path(*(part for part in Path(path).with_suffix("").parts if part not in ("/", "..")))
 
 
 def _report_facts(done: list[Inspection], args: argparse.Namespace) -> list[str]:
@@ -468,14 +474,14 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     run = RunInProgress()
+    if args.plan is not None:
+        return _plan(args)
     before = None if args.against is None else read_benchmark(args.against)
     bundle = Bundle.open(args.bundle)
     station = Station(None if args.station is None else Path(args.station), bundle)
     paths = None if args.frames is None else list_images(args.frames)
     found = benchmark(
         bundle,
-    if args.plan is not None:
-        return _plan(args)
         station,
         paths,
         run=run,
@@ -500,13 +506,6 @@ def _bench(args: argparse.Namespace) -> int:
     return 0 if found.target is None or found.target.holds else 1
 
 
-def _calibrate(args: argparse.Namespace) -> int:
-    targets = Targets(args.escape, args.overkill, args.suspects, args.confidence)
-    good = list_images([args.good])
-    defects = [] if args.defects is None else list_images([args.defects])
-    with Inspector.open(args.bundle, args.station, cast(Device, args.device), calibrated=False) as inspector:
-        calibration = calibrate(
-            inspector,
 def _plan(args: argparse.Namespace) -> int:
     found = floors(chain_of(Bundle.open(args.bundle), args.banks), HARDWARE[args.plan])
     if args.json:
@@ -518,6 +517,13 @@ def _plan(args: argparse.Namespace) -> int:
 
 
             track(good, "good frames", console=_err, transient=True),
+def _calibrate(args: argparse.Namespace) -> int:
+    targets = Targets(args.escape, args.overkill, args.suspects, args.confidence)
+    good = list_images([args.good])
+    defects = [] if args.defects is None else list_images([args.defects])
+    with Inspector.open(args.bundle, args.station, cast(Device, args.device), calibrated=False) as inspector:
+        calibration = calibrate(
+            inspector,
             track(defects, "defects", console=_err, transient=True, disable=not defects),
             object=args.object,
             targets=targets,

@@ -20,10 +20,10 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write or replace a text file, never leaving half of it."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write or replace a file (text in UTF-8), never leaving half of it."""
     scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text, "utf-8")
+    scratch.write_bytes(content.encode() if isinstance(content, str) else content)
     scratch.replace(path)
 
 

@@ -74,6 +74,16 @@ def file_stem(inspection: Inspection) -> str:
     return "_".join(part for part in path.parts if part not in ("/", ".."))
 
 
+def write_map(path: Path, heat: NDArray[np.float32]) -> None:
+    """`heat` [h,w] as a TIFF of one float32 channel, not compressed: every reader has that. NaN stays NaN.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    _, data = cv2.imencode(".tiff", heat, (cv2.IMWRITE_TIFF_COMPRESSION, 1))
+    write_whole(path, data.tobytes())
+
+
 def heat(inspection: Inspection, top: float) -> Pixels:
     """The anomaly map over the grey frame [h,w,3]; what was not inspected is hatched."""
     if inspection.map is None:

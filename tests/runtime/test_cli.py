@@ -99,14 +99,22 @@ def test_report(tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path) -
 
 def test_maps(tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path) -> None:
     vmad("inspect", tiny_bundle, "odd", "broken", "--station", station, "--maps", tmp_path, cwd=parts)
-    heat = np.load(tmp_path / "odd_odd.png.npy")
-    assert heat.shape == (64, 64) and heat.dtype == np.float32 and np.isfinite(heat).all()
-    language = np.load(tmp_path / "odd_odd.png_language.npy")
-    assert language.shape == (64, 64) and language.dtype == np.float32 and np.isfinite(language).all()
-    masks = {path.name for path in tmp_path.iterdir()} - {"odd_odd.png.npy", "odd_odd.png_language.npy"}
-    assert masks <= {"odd_odd.png_mask.png"}  # a mask if P(yes) came out above 0.5
+    for name in ("odd.tiff", "odd_language.tiff"):
+        heat = np.asarray(Image.open(tmp_path / "odd" / name))
+        assert heat.shape == (64, 64) and heat.dtype == np.float32 and np.isfinite(heat).all()
+    masks = {path.name for path in (tmp_path / "odd").iterdir()} - {"odd.tiff", "odd_language.tiff"}
+    assert masks <= {"odd_mask.png"}  # a mask if P(yes) came out above 0.5
     for name in masks:
-        assert np.asarray(Image.open(tmp_path / name)).shape == (64, 64)
+        assert np.asarray(Image.open(tmp_path / "odd" / name)).shape == (64, 64)
+    assert {path.name for path in tmp_path.iterdir()} == {"odd"}  # the broken frame has no map
+
+
+def test_maps_of_two_frames_of_one_name(tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path) -> None:
+    shutil.copy(parts / "odd/odd.png", tmp_path / "odd.png")
+    shutil.copy(parts / "odd/odd.png", tmp_path / "odd.bmp")
+    done = vmad("inspect", tiny_bundle, tmp_path, "--station", station, "--maps", tmp_path / "maps")
+    assert done.returncode == 2 and "differ in their endings alone" in done.stderr
+    assert not (tmp_path / "maps").exists()
 
 
 def test_info(tiny_bundle: Path, station: Path) -> None:

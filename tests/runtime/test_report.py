@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import needs_browser, opened
+from PIL import Image
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Inspection, NearestNormal, Region, Verdict
-from vmad_edge.runtime.report import Report, heat
+from vmad_edge.runtime.report import Report, heat, write_map
 
 
 def inspections() -> list[Inspection]:
@@ -121,3 +123,13 @@ def test_heat_is_hot_where_the_map_is() -> None:
     assert shown[0, 0, 0] > shown[0, 0, 2] + 40  # red
     np.testing.assert_array_equal(shown[3, 3], shown[0, 0])  # clipped
     assert len(np.unique(shown.reshape(-1, 3), axis=0)) == 2
+
+
+def test_a_map_is_read_back_bit_for_bit(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(37, 53)).astype(np.float32)
+    values[0, :4] = np.nan, np.inf, -0.0, 1e-42
+    write_map(tmp_path / "map.tiff", values)
+    with Image.open(tmp_path / "map.tiff") as read:
+        assert read.mode == "F" and read.tag_v2[259] == 1  # not compressed: readers differ in what they unpack
+        assert np.asarray(read).tobytes() == values.tobytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["map.tiff"]
