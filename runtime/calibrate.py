@@ -16,9 +16,6 @@ from vmad_edge.runtime.files import sha256
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.station import Calibration, CalibrationFrame
 
-_SAME = 1e-5
-"""A frame whose most abnormal patch is this near to a reference is one of them."""
-
 
 @dataclass(frozen=True)
 class Targets:
@@ -61,8 +58,10 @@ def calibrate(
     targets = targets or Targets()
     name = inspector.bundle.manifest.object if object is None else object
     bank = inspector.station.bank_hash(name)
-    frames = [_scored(inspector, path, name, False) for path in good]
-    frames += [_scored(inspector, path, name, True) for path in defects]
+    references = inspector.station.load_references(name)
+    enrolled = {frame.pixel_hash for frame in references.frames} if references else set()
+    frames = [_scored(inspector, path, name, False, enrolled) for path in good]
+    frames += [_scored(inspector, path, name, True, enrolled) for path in defects]
     normal = sorted(frame.score for frame in frames if not frame.defective)
     defective = sorted(frame.score for frame in frames if frame.defective)
     if defective:
@@ -184,12 +183,11 @@ def _upper_bound(scores: Sequence[float], share: float, confidence: float) -> fl
     return math.nextafter(scores[n - 1 - beyond], math.inf)  # a score equal to it is still below the threshold
 
 
-def _scored(inspector: Inspector, path: str, object: str, defective: bool) -> CalibrationFrame:
+def _scored(inspector: Inspector, path: str, object: str, defective: bool, enrolled: set[str]) -> CalibrationFrame:
     inspection = inspector.inspect(path, object=object, review=False)
     if inspection.score is None:
         raise FrameError(f"{path} cannot be calibrated with: {inspection.reason}")
-    nearest = inspection.nearest_normal  # to the most abnormal patch
-    if nearest is not None and 1 - nearest.similarity < _SAME:
+    if inspection.frame.pixel_hash in enrolled:
         raise FrameError(
             f"{path} is one of the enrolled references of {object!r}; calibrate with frames of other parts"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import time
@@ -57,6 +58,11 @@ class Frame:
         except OSError as error:
             raise FrameError(f"{path}: cannot be read ({error.strerror})") from None
         return Frame(_decode(data, path, bit_depth), path, path)
+
+    @property
+    def pixel_hash(self) -> str:
+        """Hex SHA-256 of size and pixels: the same for the same image, whatever its file is called."""
+        return hashlib.sha256(f"{self.pixels.shape}".encode() + self.pixels.tobytes()).hexdigest()
 
 
 FrameSource = Frame | NDArray[Any] | bytes | str | os.PathLike[str]

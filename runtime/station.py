@@ -40,6 +40,7 @@ class _FrameRecord(Record):
     size: tuple[int, int]
     jpeg: tuple[int, int]
     """Start and stop in the array of all pictures' bytes."""
+    pixel_hash: str
 
 
 class _BankRecord(Record):
@@ -92,6 +93,7 @@ class Station:
                     view=view,
                     size=frame.size,
                     jpeg=(end, end + len(frame.jpeg)),
+                    pixel_hash=frame.pixel_hash,
                 )
             )
             jpegs.append(frame.jpeg)
@@ -136,7 +138,7 @@ class Station:
             )
         jpeg = arrays["jpeg"].tobytes()
         frames = tuple(
-            EnrolledFrame(f.id, f.start, f.stop, View(*f.view), f.size, jpeg[f.jpeg[0] : f.jpeg[1]])
+            EnrolledFrame(f.id, f.start, f.stop, View(*f.view), f.size, jpeg[f.jpeg[0] : f.jpeg[1]], f.pixel_hash)
             for f in record.frames
         )
         dtype = self._bundle.manifest.similarity.bank_dtype

@@ -84,6 +84,8 @@ class EnrolledFrame:
     """(height, width)."""
     jpeg: bytes
     """`clip_pixels` as a picture, to show a person."""
+    pixel_hash: str
+    """The frame's; see `Frame`."""
 
 
 class References:

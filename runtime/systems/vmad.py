@@ -100,7 +100,7 @@ class Screen:
             features.append(encoded.patches[rows])
             patches.append(rows.astype(np.int32))
             stop, picture = start + len(rows), self._jpeg(frame, encoded.view)
-            enrolled.append(EnrolledFrame(frame.id, start, stop, encoded.view, size, picture))
+            enrolled.append(EnrolledFrame(frame.id, start, stop, encoded.view, size, picture, frame.pixel_hash))
             start = stop
         if not enrolled:
             raise FrameError("expected at least one normal frame to enroll, found none")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from examples import MANIFEST
 from scipy.stats import beta, binom
 
-from vmad_edge.runtime.bundle import Bundle, Manifest, Thresholds
+from vmad_edge.runtime.bundle import Bundle, Manifest, Thresholds, seal
 from vmad_edge.runtime.calibrate import (
     Targets,
     at_most,
@@ -241,6 +242,21 @@ def test_refuses_frames_that_promise_nothing(inspector: Inspector, parts: Path, 
     with pytest.raises(VmadError, match="5 good frames are too few"):
         calibrate(inspector, files(parts / "good"), object="tile")
     assert inspector.station.calibrated() == {}
+
+
+def test_enrolled_frames_are_known_by_their_pixels(tiny_bundle: Path, parts: Path, tmp_path: Path) -> None:
+    """In another file, of another format, of which a coreset kept hardly a patch."""
+    manifest = Bundle.open(tiny_bundle).manifest
+    similarity = manifest.similarity.model_copy(update={"coreset": 0.05})
+    folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    seal(folder, manifest.model_copy(update={"similarity": similarity}))
+    other = tmp_path / "other.bmp"
+    cv2.imwrite(str(other), cv2.imread(str(parts / "enrolled/1.png")))
+    with Inspector.open(folder, tmp_path / "station", calibrated=False) as inspector:
+        assert len(inspector.enroll(files(parts / "enrolled"), object="tile").features) == 2
+        with pytest.raises(FrameError, match=r"other\.bmp is one of the enrolled references of 'tile'"):
+            calibrate(inspector, [*files(parts / "good"), str(other)], object="tile", targets=LOOSE)
+        calibrate(inspector, files(parts / "good"), object="tile", targets=LOOSE)
 
 
 def test_the_command_and_info(

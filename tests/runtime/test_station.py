@@ -24,8 +24,8 @@ def bundle(hash: str = "ab" * 32) -> Bundle:
 def references() -> References:
     rng = np.random.default_rng(0)
     frames = (
-        EnrolledFrame("one.png", 0, 2, View(0, 0, 8, 8), (8, 8), b"first picture"),
-        EnrolledFrame("two.png", 2, 5, View(-1, 0.5, 8, 8), (8, 7), b"second"),
+        EnrolledFrame("one.png", 0, 2, View(0, 0, 8, 8), (8, 8), b"first picture", "a1"),
+        EnrolledFrame("two.png", 2, 5, View(-1, 0.5, 8, 8), (8, 7), b"second", "b2"),
     )
     features = rng.normal(size=(5, 4)).astype(np.float32)
     return References(features, np.arange(5, dtype=np.int32), frames, Thresholds(good_below=0.1, defect_above=0.2))
