@@ -27,7 +27,8 @@ def bench(figures: Figures) -> list[str]:
     rows = []
     for name, lane in (("screen", found.screen), *review):
         rows.append([f"**{name}**", *map(in_ms, (lane.whole.p50, lane.whole.p95, lane.whole.p99, lane.whole.max))])
-        rows += [[stage, *map(in_ms, (s.p50, s.p95, s.p99, s.max))] for stage, s in lane.stages.items()]
+        parts = lane.stages | lane.reached
+        rows += [[part, *map(in_ms, (s.p50, s.p95, s.p99, s.max))] for part, s in parts.items()]
     for bank in found.banks:
         name = f"**screen**, {bank.frames} frame{'s' * (bank.frames > 1)} enrolled"
         rows.append([name, *map(in_ms, (bank.screen.p50, bank.screen.p95, bank.screen.p99, bank.screen.max))])
@@ -36,6 +37,8 @@ def bench(figures: Figures) -> list[str]:
         f"opening takes {found.open_ms:.0f} ms",
         *(f"the first review {lane.first_ms:.0f} ms" for _, lane in review),
     ]
+    if found.prefill is not None:
+        first.append(f"prefill {found.prefill.tokens} tokens at {found.prefill.tokens_per_second:.0f} a second")
     memory = [f"screen {found.memory.inspector or 0:.0f}", f"review’s process {found.memory.review or 0:.0f}"]
     return [
         *_table(["ms", "p50", "p95", "p99", "max"], rows),

@@ -20,7 +20,7 @@ from typing import TypeAlias
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from vmad_edge.runtime.bundle import Answer, Bundle, ClipInput, Manifest, Record
 from vmad_edge.runtime.engines import Device, Engine
@@ -29,17 +29,19 @@ from vmad_edge.runtime.frame import Frame, FrameSource
 from vmad_edge.runtime.inspection import Inspection
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import Run, RunInProgress, peak_mib
+from vmad_edge.runtime.stages.language import prompt_lengths
 from vmad_edge.runtime.stages.preprocess import clip_pixels
 from vmad_edge.runtime.stages.similarity import References
 from vmad_edge.runtime.station import Station
 
 Times = dict[str, float]
-"""Milliseconds of one run: `WHOLE`, and each stage."""
+"""Milliseconds of one run: `WHOLE`, each stage, and what was reached when: "to P(yes)", …"""
 Thing: TypeAlias = Callable[[FrameSource], Times]
 Progress = Callable[[Sequence[int], str], Iterable[int]]
 """Gives the numbers on, one by one, with a description to show."""
 
 WHOLE = "whole"
+_REACHED = "to "
 BATCHES = (1, 2, 4, 8)
 _ENROLLED = 8
 """Frames that are really enrolled; larger banks repeat them, which costs the search the same."""
@@ -79,18 +81,30 @@ class Lane(Record):
     stages: dict[str, Spread]
     """`verdict` (screen): thresholds and regions. `transfer` (review): messages between the processes. SAM's encoder
     runs beside the language model, so a review's stages exceed its whole."""
+    reached: dict[str, Spread] = Field(default_factory=dict)
+    """When P(yes), the last word and the mask were with the inspector, counted as `whole` is; of the reviews that had
+    them."""
     times_ms: tuple[float, ...]
     """Of the whole, in the order measured."""
 
     @staticmethod
     def of(first_ms: float, runs: Sequence[Times]) -> Lane:
         names = dict.fromkeys(name for run in runs for name in run if name != WHOLE)
+        spreads = {name: Spread.of([run[name] for run in runs if name in run]) for name in names}
         return Lane(
             first_ms=first_ms,
             whole=Spread.of([run[WHOLE] for run in runs]),
-            stages={name: Spread.of([run[name] for run in runs if name in run]) for name in names},
+            stages={name: spread for name, spread in spreads.items() if not name.startswith(_REACHED)},
+            reached={name: spread for name, spread in spreads.items() if name.startswith(_REACHED)},
             times_ms=tuple(round(run[WHOLE], 3) for run in runs),
         )
+
+
+class Prefill(Record):
+    tokens: int
+    """Visual ones and those after them: of what comes before, keys and values are copied."""
+    tokens_per_second: float
+    """At the p50."""
 
 
 class BankSize(Record):
@@ -151,6 +165,8 @@ class Benchmark(Record):
     """Checking the bundle's hashes and making the screen ready."""
     screen: Lane
     review: Lane | None
+    prefill: Prefill | None = None
+    """None without reviews."""
     banks: tuple[BankSize, ...]
     batches: tuple[Batch, ...]
     memory: Memory
@@ -161,7 +177,8 @@ class Benchmark(Record):
         found: dict[str, Spread] = {}
         for name, lane in (("screen", self.screen), ("review", self.review)):
             if lane is not None:
-                found |= {name: lane.whole, **{f"{name}: {stage}": spread for stage, spread in lane.stages.items()}}
+                parts = lane.stages | lane.reached
+                found |= {name: lane.whole, **{f"{name}: {part}": spread for part, spread in parts.items()}}
         for bank in self.banks:
             name = f"screen, {bank.frames} enrolled"
             found |= {name: bank.screen, f"{name}: similarity": bank.similarity}
@@ -202,7 +219,8 @@ def benchmark(
         target_ms: the time that the screen must hold at p99.
 
     Raises:
-        VmadError: a frame is not inspected, a review fails, or `repeats` are too few for `target_ms`.
+        VmadError: a frame is not inspected, a review fails, or `repeats` are too few for `target_ms`, or frames for
+            reviews.
     """
     if repeats < 1 or any(bank < 1 for bank in banks):
         raise VmadError(f"expected repeats and bank sizes of at least 1, got {repeats} and {list(banks)}")
@@ -213,6 +231,11 @@ def benchmark(
     manifest = bundle.manifest
     name = manifest.object if object is None else object
     mode = (answer or manifest.language.answer) if review and isinstance(manifest, Manifest) else None
+    if mode is not None and len(frames) < 2:
+        raise VmadError(
+            "expected at least two frames, got one: the same frame's next review finds its prompt done. Give more of "
+            "them, or --no-review"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         own = Station(Path(scratch), bundle)
         start = time.perf_counter()
@@ -255,7 +278,8 @@ def benchmark(
         ),
         open_ms=open_ms,
         screen=Lane.of(first["screen"], runs["screen"]),
-        review=Lane.of(first["review"], runs["review"]) if mode is not None else None,
+        review=None if mode is None else Lane.of(first["review"], runs["review"]),
+        prefill=None if mode is None else _prefill(bundle, name, runs["review"]),
         banks=tuple(
             BankSize(
                 frames=size,
@@ -294,13 +318,15 @@ def reviewed(inspector: Inspector, frame: FrameSource, object: str, answer: Answ
     """
     inspection, _ = screened(inspector, frame, object)
     start = time.perf_counter()
-    after = inspector.review(inspection, answer=answer).wait()
+    handle = inspector.review(inspection, answer=answer)
+    after = handle.wait()
     whole = _since(start)
     if after.reason is not None:
         raise VmadError(f"{inspection.frame.id} cannot be measured with: {after.reason}")
     own = after.timings_ms.keys() - inspection.timings_ms.keys() - {"review"}
     stages = {stage: ms for stage, ms in after.timings_ms.items() if stage in own}
-    return {WHOLE: whole, **stages, "transfer": whole - after.timings_ms["review"]}
+    reached = {f"{_REACHED}{milestone}": ms for milestone, ms in handle.reached_ms.items()}
+    return {WHOLE: whole, **stages, "transfer": whole - after.timings_ms["review"], **reached}
 
 
 def take_turns(
@@ -392,6 +418,14 @@ def repeated(few: References, frames: int) -> References:
 
 def _screen_of(inspector: Inspector, object: str) -> Thing:
     return lambda frame: screened(inspector, frame, object)[1]
+
+
+def _prefill(bundle: Bundle, object: str, runs: Sequence[Times]) -> Prefill:
+    manifest = bundle.for_review
+    _, after, _ = prompt_lengths(bundle.file("llm.gguf"), manifest.language, manifest.conversation, object)
+    tokens = manifest.language.visual_tokens + after
+    seconds = statistics.median(run["prefill"] for run in runs) / 1e3
+    return Prefill(tokens=tokens, tokens_per_second=tokens / seconds)
 
 
 def _bank(frames: int) -> str:

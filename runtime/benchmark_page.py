@@ -66,6 +66,7 @@ def facts(benchmark: Benchmark, before: Benchmark | None = None) -> dict[str, st
         "batches of CLIP encoder": ", ".join(
             f"{b.frames}: {b.frames_per_second:.1f} frames/s" for b in benchmark.batches
         ),
+        **_prefill_facts(benchmark),
         "peak memory, MiB": f"screen {_mib(memory.inspector)}, with the banks above {_mib(memory.with_banks)}, "
         f"review's process {_mib(memory.review)}",
         "measured with": f"{settings.frames}; screen against {settings.compared_with}; {settings.provider}",
@@ -95,6 +96,12 @@ def facts(benchmark: Benchmark, before: Benchmark | None = None) -> dict[str, st
             f"{benchmark.screen.whole.runs} late; look at {target.blame} first"
         )
     return found
+
+
+def _prefill_facts(benchmark: Benchmark) -> dict[str, str]:
+    if (prefill := benchmark.prefill) is None:
+        return {}
+    return {"prefill": f"{prefill.tokens} tokens, {prefill.tokens_per_second:.0f} a second"}
 
 
 def picture(benchmark: Benchmark) -> Image.Image:
@@ -147,9 +154,14 @@ def _waterfall(draw: ImageDraw.ImageDraw, box: Box, name: str, lane: Lane) -> No
             end = max(end, lane.stages[_BESIDE].p50)
         starts[stage] = 0.0 if stage == _BESIDE else end
         end = end if stage == _BESIDE else end + spread.p50
-    whole = max(end, *(starts[stage] + spread.p50 for stage, spread in stages))
+    reached = [spread.p50 for spread in lane.reached.values()]
+    whole = max([end, *(starts[stage] + spread.p50 for stage, spread in stages), *reached])
     _title(draw, left, top, f"{name}: its stages' p50, ms")
     height = (bottom - top) / len(stages)
+    for row, (mark, spread) in enumerate(lane.reached.items()):
+        x = left + 110 + spread.p50 / whole * (right - left - 170)
+        draw.line((x, top, x, bottom + 4 + 13 * row), _ORANGE, 1)
+        draw.text((x - 4, bottom + 4 + 13 * row), f"{mark} {in_ms(spread.p50)}", "black", _font(), "ra")
     for row, (stage, spread) in enumerate(stages):
         y = top + row * height
         x0, x1 = (

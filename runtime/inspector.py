@@ -52,6 +52,11 @@ class ReviewHandle:
         after = replace(self._inspection, reason=reason)
         return after if finding is None else _reviewed(after, finding, self._pending.timings_ms, self._manifest)
 
+    @property
+    def reached_ms(self) -> dict[Milestone, float]:
+        """When P(yes), the last word until now and the mask came, since the review was asked for."""
+        return self._pending.reached_ms
+
     def cancel(self) -> None:
         """Stop before the next decode step; `wait` then returns what there is."""
         self._pending.cancel()
@@ -116,7 +121,7 @@ class Inspector:
         self.close()
 
     def close(self) -> None:
-        """End the review process."""
+        """End the review process; free what the screen has on a GPU."""
         self._reviews.close()
 
     @property

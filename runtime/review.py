@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ from vmad_edge.runtime.systems.vmad import Finding, Review
 from vmad_edge.runtime.timing import Stopwatch
 
 Message = tuple[dict[str, Any], dict[str, NDArray[Any]]]
+Milestone = Literal["P(yes)", "last word", "mask"]
 _NICENESS = 10
 _END_OF_TEXT = None
 
@@ -49,6 +50,9 @@ class PendingReview:
         self.fault: str | None = None
         self.so_far: Finding | None = None
         self.timings_ms: dict[str, float] = {}
+        self.reached_ms: dict[Milestone, float] = {}
+        """When each came here, since the review was handed in."""
+        self._start = time.perf_counter()
         self._cancel = cancel
         self._ended = threading.Event()
         self._texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -67,16 +71,21 @@ class PendingReview:
             yield piece
 
     def _receive(self, head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+        now = (time.perf_counter() - self._start) * 1e3
         if head["kind"] == "p_yes":
+            self.reached_ms["P(yes)"] = now
             self.so_far = Finding(head["p_yes"], "", None, seg_forced=False, stopped="deadline")
             return
         if head["kind"] == "text":
+            self.reached_ms["last word"] = now
             if self.so_far is not None:
                 self.so_far = replace(self.so_far, text=self.so_far.text + head["text"])
             self._texts.put(head["text"])
             return
         if head["kind"] == "finding":
             mask = arrays.get("mask")
+            if mask is not None:
+                self.reached_ms["mask"] = now
             self.timings_ms = head["timings_ms"]
             self.finding = Finding(
                 head["p_yes"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import cast
@@ -79,24 +80,32 @@ def answer(part: Part, name: str, rng: np.random.Generator) -> str:
     return f"{YES}. There is a {part.kind} at the {part.place} of the {name}. {follow}"
 
 
-def make_tokenizer(folder: Path) -> LlamaTokenizer:
-    """Train the SentencePiece model, save it as `folder`/tokenizer.model with the HF files beside it, and load it."""
+def make_tokenizer(
+    folder: Path, vocab_size: int = 1024, more_lines: Iterable[str] = (), special: Sequence[str] = ()
+) -> LlamaTokenizer:
+    """Train the SentencePiece model, save it as `folder`/tokenizer.model with the HF files beside it, and load it.
+
+    Args:
+        vocab_size: of SentencePiece; `special` tokens and `<seg>` are added to that.
+        more_lines: to train on, for a vocabulary that the reference model's own texts do not fill.
+    """
     names = (*FAMILIES, *UNSEEN_FAMILIES, "part")
     prompts = [TEMPLATE.replace("{question}", q).replace("<image>\n", "") for q in (QUESTION, *PARAPHRASES)]
     lines = [p.replace("{object}", name) for p in prompts for name in names]
     lines += [f"{NO}. The {name} shows no irregularities." for name in names]
     lines += [f"{YES}. There is a {kind}. {follow}" for kind, follows in ANSWERS.items() for follow in follows]
     lines += [f"at the {place} of the {name}." for row in PLACES for place in row for name in names]
-    lines += [word for word in _TRADE.split() for _ in range(2)]
+    lines += [*(word for word in _TRADE.split() for _ in range(2)), *more_lines]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=1024, byte_fallback=True,
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
         character_coverage=1.0, pad_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False,
         num_threads=1, minloglevel=2,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True, add_eos_token=False)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(SEG, special=False, normalized=False)])
     tokenizer.save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(model.getvalue())  # save_pretrained does not keep it

@@ -27,11 +27,12 @@ from vmad_edge.runtime.benchmark import (
     repeated,
     take_turns,
 )
-from vmad_edge.runtime.bundle import Bundle, ScreenManifest, seal
+from vmad_edge.runtime.bundle import Bundle, Manifest, ScreenManifest, seal
 from vmad_edge.runtime.cli import main
 from vmad_edge.runtime.files import sha256
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import Clock, RunInProgress, busy_elsewhere, describe_machine
+from vmad_edge.runtime.stages.language import LanguageModel
 
 
 def test_percentiles_of_known_times() -> None:
@@ -109,12 +110,26 @@ def measured(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
+def after_the_image(manifest: Manifest, folder: Path) -> list[int]:
+    with LanguageModel(folder / "llm.gguf", manifest.language, manifest.conversation) as model:
+        return model.prompt_ids(manifest.conversation.question.replace("{object}", manifest.object))[1]
+
+
 def test_what_is_measured(measured: Path, tiny_bundle: Path) -> None:
     found = json.loads((measured / "bench.json").read_text())
     assert found["settings"]["bundle"] == Bundle.open(tiny_bundle).hash and found["settings"]["answer"] == "short"
     assert set(found["screen"]["stages"]) == {"read", "preprocess", "clip_encoder", "similarity", "map", "verdict"}
     stages = {"ltc_projector", "sam_encoder", "prefill", "decode", "transfer"}
     assert stages <= set(found["review"]["stages"]) <= stages | {"mask_decoder"}
+    review = found["review"]
+    assert {"to P(yes)"} <= set(review["reached"]) <= {"to P(yes)", "to last word", "to mask"}
+    for reached in review["reached"].values():
+        assert review["stages"]["prefill"]["p50"] < reached["max"] <= review["whole"]["max"]
+    manifest = Bundle.open(tiny_bundle).for_review
+    tokens = found["prefill"]["tokens"] - manifest.language.visual_tokens
+    assert tokens == len(after_the_image(manifest, tiny_bundle))
+    seconds = review["stages"]["prefill"]["p50"] / 1e3
+    assert found["prefill"]["tokens_per_second"] == pytest.approx(found["prefill"]["tokens"] / seconds)
     assert [(bank["frames"], bank["patches"]) for bank in found["banks"]] == [(2, 2 * 16), (5, 5 * 16)]
     assert [batch["frames"] for batch in found["batches"]] == [1, 2, 4, 8]
     for spread in Benchmark.model_validate(found).spreads().values():
@@ -206,7 +221,9 @@ def test_the_references_of_the_station_are_compared_with(tiny_bundle: Path, tmp_
 @pytest.mark.parametrize(
     "args,says",
     [
-        (["--frames", "{tmp}/broken.png", "--repeats", "1"], "broken.png cannot be measured with: .*not a readable"),
+        (["--frames", "{tmp}/broken.png", "--no-review"], "broken.png cannot be measured with: .*not a readable"),
+        # the same frame's review again would find its prompt done
+        (["--frames", "{tmp}/broken.png"], "expected at least two frames, got one"),
         (["--target-ms", "5", "--repeats", "99"], "expected at least 100 repeats"),
         (["--repeats", "0"], "expected repeats"),
         (["--banks", "0"], "expected repeats and bank sizes"),
