@@ -105,8 +105,10 @@ def limits(manifest: Manifest) -> dict[str, dict[Measure, float]]:
     vision, tokens = graphs("clip_encoder"), graphs("clip_encoder", "ltc_projector")
     language = max(tokens, QUANTIZATION_LIMITS[manifest.language.quantization])
     masks = max(language, graphs("sam_encoder", "mask_decoder"))
-    # A score is a softmax over temperature: it multiplies an error of either of its two cosines.
-    score = 2 * vision / min(1.0, manifest.similarity.temperature)
+    # Rounding has no direction: of an error's length, 1/√D lies along a feature. Four times that may.
+    cosine = vision * min(1.0, 4 / manifest.vision.width**0.5)
+    # A score s is 1 − cosine, or a softmax of two over temperature: ds/s ≤ d(logit), ds ≤ d(logit) / 4.
+    logit = 2 * cosine / min(1.0, manifest.similarity.temperature)
     strict: dict[Measure, float] = {"max_relative_error": vision}
     loose = _loose(language)
     equal: dict[Measure, float] = {"equal": 1}
@@ -128,9 +130,9 @@ def limits(manifest: Manifest) -> dict[str, dict[Measure, float]]:
         "answer": equal if language <= 1e-4 else {},
         "low_res_masks": _loose(masks),
         "mask": {"iou": 1 - min(0.5, max(1e-3, 2 * masks))},
-        "score": {"max_relative_error": score},
+        "score": {"max_relative_error": logit, "max_abs_error": max(cosine, logit / 4)},
         # OpenCV places samples to 1/32 pixel.
-        "map": {"max_relative_error": max(score, 5e-3), "rank_correlation": 0.999},
+        "map": {"max_relative_error": max(logit, 5e-3), "rank_correlation": 0.999},
         "verdict": equal,
     }
 

@@ -393,3 +393,25 @@ def test_only_what_the_language_model_touches_is_looser_when_quantized(bundle: B
     strict, loose = limits(bundle.manifest), limits(bundle.manifest.model_copy(update={"language": language}))
     changed = {stage for stage in LADDER if strict[stage] != loose[stage]}
     assert changed == {"hidden_states", "logits", "p_yes", "answer", "h_seg", "h_seg_full", "low_res_masks", "mask"}
+
+
+def test_limit_of_the_score_is_what_rounding_can_do(bundle: Bundle) -> None:
+    """Patches as far off as FP16 may make them, in no direction: their scores stay within it, and fill some of it."""
+    vision = bundle.manifest.vision.model_copy(update={"width": 1024})
+    manifest = bundle.manifest.model_copy(update={"vision": vision, "precision": {"clip_encoder": "fp16"}})
+    allowed = limits(manifest)
+    rng = np.random.default_rng(0)
+    normal, abnormal, patches, noise = (rng.normal(size=(rows, 1024)) for rows in (60, 60, 576, 576))
+    noise *= allowed["patches"]["max_relative_error"] * np.abs(patches).max() / np.abs(noise).max()
+
+    def scores(patches: Any) -> Any:
+        def nearest(features: Any) -> Any:
+            cosines = patches @ features.T / np.linalg.norm(features, axis=1)
+            return cosines.max(1) / np.linalg.norm(patches, axis=1)
+
+        logit = (nearest(normal) - nearest(abnormal)) / manifest.similarity.temperature
+        return 1 / (1 + np.exp(logit))
+
+    errors = np.abs(scores(patches + noise) - scores(patches))
+    assert errors.max() <= allowed["score"]["max_abs_error"] <= 10 * errors.max()
+    assert (errors / scores(patches)).max() <= allowed["score"]["max_relative_error"] < 0.08
