@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,24 +89,27 @@ def no_gpu() -> Gpu:
 
 
 @pytest.mark.parametrize(
-    "cuda,found_gpu,installed,expected,passed_over",
+    "cuda,found_gpu,installed,precision,expected,passed_over",
     [
         # a GPU, and an ONNX Runtime that can use it
-        (True, lambda: AMPERE, {"onnxruntime", "openvino"}, "cuda", {"tensorrt"}),
+        (True, lambda: AMPERE, {"onnxruntime", "openvino"}, "fp16", "cuda", {"tensorrt"}),
         # onnxruntime-gpu on a machine without a GPU
-        (True, no_gpu, {"onnxruntime"}, "cpu", {"tensorrt", "cuda", "openvino"}),
+        (True, no_gpu, {"onnxruntime"}, "fp16", "cpu", {"tensorrt", "cuda", "openvino"}),
         # a GPU, but an ONNX Runtime for CPUs
-        (False, lambda: AMPERE, {"onnxruntime", "openvino"}, "openvino", {"tensorrt", "cuda"}),
+        (False, lambda: AMPERE, {"onnxruntime", "openvino"}, "fp16", "openvino", {"tensorrt", "cuda"}),
+        # graphs that OpenVINO computes no faster
+        (False, no_gpu, {"onnxruntime", "openvino"}, "fp32", "cpu", {"tensorrt", "cuda", "openvino"}),
         # OpenVINO alone
-        (False, no_gpu, {"openvino"}, "openvino", {"tensorrt", "cuda"}),
+        (False, no_gpu, {"openvino"}, "fp32", "openvino", {"tensorrt", "cuda"}),
         # the least there can be
-        (False, no_gpu, {"onnxruntime"}, "cpu", {"tensorrt", "cuda", "openvino"}),
+        (False, no_gpu, {"onnxruntime"}, "fp16", "cpu", {"tensorrt", "cuda", "openvino"}),
     ],
 )
 def test_auto_takes_the_best_and_says_why(
     cuda: bool,
     found_gpu: Callable[[], Gpu],
     installed: set[str],
+    precision: Precision,
     expected: str,
     passed_over: set[str],
     demo: Bundle,
@@ -114,7 +118,9 @@ def test_auto_takes_the_best_and_says_why(
     monkeypatch.setattr(choice, "gpu", found_gpu)
     monkeypatch.setattr(choice, "find_spec", lambda name: name in installed)
     monkeypatch.setattr(ort, "get_available_providers", lambda: [*["CUDAExecutionProvider"] * cuda, CPU])
-    engines = Engines.choose(demo, "auto")
+    of: dict[str, Precision] = {"clip_encoder": "fp32", "sam_encoder": precision}
+    bundle = replace(demo, manifest=demo.manifest.model_copy(update={"precision": of}))
+    engines = Engines.choose(bundle, "auto")
     assert engines.device == expected
     assert set(engines.passed_over) == passed_over and all(engines.passed_over.values())
 
