@@ -19,13 +19,6 @@ from vmad_edge.runtime.headers import BFLOAT16, FLOAT16, UNKNOWN, Gguf, Graph, N
 Kind = Literal["fp32", "fp16", "int8"]
 """What is multiplied."""
 
-_BANKS: dict[Dtype, tuple[Kind, int]] = {
-    "float32": ("fp32", 4),
-    "float16": ("fp16", 2),
-    "bfloat16": ("fp16", 2),
-    "int8": ("int8", 1),
-}
-"""What is multiplied, and bytes an element."""
 _MATRICES: dict[int, Kind] = {0: "fp32", 1: "fp16", 30: "fp16"}
 """By ggml's type; any other is quantized."""
 _UNCOUNTED = frozenset(
@@ -75,8 +68,9 @@ def graph_cost(path: Path) -> GraphCost:
 
 
 def similarity_cost(query: int, bank: int, width: int, dtype: Dtype) -> Cost:
-    """Of `query` patches against `bank` rows (kernels.max_cosine): scores and indices come out."""
-    kind, size = _BANKS[dtype]
+    """Of `query` patches [Q,D] against `bank` rows [M,D] (kernels.cuda, which keeps float16 or int8 rows)."""
+    kind: Kind = "int8" if dtype == "int8" else "fp16"
+    size = 1 if dtype == "int8" else 2
     return Cost({kind: 2.0 * query * bank * width}, (4 * query + size * bank) * width + 12 * query)
 
 

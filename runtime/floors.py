@@ -178,7 +178,7 @@ def table(found: Floors) -> Table:
     made = Table(*columns, box=None, title=f"{found.hardware.name}: {found.kind}", title_justify="left")
     for stage in found.stages:
         numbers = (stage.gigaoperations, stage.megabytes, stage.compute_ms, stage.memory_ms, stage.ms)
-        made.add_row(stage.stage, *map(_number, numbers), stage.binds)
+        made.add_row(stage.stage, *map(number, numbers), stage.binds)
     return made
 
 
@@ -188,9 +188,9 @@ def facts(found: Floors) -> dict[str, str]:
     whole = sum(found.memory_gib.values())
     peaks = ", ".join(f"{kind} {peak:g}" for kind, peak in hardware.tflops.items())
     return {
-        "totals, ms": ", ".join(f"{name} {_number(ms)}" for name, ms in found.totals_ms.items()),
+        "totals, ms": ", ".join(f"{name} {number(ms)}" for name, ms in found.totals_ms.items()),
         "line speed at best": ", ".join(
-            f"{_number(speed)} frames/s with {share:.0%} reviewed" for share, speed in found.frames_per_second.items()
+            f"{number(speed)} frames/s with {share:.0%} reviewed" for share, speed in found.frames_per_second.items()
         ),
         "memory": f"{'fits' if found.fits else 'does NOT fit'}: at least {whole:.2f} GiB ("
         + ", ".join(f"{name} {gib:.2f}" for name, gib in found.memory_gib.items())
@@ -199,6 +199,6 @@ def facts(found: Floors) -> dict[str, str]:
     }
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three digits that count, and none that are not whole above 1,000."""
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"

@@ -127,7 +127,7 @@ def _mapped(path: Path) -> Iterator[memoryview]:
     try:
         with path.open("rb") as file:
             yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (ValueError, KeyError, IndexError, struct.error) as error:
+    except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
         raise BundleError(f"{path}: its shapes cannot be read ({error!s:.200}). Export the bundle again.") from None
 
 
