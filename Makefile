@@ -35,6 +35,7 @@ bench: .venv/test
 	    else echo "benchmarks/real_images.py: skipped, there is no ../shared/data"; fi
 	$(BIN)/pip install --quiet --no-deps faiss-cpu==1.15.1
 	$(BIN)/python benchmarks/similarity.py --frames 40 --save
+	$(BIN)/python benchmarks/plans.py demo/bundle > docs/plans.md
 	$(BIN)/python benchmarks/tables.py README.md benchmarks/results/reference.md
 
 .venv/llama:

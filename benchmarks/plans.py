@@ -157,6 +157,7 @@ no engine reaches a peak. `c`: compute binds, `m`: memory does. It rules hardwar
 
 - An FP32 graph runs on the CUDA cores: TF32 is off. `--precision fp16` is what these GPUs are made for.
 - Reference banks lie on the GPU as float16, or int8.
+- P(yes), the mask (short answer) and the last word (longest answer) are counted from a review's beginning.
 - Quantized language models multiply INT8 in llama.cpp. A prefill is three decodes (visual tokens, question, last
   token), each of which reads all weights; what stands before the image is there already.
 - SAM's encoder and the language model share the GPU: together they take at least the sum of their products, and of

@@ -30,6 +30,7 @@ from vmad_edge.runtime.hardware import HARDWARE, Hardware
 from vmad_edge.runtime.headers import UNKNOWN, read_gguf, read_onnx
 from vmad_edge.runtime.stages.language import LanguageModel, prompt_lengths
 
+ROOT = Path(__file__).parents[2]
 GRAPHS = ("clip_encoder", "ltc_projector", "sam_encoder", "mask_decoder")
 
 
@@ -299,3 +300,13 @@ def test_the_prompt_counts_what_is_kept(bundle: Bundle) -> None:
     dialogue = chain_of(bundle, [1]).dialogue
     assert dialogue is not None and isinstance(bundle.manifest, Manifest)
     assert dialogue.visual == bundle.manifest.language.visual_tokens and dialogue.kept > 0 < dialogue.after
+
+
+def test_the_papers_counts_are_those_that_others_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SAM ViT-H's encoder: 2,973 G multiplications (efficientvit's table); LLaMA-7B, Q4_K_M: 3.80 GiB (llama.cpp's)."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import plans
+
+    chain = plans.paper()
+    assert chain.graphs["sam_encoder"].run.operations["fp16"] == pytest.approx(2 * 2973e9, rel=0.01)
+    assert chain.dialogue.model.weights == pytest.approx(3.80 * 2**30, rel=0.002)
