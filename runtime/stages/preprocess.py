@@ -7,6 +7,7 @@ segment-anything's ResizeLongestSide are the oracles, and OpenCV's bicubic diffe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,12 +89,9 @@ def clip_pixels(frame: Frame, spec: ClipInput) -> tuple[NDArray[np.float32], Vie
     image = image.resize(geometry.resized[::-1], _RESAMPLE[spec.resample])
     top, left = geometry.crop
     image = image.crop((left, top, left + spec.size, top + spec.size))
-    return _normalise(_rescaled(np.asarray(image), spec), spec.mean, spec.std), geometry.view
-
-
-def _rescaled(image: NDArray[np.uint8], spec: ClipInput) -> NDArray[np.float32]:
-    """Rescaled in float64 and normalised in float32, as transformers does: equal to the last bit."""
-    return (image.astype(np.float64) * spec.rescale_factor).astype(np.float32)
+    pixels = np.empty((1, 3, spec.size, spec.size), np.float32)
+    _look_up(np.asarray(image), clip_values(spec), pixels)
+    return pixels, geometry.view
 
 
 def sam_covered(height: int, width: int, spec: SamInput) -> tuple[int, int]:
@@ -107,24 +105,34 @@ def sam_pixels(frame: Frame, spec: SamInput) -> tuple[NDArray[np.float32], tuple
     covered = sam_covered(frame.pixels.shape[0], frame.pixels.shape[1], spec)
     image = Image.fromarray(frame.pixels).resize(covered[::-1], Image.Resampling.BILINEAR)
     pixels = np.zeros((1, 3, spec.size, spec.size), np.float32)
-    pixels[:, :, : covered[0], : covered[1]] = _normalise(np.asarray(image).astype(np.float32), spec.mean, spec.std)
+    _look_up(np.asarray(image), sam_values(spec), pixels[:, :, : covered[0], : covered[1]])
     return pixels, covered
 
 
+@cache
 def clip_values(spec: ClipInput) -> NDArray[np.float32]:
-    """[3,256]: what each byte of each colour becomes in `clip_pixels`."""
-    return _normalise(_rescaled(_BYTES, spec), spec.mean, spec.std)[0, :, 0]
+    """[3,256]: what each byte of each colour becomes in `clip_pixels`.
+
+    Rescaled in float64 and normalised in float32, as transformers does: equal to the last bit.
+    """
+    return _normalised((_BYTES * spec.rescale_factor).astype(np.float32), spec.mean, spec.std)
 
 
+@cache
 def sam_values(spec: SamInput) -> NDArray[np.float32]:
     """[3,256]: what each byte of each colour becomes in `sam_pixels`."""
-    return _normalise(_BYTES.astype(np.float32), spec.mean, spec.std)[0, :, 0]
+    return _normalised(_BYTES.astype(np.float32), spec.mean, spec.std)
 
 
-_BYTES = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (1, 256, 3))
+_BYTES = np.arange(256, dtype=np.float64)
 
 
-def _normalise(image: NDArray[np.float32], mean: Triple, std: Triple) -> NDArray[np.float32]:
-    """[h,w,3] → [1,3,h,w]."""
-    normal = (image - np.array(mean, np.float32)) / np.array(std, np.float32)
-    return np.ascontiguousarray(normal.transpose(2, 0, 1)[None])
+def _normalised(values: NDArray[np.float32], mean: Triple, std: Triple) -> NDArray[np.float32]:
+    """[256] → [3,256]."""
+    return (values - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+
+
+def _look_up(image: NDArray[np.uint8], values: NDArray[np.float32], pixels: NDArray[np.float32]) -> None:
+    """[h,w,3] → `pixels` [1,3,h,w], by `values` [3,256]."""
+    for colour, plane in enumerate(pixels[0]):
+        np.take(values[colour], image[:, :, colour], out=plane, mode="clip")  # a byte is never out of range
