@@ -144,21 +144,21 @@ def _kind(node: Node, first: Tensor, made_by: dict[str, Node]) -> Kind:
 
 def _matmul(node: Node, graph: Graph) -> int:
     """Exporters leave some shapes within attention open: what one side does not tell, the other does."""
-    a, b, out = (graph.tensors[name].shape for name in (*node.inputs, node.outputs[0]))
+    a, b = (graph.tensors[name].shape for name in node.inputs)
+    out = graph.tensors[node.outputs[0]].shape if node.outputs[0] in graph.tensors else (UNKNOWN,)
     if UNKNOWN not in out:
         return math.prod(out) * (b[-2] if a[-1] == UNKNOWN else a[-1])
-    return math.prod(a) * _last_axis(node.outputs[0], graph) if UNKNOWN not in a else UNKNOWN
+    columns = _summed_over(node.outputs[0], graph) if b[-1] == UNKNOWN else b[-1]
+    return UNKNOWN if UNKNOWN in a else math.prod(a) * columns
 
 
-def _last_axis(name: str, graph: Graph) -> int:
-    """Told by the file, or by the product that sums over it."""
-    if (size := graph.tensors[name].shape[-1]) != UNKNOWN:
-        return size
+def _summed_over(name: str, graph: Graph) -> int:
+    """A value's last axis, as the product tells that sums over it."""
     for node in graph.nodes:
         if node.kind == "MatMul" and node.inputs[0] == name:
             return graph.tensors[node.inputs[1]].shape[-2]
         if node.kind in ("Add", "Cast", "Softmax") and name in node.inputs:
-            return _last_axis(node.outputs[0], graph)
+            return _summed_over(node.outputs[0], graph)
     return UNKNOWN
 
 

@@ -18,7 +18,7 @@ Field = tuple[int, int | memoryview]
 """Number and value of a protobuf message's field: bytes where it has a length, else a number."""
 _SIZES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 """Bytes an element, by ONNX's numbers of types (onnx.proto, TensorProto.DataType)."""
-FLOAT16, BFLOAT16 = 10, 16
+INT8, FLOAT16, BFLOAT16 = 3, 10, 16
 UNKNOWN = -1
 
 
@@ -47,6 +47,7 @@ class Node:
 class Graph:
     nodes: tuple[Node, ...]
     tensors: dict[str, Tensor]
+    """Of the values that the file describes, and of quantized ones."""
     weights: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -94,6 +95,10 @@ def read_onnx(path: Path) -> Graph:
                     tensors[name] = tensor
                     if field != 13:
                         (inputs if field == 11 else outputs).append(name)
+        for node in nodes:
+            if node.kind in ("QuantizeLinear", "DequantizeLinear") and node.outputs[0] not in tensors:
+                kind = INT8 if node.kind == "QuantizeLinear" else tensors[node.inputs[1]].type
+                tensors[node.outputs[0]] = Tensor(tensors[node.inputs[0]].shape, kind)
     return Graph(tuple(nodes), tensors, tuple(weights), tuple(inputs), tuple(outputs))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.graphs.clip_encoder import ClipEncoder
 from vmad_edge.export.graphs.mask_decoder import MaskDecoder
 from vmad_edge.export.graphs.sam_encoder import SamEncoder
+from vmad_edge.export.int8 import write_int8
+from vmad_edge.export.precision import write_fp16
 from vmad_edge.runtime.bundle import Bundle, Manifest
 from vmad_edge.runtime.cli import main
 from vmad_edge.runtime.costs import Cost, GraphCost, LanguageCost, graph_cost, similarity_cost
@@ -71,6 +74,20 @@ def test_operations_are_those_that_torch_counts(name: str, checkpoint: Checkpoin
     found = graph_cost(bundle.file(f"{name}.onnx")).run.operations
     assert found["fp32"] == torch_counts(lambda: module.eval()(*inputs)) > 1e5
     assert found["fp16"] == found["int8"] == 0
+
+
+def test_lowered_graphs_take_the_same_operations(bundle: Bundle, tmp_path: Path) -> None:
+    """Of FP16 all, of INT8 the products with weights."""
+    source = bundle.file("clip_encoder.onnx")
+    exact = graph_cost(source)
+    write_fp16(source, tmp_path / "fp16.onnx")
+    write_int8(source, tmp_path / "int8.onnx", defaultdict(lambda: 1.0))
+    half, integer = graph_cost(tmp_path / "fp16.onnx"), graph_cost(tmp_path / "int8.onnx")
+    whole = exact.run.operations["fp32"]
+    assert half.run.operations == {"fp32": 0, "fp16": whole, "int8": 0}
+    assert sum(integer.run.operations.values()) == whole
+    assert integer.run.operations["int8"] > integer.run.operations["fp32"] > integer.run.operations["fp16"] == 0
+    assert 0.5 * exact.weights <= half.weights < 0.6 * exact.weights and integer.weights < exact.weights
 
 
 def test_one_token_costs_what_torch_counts(checkpoint: Checkpoint, bundle: Bundle) -> None:
@@ -156,16 +173,12 @@ def product(path: Path, kind: int, shape: list[int | None], node: str = "MatMul"
             helper.make_node("DequantizeLinear", ["w", "scale"], ["dw"]),
             helper.make_node(node, ["da", "dw"], ["out"]),
         ]
-    values = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in (("da", [2, 3]), ("dw", [3, 5]))
-    ]
     graph = helper.make_graph(
         nodes,
         "product",
         [helper.make_tensor_value_info("a", kind, [2, 3])],
         [helper.make_tensor_value_info("out", kind, shape)],
         constants,
-        value_info=values if quantized else [],
     )
     onnx.save(helper.make_model(graph), path)
     return path
