@@ -276,8 +276,10 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.stream and args.unlabelled:
         raise VmadError("expected --stream or --unlabelled, got both")
     paths = list_images(args.paths)
-    if args.maps is not None and len(set(map(_in_folders, paths))) < len(paths):
-        raise VmadError("--maps: expected frames of different names, got two whose names differ in their endings alone")
+    if args.maps is not None and len(places := set(map(_in_folders, paths))) < len(paths):
+        raise VmadError(
+            f"--maps: {len(paths)} frames would write {len(places)} maps: some differ by their ending alone"
+        )
     done: list[Inspection] = []
     with _open(args, args.stream) as inspector:
         if args.unlabelled:
@@ -473,10 +475,10 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    run = RunInProgress()
     if args.plan is not None:
         return _plan(args)
     before = None if args.against is None else read_benchmark(args.against)
+    run = RunInProgress()
     bundle = Bundle.open(args.bundle)
     station = Station(None if args.station is None else Path(args.station), bundle)
     paths = None if args.frames is None else list_images(args.frames)
@@ -516,7 +518,6 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-            track(good, "good frames", console=_err, transient=True),
 def _calibrate(args: argparse.Namespace) -> int:
     targets = Targets(args.escape, args.overkill, args.suspects, args.confidence)
     good = list_images([args.good])
@@ -525,6 +526,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         calibration = calibrate(
             inspector,
             track(defects, "defects", console=_err, transient=True, disable=not defects),
+            track(good, "good frames", console=_err, transient=True),
             object=args.object,
             targets=targets,
             by=args.by,

@@ -59,7 +59,10 @@ def graph_cost(path: Path) -> GraphCost:
         if node.kind in _MULTIPLICATIONS:
             count = _MULTIPLICATIONS[node.kind](node, graph)
             if count <= 0:
-                raise BundleError(f"{path}: it does not tell the shapes of {node.outputs[0]}. Export the bundle again.")
+                raise BundleError(
+                    f"{path}: it does not tell the shapes around {node.outputs[0]}. Write them into the network "
+                    "(onnx.shape_inference), and export the bundle again."
+                )
             operations[_kind(node, graph.tensors[node.inputs[0]], made_by)] += 2.0 * count
     # Engines hold a weight behind a Cast as what it casts to.
     weights = sum(graph.tensors[cast.get(name, name)].bytes for name in graph.weights)

@@ -202,7 +202,7 @@ def test_what_is_multiplied(kind: int, quantized: bool, expected: str, moved: in
 @pytest.mark.parametrize(
     "shape,node,says",
     [
-        ([None, None], "Gemm", "does not tell the shapes of out"),
+        ([None, None], "Gemm", "does not tell the shapes around out"),
         ([2, 5], "QLinearMatMul", "holds QLinearMatMul, which is not counted"),
     ],
 )
