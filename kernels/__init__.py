@@ -114,12 +114,8 @@ def mutual_score(features: Features, interval: float = 0.3, *, threads: int | No
     """
     if not isinstance(features, np.ndarray) or features.ndim != 3 or features.shape[1] == 0:
         raise ValueError(f"features: expected shape [frames, patches, width], got {list(np.shape(features))}")
-    if not 0 < interval <= 1:
-        raise ValueError(f"interval: expected a share above 0 and at most 1, got {interval}")
     frames, patches, width = features.shape
-    if int(interval * (frames - 1)) == 0:
-        least = math.ceil(1 / interval) + 1
-        raise ValueError(f"features: expected at least {least} frames for an interval of {interval}, got {frames}")
+    _check_interval(interval, frames)
     rows = rows_of("features", features.reshape(-1, width))
     offsets = range(0, len(rows) + 1, patches)
     together = max(1, _FRAMES_ROWS // patches)
@@ -143,6 +139,14 @@ def interval_mean(cosine: NDArray[np.float32], interval: float = 0.3) -> NDArray
         raise ValueError(f"cosine: expected more than {cosine.shape[1]} frames for an interval of {interval}")
     least = np.sqrt(2 - 2 * -np.partition(-cosine, count - 1, axis=1)[:, :count])
     return np.asarray(least.mean(axis=1))
+
+
+def _check_interval(interval: float, frames: int) -> None:
+    if not 0 < interval <= 1:
+        raise ValueError(f"interval: expected a share above 0 and at most 1, got {interval}")
+    if int(interval * (frames - 1)) == 0:
+        least = math.ceil(1 / interval) + 1
+        raise ValueError(f"features: expected at least {least} frames for an interval of {interval}, got {frames}")
 
 
 def _bank(bank: Features | ReferenceBank, width: int) -> tuple[_cpu.Bank, int]:

@@ -44,6 +44,8 @@ class ReferenceBank:
         self._blocks: list[NDArray[np.uint32]] = []
         self._spare: list[NDArray[np.uint32]] = []
         self._first = self._count = 0
+        self.evicted = 0
+        """Rows forgotten since the bank was made: the numbers that its rows have counted from there never change."""
 
     @staticmethod
     def from_array(features: Features, dtype: Dtype = "float32") -> ReferenceBank:
@@ -88,8 +90,30 @@ class ReferenceBank:
             raise ValueError(f"count: expected 0 to {self._count}, the bank's rows, got {count}")
         gone, self._first = divmod(self._first + count, _cpu.BLOCK_ROWS)
         self._count -= count
+        self.evicted += count
         self._spare += self._blocks[:gone]
         del self._blocks[:gone]
+
+    def rows(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Rows `start` to `stop` − 1 (None: to the last) [n,D] as they are kept: rounded, scaled to length 1.
+
+        Raises:
+            ValueError: the bank has no such rows.
+        """
+        stop = self._count if stop is None else stop
+        if not 0 <= start <= stop <= self._count:
+            raise ValueError(f"rows: expected 0 ≤ start ≤ stop ≤ {self._count}, got {start} and {stop}")
+        first, last = self._first + start, self._first + stop
+        found = [np.empty((0, self.width), np.float32)]
+        for number in range(first // _cpu.BLOCK_ROWS, -(-last // _cpu.BLOCK_ROWS)):
+            begin = number * _cpu.BLOCK_ROWS
+            inside = slice(max(first - begin, 0), last - begin)
+            # A panel: lines of 16 words, one of each row; then the rows' scales, and their sums.
+            panels = self._blocks[number].reshape(-1, _cpu.panel_lines(self._type, self.width), 16)
+            words = np.ascontiguousarray(panels[:, :-2].transpose(0, 2, 1)).reshape(_cpu.BLOCK_ROWS, -1)[inside]
+            scale = panels[:, -2].reshape(-1)[inside].view(np.float32)
+            found.append(_elements(words, self.dtype)[:, : self.width] * scale[:, None])
+        return np.concatenate(found)
 
     def __len__(self) -> int:
         return self._count
@@ -148,6 +172,13 @@ def rows_of(name: str, features: Features) -> NDArray[np.float32]:
         raise ValueError(f"{name}: expected shape [rows, width] with width ≥ 1, got {list(features.shape)}")
     with np.errstate(over="ignore"):
         return np.require(features, np.float32, ["C", "ALIGNED", "ENSUREARRAY"])
+
+
+def _elements(words: NDArray[np.uint32], dtype: Dtype) -> NDArray[np.float32]:
+    """What the words [n,w] of n rows hold, as float32."""
+    if dtype == "bfloat16":
+        return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return words.view(dtype).astype(np.float32)
 
 
 def path_number() -> int:

@@ -113,7 +113,8 @@ class BankSize(Record):
     frames: int
     patches: int
     screen: Spread
-    similarity: Spread
+    similarity: Spread | None
+    """None on a GPU, where it is a part of one graph."""
 
 
 class Batch(Record):
@@ -181,7 +182,9 @@ class Benchmark(Record):
                 found |= {name: lane.whole, **{f"{name}: {part}": spread for part, spread in parts.items()}}
         for bank in self.banks:
             name = f"screen, {bank.frames} enrolled"
-            found |= {name: bank.screen, f"{name}: similarity": bank.similarity}
+            found[name] = bank.screen
+            if bank.similarity is not None:
+                found[f"{name}: similarity"] = bank.similarity
         return found
 
 
@@ -285,7 +288,7 @@ def benchmark(
                 frames=size,
                 patches=count,
                 screen=Spread.of([times[WHOLE] for times in runs[_bank(size)]]),
-                similarity=Spread.of([times["similarity"] for times in runs[_bank(size)]]),
+                similarity=Spread.of(alone) if (alone := _stage(runs[_bank(size)], "similarity")) else None,
             )
             for size, count in patches.items()
         ),
@@ -414,6 +417,10 @@ def repeated(few: References, frames: int) -> References:
         replace(frame, start=start, stop=end) for frame, start, end in zip(chosen, [0, *ends], ends, strict=False)
     )
     return References(few.features[rows], few.patch[rows], placed, few.thresholds, few.beside, few.dtype)
+
+
+def _stage(runs: Sequence[Times], stage: str) -> list[float]:
+    return [run[stage] for run in runs if stage in run]
 
 
 def _screen_of(inspector: Inspector, object: str) -> Thing:

@@ -175,10 +175,9 @@ def _waterfall(draw: ImageDraw.ImageDraw, box: Box, name: str, lane: Lane) -> No
 def _growth(draw: ImageDraw.ImageDraw, box: Box, benchmark: Benchmark) -> None:
     left, top, right, bottom = box
     most = benchmark.banks[-1].frames
-    curves: list[tuple[str, str, list[Spread]]] = [
-        ("screen", _BLUE, [bank.screen for bank in benchmark.banks]),
-        ("similarity alone", _ORANGE, [bank.similarity for bank in benchmark.banks]),
-    ]
+    curves: list[tuple[str, str, list[Spread]]] = [("screen", _BLUE, [bank.screen for bank in benchmark.banks])]
+    if all(bank.similarity for bank in benchmark.banks):
+        curves.append(("similarity alone", _ORANGE, [bank.similarity for bank in benchmark.banks if bank.similarity]))
     highest = max(spread.p95 or spread.p50 for _, _, spreads in curves for spread in spreads)
     _title(draw, left, top, "over enrolled frames, ms: p50, and p95 above it")
     draw.line((left, top, left, bottom, right, bottom), _GREY)

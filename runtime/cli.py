@@ -391,6 +391,7 @@ def _info(args: argparse.Namespace) -> int:
             "calibrated": {n: _calibration_facts(found) for n, found in inspector.station.calibrated().items()},
             "device": inspector.engines.device,
             "provider": inspector.provider,
+            "similarity": inspector.similarity,
             "passed_over": inspector.engines.passed_over,
             "cuda_kernels": cuda.targets() or "none: no nvcc was found when this was installed",
         }
@@ -477,8 +478,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if args.plan is not None:
         return _plan(args)
-    before = None if args.against is None else read_benchmark(args.against)
     run = RunInProgress()
+    before = None if args.against is None else read_benchmark(args.against)
     bundle = Bundle.open(args.bundle)
     station = Station(None if args.station is None else Path(args.station), bundle)
     paths = None if args.frames is None else list_images(args.frames)
@@ -525,8 +526,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     with Inspector.open(args.bundle, args.station, cast(Device, args.device), calibrated=False) as inspector:
         calibration = calibrate(
             inspector,
-            track(defects, "defects", console=_err, transient=True, disable=not defects),
             track(good, "good frames", console=_err, transient=True),
+            track(defects, "defects", console=_err, transient=True, disable=not defects),
             object=args.object,
             targets=targets,
             by=args.by,

@@ -1,4 +1,4 @@
-"""A GPU's memory, stream and graphs for the kernels of `vmad_edge.kernels.cuda`.
+"""A GPU's memory, streams and graphs, for engines and for the kernels of `vmad_edge.kernels.cuda`.
 
 The only file that knows pycuda (context, memory, streams) and cuda-bindings (graph capture, which pycuda lacks). Both
 are imported when a `Device` is made: pycuda cannot be imported where there is no driver.
@@ -7,13 +7,19 @@ are imported when a `Device` is made: pycuda cannot be imported where there is n
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from vmad_edge.kernels.cuda import DeviceArray
 from vmad_edge.runtime.errors import VmadError
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class DeviceMemory:
 class Device:
     """A GPU's primary context, which TensorRT, ONNX Runtime and llama.cpp use too, and one stream in it.
 
-    Of use in the thread that made it, until `close`.
+    The stream waits for no other, so that what two devices queue runs side by side. Of use in the thread that made it,
+    until `close`.
 
     Raises:
         VmadError: pycuda or cuda-bindings is missing, or the driver gives no GPU.
@@ -54,7 +61,7 @@ class Device:
         except self._pycuda.Error as error:
             raise VmadError(f"the NVIDIA driver gives no GPU {number}: {error}") from None
         self._context.push()
-        self._stream = self._pycuda.Stream()
+        self._stream = self._pycuda.Stream(_NON_BLOCKING)
         self.name: str = self._context.get_device().name()
 
     @property
@@ -63,23 +70,40 @@ class Device:
         return int(self._stream.handle)
 
     def upload(self, array: NDArray[Any]) -> DeviceMemory:
-        """A copy of `array`."""
-        array = np.ascontiguousarray(array)
-        memory = DeviceMemory(self._pycuda.mem_alloc(max(1, array.nbytes)), array.shape, array.dtype)
-        if array.nbytes:
-            self._pycuda.memcpy_htod(memory.allocation, array)
+        """A copy of `array`, there for every stream.
+
+        Raises:
+            VmadError: no memory left for it.
+        """
+        try:
+            allocation = self._pycuda.mem_alloc(max(1, array.nbytes))
+        except self._pycuda.MemoryError:
+            raise VmadError(
+                f"no memory left on {self.name} for {array.nbytes / 2**20:.1f} MiB. Stop what else uses it, keep fewer "
+                "of the language model's layers there (gpu_layers), enroll fewer frames or with a coreset or a "
+                "bank_dtype of int8, or export with --precision fp16"
+            ) from None
+        memory = DeviceMemory(allocation, array.shape, array.dtype)
+        self.write(memory, array)
+        self.wait()
         return memory
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceMemory:
         """Zeros, as workspaces must be at first."""
         return self.upload(np.zeros(shape, dtype))
 
-    def download(self, memory: DeviceMemory) -> NDArray[Any]:
-        """A copy of `memory`, when all that was queued is done."""
-        self.wait()
-        array = np.empty(memory.shape, memory.dtype)
+    def write(self, memory: DeviceArray, array: NDArray[Any]) -> None:
+        """`array`, of the shape and dtype of `memory`, into it, in its turn on the stream."""
         if array.nbytes:
-            self._pycuda.memcpy_dtoh(array, memory.allocation)
+            self._pycuda.memcpy_htod_async(_address(memory), np.ascontiguousarray(array), self._stream)
+
+    def download(self, memory: DeviceArray) -> NDArray[Any]:
+        """A copy of `memory`, which is C-contiguous, when all that was queued is done."""
+        about = memory.__cuda_array_interface__
+        array = np.empty(about["shape"], about["typestr"])
+        if array.nbytes:
+            self._pycuda.memcpy_dtoh_async(array, _address(memory), self._stream)
+        self.wait()
         return array
 
     def wait(self) -> None:
@@ -110,9 +134,13 @@ class Device:
         self._context.detach()
 
 
+def _address(memory: DeviceArray) -> int:
+    return int(memory.__cuda_array_interface__["data"][0])
+
+
 @dataclass(frozen=True)
 class Graph:
-    """Work on a stream that is launched as a whole, from `Device.capture`. It keeps no memory alive."""
+    """Work on a stream that is launched as a whole, from `Device.capture`, until `close`. It keeps no memory alive."""
 
     _driver: Any
     _executable: Any
@@ -122,6 +150,10 @@ class Graph:
     def launch(self) -> None:
         """Queues it."""
         _checked(self._driver, self._driver.cuGraphLaunch(self._executable, self._stream))
+
+    def close(self) -> None:
+        _checked(self._driver, self._driver.cuGraphExecDestroy(self._executable))
+        _checked(self._driver, self._driver.cuGraphDestroy(self._graph))
 
 
 def _checked(driver: Any, answer: tuple[Any, ...]) -> Any:
@@ -134,3 +166,15 @@ def _checked(driver: Any, answer: tuple[Any, ...]) -> Any:
     if error != driver.CUresult.CUDA_SUCCESS:
         raise VmadError(f"CUDA says: {error.name}")
     return value[0] if value else None
+
+
+class DeviceThread:
+    """A thread with a `Device`, which serves it alone: calls take turns."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "gpu")
+        self.device = self.call(Device)
+
+    def call(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """What `function` returns or raises in the thread."""
+        return self._pool.submit(function, *args, **kwargs).result()

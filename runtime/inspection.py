@@ -61,6 +61,17 @@ class Features:
 
 
 @dataclass(frozen=True)
+class Screening:
+    """What the screen found; the Inspection says what that means."""
+
+    features: Features
+    score: float
+    map: NDArray[np.float32]
+    worst: tuple[int, float]
+    """Of the most abnormal patch: the nearest row of the similarity source, and the cosine to it."""
+
+
+@dataclass(frozen=True)
 class Inspection:
     frame: Frame = field(repr=False)
     object: str

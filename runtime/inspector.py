@@ -20,13 +20,13 @@ from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.frame import Frame, FrameSource
-from vmad_edge.runtime.inspection import Inspection, Region, Verdict, find_regions
-from vmad_edge.runtime.review import PendingReview, ReviewProcess
+from vmad_edge.runtime.inspection import Inspection, Region, Screening, Verdict, find_regions
+from vmad_edge.runtime.review import Milestone, PendingReview, ReviewProcess
 from vmad_edge.runtime.stages.language import check_vocabulary
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
 from vmad_edge.runtime.station import Station
-from vmad_edge.runtime.systems.vmad import Finding, Screen, Screening, SimilaritySource
+from vmad_edge.runtime.systems.vmad import Finding, Screen, SimilaritySource
 from vmad_edge.runtime.timing import Stopwatch
 
 
@@ -123,6 +123,7 @@ class Inspector:
     def close(self) -> None:
         """End the review process; free what the screen has on a GPU."""
         self._reviews.close()
+        self._screen.close()
 
     @property
     def engines(self) -> Engines:
@@ -138,6 +139,11 @@ class Inspector:
     def provider(self) -> str:
         """What runs the screen's encoder."""
         return self._screen.provider
+
+    @property
+    def similarity(self) -> str:
+        """What compares patches, and why nothing better."""
+        return self._screen.similarity
 
     def inspect(
         self,

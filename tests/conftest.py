@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cuda_host import HostDevice, Library, compile_kernels
 
+from vmad_edge.kernels.cuda import library
 from vmad_edge.runtime.bundle import Bundle
-from vmad_edge.runtime.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +23,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle(tiny: Path) -> Bundle:
     """The bundle of `tiny`, its language model in F32."""
+    from vmad_edge.runtime.cli import main  # llama.cpp: nor this
+
     target = tiny.parent / "bundle"
     assert main(["export", str(tiny), str(target), "--llm", "f32"]) == 0
     return Bundle.open(target)
@@ -30,3 +34,20 @@ def bundle(tiny: Path) -> Bundle:
 def tiny_bundle(bundle: Bundle) -> Path:
     """Its folder."""
     return bundle.path
+
+
+@pytest.fixture(scope="session")
+def cuda_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA kernels, compiled for the processor."""
+    return compile_kernels(tmp_path_factory.mktemp("cuda_host"))
+
+
+@pytest.fixture
+def cuda_device(cuda_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostDevice]:
+    """A GPU on the processor, whose kernels vmad_edge.kernels.cuda takes."""
+    device, open_library = HostDevice(), library.open_library
+    monkeypatch.setattr(library, "_path", lambda: cuda_kernels)
+    monkeypatch.setattr(library, "open_library", lambda path: Library(open_library(path), device))
+    library.library.cache_clear()
+    yield device
+    library.library.cache_clear()

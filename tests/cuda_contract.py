@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.interpolate import RegularGridInterpolator
 
-from vmad_edge.kernels import cuda, reference
+from vmad_edge.kernels import ReferenceBank, cuda, reference
 from vmad_edge.runtime.bundle import SamInput
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
@@ -28,28 +28,28 @@ TOLERANCE = {"float16": 1e-3, "int8": 1e-2}
 
 
 class Operators:
-    """Args:
-    upload: a NumPy array to an array of the machine.
-    download: and back.
-    turn: called before each run of an operator, which runs twice.
+    """The operators on NumPy arrays.
+
+    Args:
+        machine: of which this uses `upload`, `zeros`, `download`, `wait` and `stream`.
+        turn: called before each run of an operator, which runs twice.
     """
 
-    stream = 0
-
-    def __init__(
-        self, upload: Callable[[Any], Any], download: Callable[[Any], Any], turn: Callable[[], None] = lambda: None
-    ) -> None:
-        self.upload, self.download, self.turn = upload, download, turn
-
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return self.upload(np.zeros(shape, dtype))
+    def __init__(self, machine: Any, turn: Callable[[], None] = lambda: None) -> None:
+        self.upload, self.zeros, self.download, self.wait = (
+            machine.upload,
+            machine.zeros,
+            machine.download,
+            machine.wait,
+        )
+        self.stream, self.turn = machine.stream, turn
 
     def bank(self, features: Any, dtype: cuda.Dtype) -> cuda.DeviceBank:
         count, width = features.shape
         rows = self.upload(np.full((count, cuda.row_bytes(width, dtype)), 0x77, np.uint8))
         scale = self.upload(np.full(count, 7, np.float32)) if dtype == "int8" else None
         bank = cuda.DeviceBank(rows, scale, width, dtype)
-        cuda.normalise(self.upload(features), bank)
+        cuda.normalise(self.upload(features), bank, stream=self.stream)
         return bank
 
     def workspace(self, size: int) -> Any:
@@ -66,11 +66,20 @@ class Operators:
         for _ in range(2):  # the second call finds the workspace as the first one left it
             score, index = (self.upload(np.full(len(query), -9, kind)) for kind in (np.float32, np.int64))
             self.turn()
-            cuda.max_cosine(self.upload(query), device_bank, score, index, workspace, k, path=path)
+            options: Any = {"path": path, "stream": self.stream}
+            cuda.max_cosine(self.upload(query), device_bank, score, index, workspace, k, **options)
             found.append((self.download(score), self.download(index)))
         assert not self.used_up(workspace)
         assert (bits(found[0][0]) == bits(found[1][0])).all() and (found[0][1] == found[1][1]).all()
         return found[0]
+
+    def compare(self, query: Any, bank: cuda.DeviceBank) -> Any:
+        """max_cosine, once."""
+        workspace = self.workspace(cuda.max_cosine_workspace(len(query), bank))
+        score, index = self.zeros((len(query),), np.float32), self.zeros((len(query),), np.int64)
+        self.turn()
+        cuda.max_cosine(self.upload(query), bank, score, index, workspace, stream=self.stream)
+        return self.download(score), self.download(index)
 
     def segmented_max_cosine(
         self, query: Any, bank: Any, offsets: Sequence[int], *, dtype: cuda.Dtype, path: cuda.Path = "auto"
@@ -83,7 +92,8 @@ class Operators:
         for _ in range(2):
             score = self.upload(np.full((len(query), len(host) - 1), 9, np.float32))
             self.turn()
-            cuda.segmented_max_cosine(self.upload(query), device_bank, bounds, score, workspace, path=path)
+            options: Any = {"path": path, "stream": self.stream}
+            cuda.segmented_max_cosine(self.upload(query), device_bank, bounds, score, workspace, **options)
             found.append(self.download(score))
         assert not self.used_up(workspace)
         assert (bits(found[0]) == bits(found[1])).all()
@@ -231,6 +241,136 @@ def test_scores_stay_within_one(operators: Operators, dtype: cuda.Dtype) -> None
     assert (index == np.arange(100)).all()
 
 
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "float16", "int8"])
+@given(steps=st.lists(st.tuples(st.integers(0, 90), st.floats(0, 1)), min_size=1, max_size=5))
+@few
+def test_a_mirrored_bank_follows_its_bank(operators: Operators, kept: Any, steps: list[tuple[int, float]]) -> None:
+    """Against the definition on the rows that are in the bank; int8 rows arrive as they are."""
+    bank, rows, query = ReferenceBank(40, kept), np.zeros((0, 40), np.float32), draw_rows(9, 20, 40)
+    mirror = None
+    for seed, (count, share) in enumerate(steps):
+        added = draw_rows(seed, count + 1, 40)
+        bank.extend(added)
+        rows = np.concatenate([rows, added])
+        gone = min(int(share * len(rows)), len(rows) - 1)
+        bank.evict(gone)
+        rows = rows[gone:]
+        if mirror is None:
+            mirror = cuda.MirroredBank(bank, operators)
+        else:
+            before = mirror.device
+            assert mirror.update() == (mirror.device is not before)
+        score, index = operators.compare(query, mirror.device)
+        expected, _ = reference.max_cosine(query, bank.rows())
+        np.testing.assert_allclose(score, expected, rtol=0, atol=TOLERANCE[mirror.device.dtype])
+        np.testing.assert_allclose(expected, reference.max_cosine(query, rows)[0], rtol=0, atol=1e-2)
+        own = np.where(index < 0, index, index - mirror.first)
+        assert ((own == -1) == np.isnan(expected)).all() and (own[own >= 0] < len(rows)).all()
+        found = np.flatnonzero(own >= 0)
+        np.testing.assert_allclose(each_cosine(query, rows)[found, own[found]], expected[found], rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "frames", "interval", "own"),
+    [
+        pytest.param(7, 5, 0.3, None, id="one of five"),
+        pytest.param(9, 100, 0.3, None, id="more than a warp"),
+        pytest.param(12, 12, 0.3, (0, 1), id="three of eleven, itself left out"),
+        pytest.param(8, 70, 1.0, (3, 4), id="all others, four patches a frame"),
+    ],
+)
+def test_interval_mean(operators: Operators, rows: int, frames: int, interval: float, own: Any) -> None:
+    rng = np.random.default_rng(frames)
+    cosine = np.round(rng.uniform(-1, 1, (rows, frames)), 1).astype(np.float32)  # ties, 1 and −1 among them
+    cosine[0, 1:] = np.nan  # fewer than the interval holds, or just one
+    cosine[1, ::4] = np.nan
+    score = operators.upload(np.zeros(rows, np.float32))
+    operators.turn()
+    cuda.interval_mean(operators.upload(cosine), score, interval, own=own, stream=operators.stream)
+    for row, (values, found) in enumerate(zip(cosine.astype(np.float64), operators.download(score), strict=True)):
+        others = np.delete(values, own[0] + row // own[1]) if own else values
+        wanted = int(interval * len(others))
+        least = np.sort(np.sqrt(2 - 2 * others[~np.isnan(others)]))[:wanted]
+        expected = least.mean() if len(least) == wanted else np.nan
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("frames", "patches", "width", "rows"),
+    [
+        pytest.param(5, 9, 16, 2304, id="the fewest frames"),
+        pytest.param(7, 40, 32, 99, id="two frames at once, one at the end"),
+    ],
+)
+def test_mutual_score(
+    operators: Operators,
+    dtype: cuda.Dtype,
+    frames: int,
+    patches: int,
+    width: int,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vmad_edge.kernels.cuda.scores._FRAMES_ROWS", rows)
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((patches, width)) + 0.3 * rng.standard_normal((frames, patches, width))
+    features[1, 2] = np.nan
+    features = features.astype(np.float32)
+    unit = operators.zeros((frames * patches, cuda.row_bytes(width, dtype)), np.uint8)
+    scale = operators.zeros((frames * patches,), np.float32) if dtype == "int8" else None
+    bank = cuda.DeviceBank(unit, scale, width, dtype)
+    bounds = np.arange(0, frames * patches + 1, patches)
+    offsets = cuda.DeviceOffsets(bounds, operators.upload(bounds))
+    score = operators.zeros((frames, patches), np.float32)
+    workspace = operators.workspace(cuda.mutual_score_workspace(patches, bank, offsets))
+    operators.turn()
+    options: Any = {"stream": operators.stream}
+    cuda.mutual_score(operators.upload(features), bank, offsets, score, workspace, **options)
+    found = operators.download(score)
+    assert not operators.used_up(workspace)
+    cosine = reference.segmented_max_cosine(*[features.reshape(-1, width)] * 2, bounds).reshape(frames, patches, -1)
+    wanted = int(0.3 * (frames - 1))
+    for frame in range(frames):
+        nearest = np.sort(np.delete(cosine[frame], frame, axis=1), axis=1)[:, ::-1][:, :wanted]
+        # √(2 − 2 cosine) turns an error ε of the cosine into ε / distance
+        distance = np.sqrt(2 - 2 * np.clip(nearest, -1, 1))
+        bound = np.minimum(TOLERANCE[dtype] / np.maximum(distance, 1e-6), np.sqrt(2 * TOLERANCE[dtype])).max(axis=1)
+        assert (np.isnan(found[frame]) == np.isnan(distance.mean(axis=1))).all()
+        assert (np.nan_to_num(np.abs(found[frame] - distance.mean(axis=1))) <= np.nan_to_num(bound)).all()
+
+
+@pytest.mark.parametrize(
+    ("nearest", "contrast"),
+    [
+        pytest.param(True, False, id="references alone"),
+        pytest.param(False, True, id="normal and abnormal features"),
+        pytest.param(True, True, id="both"),
+    ],
+)
+def test_patch_scores(operators: Operators, nearest: bool, contrast: bool) -> None:
+    rng = np.random.default_rng(0)
+    near, like, unlike = rng.uniform(-1, 1, (3, 300)).astype(np.float32)
+    counts = (np.arange(300) % 3 != 0).astype(np.uint8)
+    near[4] = like[4] = np.nan  # counts
+    near[6] = like[6] = np.nan  # does not
+    score, counted = (operators.zeros((300,), np.float32) for _ in range(2))
+    cuda.patch_scores(
+        *(score, counted, operators.upload(counts)),
+        nearest=operators.upload(near) if nearest else None,
+        contrast=(operators.upload(like), operators.upload(unlike)) if contrast else None,
+        temperature=0.07,
+        contrast_weight=0.15,
+        distance_weight=1.5,
+        stream=operators.stream,
+    )
+    softmax = np.exp(unlike / 0.07) / (np.exp(like / 0.07) + np.exp(unlike / 0.07))
+    expected = nearest * 1.5 * (1 - near) + (contrast * 0.15 * softmax)
+    np.testing.assert_allclose(operators.download(score), expected, rtol=1e-5, atol=1e-6)
+    expected = np.where(counts == 0, np.nan, np.where(np.isnan(expected), np.inf, expected))
+    np.testing.assert_allclose(operators.download(counted), expected, rtol=1e-5, atol=1e-6)
+
+
 def preprocess(operators: Operators, frame: Any, kind: cuda.Kind, axes: Any, size: int, **placed: Any) -> Any:
     """Bytes as they are, [1,3,size,size]."""
     x, y = (axis.on_device(operators.upload) for axis in axes)
@@ -238,7 +378,8 @@ def preprocess(operators: Operators, frame: Any, kind: cuda.Kind, axes: Any, siz
     pixels = operators.upload(np.full((1, 3, size, size), np.nan, np.float32))
     workspace = operators.workspace(cuda.preprocess_workspace(x, y))
     operators.turn()
-    cuda.preprocess(operators.upload(frame), kind, x, y, values, pixels, workspace, **placed)
+    options = placed | {"stream": operators.stream}
+    cuda.preprocess(operators.upload(frame), kind, x, y, values, pixels, workspace, **options)
     return operators.download(pixels)
 
 
@@ -309,26 +450,28 @@ def test_preprocess_decodes_as_opencv(operators: Operators, kind: Any, code: int
 )
 def test_preprocess_makes_clip_pixels(operators: Operators, resize: str, pad: bool) -> None:
     frame, spec = photograph(50, 71), clip_input(resize, pad, size=28)
-    prepared = CudaPreprocess.clip(operators, "bgr8", 50, 71, spec)
+    pixels = operators.zeros((1, 3, 28, 28), np.float32)
+    prepared = CudaPreprocess.clip(operators, "bgr8", 50, 71, spec, pixels)
     prepared.queue(operators.upload(frame[:, :, ::-1]))
     expected, _ = clip_pixels(Frame.read(frame), spec)
-    np.testing.assert_array_equal(operators.download(prepared.pixels), expected)
+    np.testing.assert_array_equal(operators.download(pixels), expected)
 
 
 @pytest.mark.parametrize("size", [(40, 60), (60, 40)])
 def test_preprocess_makes_sam_pixels(operators: Operators, size: tuple[int, int]) -> None:
     frame, spec = photograph(*size), SamInput(size=32)
-    prepared = CudaPreprocess.sam(operators, "rgb8", *size, spec)
+    pixels = operators.zeros((1, 3, 32, 32), np.float32)
+    prepared = CudaPreprocess.sam(operators, "rgb8", *size, spec, pixels)
     prepared.queue(operators.upload(frame))
     expected, _ = sam_pixels(Frame.read(frame), spec)
-    np.testing.assert_array_equal(operators.download(prepared.pixels), expected)
+    np.testing.assert_array_equal(operators.download(pixels), expected)
 
 
 def spread(operators: Operators, scores: Any, y: cuda.Axis, x: cuda.Axis) -> Any:
     target = operators.upload(np.zeros((len(y.first), len(x.first)), np.float32))
     axes = y.on_device(operators.upload), x.on_device(operators.upload)
     operators.turn()
-    cuda.anomaly_map(operators.upload(scores), *axes, target)
+    cuda.anomaly_map(operators.upload(scores), *axes, target, stream=operators.stream)
     return operators.download(target)
 
 
@@ -372,7 +515,7 @@ def test_top_mean(operators: Operators, values: Any, share: int) -> None:
     for _ in range(2):
         result = operators.upload(np.zeros(2, np.float32))
         operators.turn()
-        cuda.top_mean(operators.upload(values), result, workspace)
+        cuda.top_mean(operators.upload(values), result, workspace, stream=operators.stream)
     assert not operators.used_up(workspace)
     largest = np.sort(values[~np.isnan(values)].astype(np.float64))[-share:]
     np.testing.assert_allclose(operators.download(result), [largest[-1], largest.mean()], rtol=1e-6)
@@ -381,5 +524,5 @@ def test_top_mean(operators: Operators, values: Any, share: int) -> None:
 def test_top_mean_of_nothing_is_nan(operators: Operators) -> None:
     result = operators.upload(np.zeros(2, np.float32))
     workspace = operators.workspace(cuda.top_mean_workspace(3))
-    cuda.top_mean(operators.upload(np.full(3, np.nan, np.float32)), result, workspace)
+    cuda.top_mean(operators.upload(np.full(3, np.nan, np.float32)), result, workspace, stream=operators.stream)
     assert np.isnan(operators.download(result)).all() and not operators.used_up(workspace)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 import vmad_edge.kernels
 
@@ -20,6 +23,41 @@ class DeviceArray(Protocol):
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+class Memory(Protocol):
+    """Where device memory comes from, and the stream that it is used on."""
+
+    @property
+    def stream(self) -> int: ...
+    def upload(self, array: NDArray[Any], /) -> DeviceArray: ...
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike, /) -> DeviceArray: ...
+    def wait(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class DeviceView:
+    """A part of other device memory, or that in another shape; see `view`."""
+
+    of: DeviceArray
+    """Keeps the memory alive."""
+    __cuda_array_interface__: dict[str, Any]
+
+
+def view(array: DeviceArray, shape: tuple[int, ...], start: int = 0, kind: str | None = None) -> DeviceView:
+    """The elements of C-contiguous `array` from number `start` on as `shape`; `kind`, a type string, reads them anew.
+
+    Raises:
+        TypeError, ValueError: not device memory, not C-contiguous, or too few elements.
+    """
+    about = _interface("array", array)
+    whole, own = tuple(about["shape"]), str(about["typestr"])
+    kind = kind or own
+    size, first = np.dtype(kind).itemsize, pointer("array", array, whole, own)
+    if not 0 <= start <= start + math.prod(shape) <= math.prod(whole) * np.dtype(own).itemsize // size:
+        raise ValueError(f"array: expected room for {list(shape)} from element {start} on, got shape {list(whole)}")
+    place = (first + start * size, False)
+    return DeviceView(array, {"shape": shape, "typestr": kind, "data": place, "strides": None, "version": 3})
 
 
 def targets() -> str | None:
@@ -63,6 +101,11 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(_INT, *_QUERY, *_BANK),
         *(_POINTER, _POINTER, _SIZE, _INT, _POINTER, _POINTER, _POINTER),
     ),
+    "vmad_interval_mean": (_INT, _POINTER, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER),
+    "vmad_patch_scores": (
+        *(_INT, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE),
+        *(ctypes.c_float, ctypes.c_float, ctypes.c_float, _POINTER, _POINTER, _POINTER),
+    ),
     "vmad_preprocess": (
         *(_INT, _POINTER, _INT, _INT, _INT, _INT, _INT, ctypes.c_char_p, *_AXIS, *_AXIS),
         *(_INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT, _POINTER),
@@ -91,15 +134,20 @@ def call(name: str, *arguments: object) -> None:
 
 def describe(name: str, array: DeviceArray, dimensions: int, *kinds: str) -> tuple[tuple[int, ...], str]:
     """Shape and type string."""
-    about = getattr(array, "__cuda_array_interface__", None)
-    if about is None:
-        raise TypeError(f"{name}: expected device memory with __cuda_array_interface__, got {type(array).__name__}")
+    about = _interface(name, array)
     shape, kind = tuple(about["shape"]), str(about["typestr"])
     if kind not in kinds:
         raise TypeError(f"{name}: expected {' or '.join(np.dtype(k).name for k in kinds)}, got {np.dtype(kind).name}")
     if len(shape) != dimensions:
         raise ValueError(f"{name}: expected {dimensions} dimensions, got shape {list(shape)}")
     return shape, kind
+
+
+def _interface(name: str, array: DeviceArray) -> dict[str, Any]:
+    about: dict[str, Any] | None = getattr(array, "__cuda_array_interface__", None)
+    if about is None:
+        raise TypeError(f"{name}: expected device memory with __cuda_array_interface__, got {type(array).__name__}")
+    return about
 
 
 def pointer(name: str, array: DeviceArray, shape: tuple[int, ...], kind: str) -> int:

@@ -10,7 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmad_edge.kernels import _at_least_one, _offsets
-from vmad_edge.kernels.cuda.library import DeviceArray, aligned, call, describe, library, pointer, workspace_pointer
+from vmad_edge.kernels.cuda.library import (
+    DeviceArray,
+    aligned,
+    call,
+    describe,
+    library,
+    pointer,
+    view,
+    workspace_pointer,
+)
 
 Dtype = Literal["float16", "int8"]
 Path = Literal["auto", "fused", "split"]
@@ -46,6 +55,12 @@ class DeviceBank:
             raise ValueError(f"scale: expected one with int8 and none with float16, got {self.scale} and {self.dtype}")
         if self.scale is not None:
             pointer("scale", self.scale, (count,), "<f4")
+
+    def part(self, start: int, count: int) -> DeviceBank:
+        """Rows `start` to `start` + `count` − 1, in the same memory."""
+        pitch = row_bytes(self.width, self.dtype)
+        scale = None if self.scale is None else view(self.scale, (count,), start)
+        return DeviceBank(view(self.rows, (count, pitch), start * pitch), scale, self.width, self.dtype)
 
     def __len__(self) -> int:
         return int(self.rows.__cuda_array_interface__["shape"][0])

@@ -11,10 +11,11 @@ from importlib.util import find_spec
 from typing import get_args
 
 from vmad_edge.runtime.bundle import Bundle
-from vmad_edge.runtime.engines import Device, Engine
+from vmad_edge.runtime.device import DeviceThread
+from vmad_edge.runtime.engines import Device, DeviceEngine, Engine
 from vmad_edge.runtime.engines.gpu import gpu
 from vmad_edge.runtime.engines.plans import Plans
-from vmad_edge.runtime.engines.tensorrt import open_plan, why_not
+from vmad_edge.runtime.engines.tensorrt import TensorRtEngine, open_plan, why_not
 from vmad_edge.runtime.errors import VmadError
 
 
@@ -42,9 +43,9 @@ class Engines:
         passed_over: dict[Device, str] = {}
         for candidate in get_args(Device)[1:] if device == "auto" else (device,):
             reason = _why_not(candidate, bundle, plans)
-            if reason is None:
             if reason is None and device == "auto":
                 reason = _no_gain(candidate, bundle)
+            if reason is None:
                 return Engines(bundle, candidate, passed_over, plans)
             passed_over[candidate] = reason
         reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
@@ -55,8 +56,19 @@ class Engines:
         """Whether that is an NVIDIA GPU, which the language model may then use too."""
         return self.device in ("tensorrt", "cuda")
 
+    def open_on(self, graph: str, thread: DeviceThread) -> DeviceEngine:
+        """The engine of `graph` on the GPU (so `on_gpu`), in memory and on the stream of `thread`'s device.
+
+        Raises: as `open`.
+        """
+        if self.device == "tensorrt":
+            return self._plan(graph, thread)
+        from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(self.bundle.file(f"{graph}.onnx"), "cuda", thread=thread)
+
     def open(self, graph: str) -> Engine:
-        """The engine of `graph` ("clip_encoder", …).
+        """The engine of `graph` ("clip_encoder", …), on a stream of its own where it runs on the GPU.
 
         Raises:
             BundleError: the bundle has no such graph, or the engine cannot load it.
@@ -64,8 +76,7 @@ class Engines:
         """
         path = self.bundle.file(f"{graph}.onnx")
         if self.device == "tensorrt":
-            assert self.plans is not None  # without them it was not chosen
-            return open_plan(self.bundle, graph, self.plans, gpu())
+            return self._plan(graph, None)
         # Imported here: each is an extra of its own, and a device needs one of them.
         if self.device == "openvino":
             from vmad_edge.runtime.engines.openvino import OpenVinoEngine
@@ -74,6 +85,10 @@ class Engines:
         from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(path, "cuda" if self.device == "cuda" else "cpu")
+
+    def _plan(self, graph: str, thread: DeviceThread | None) -> TensorRtEngine:
+        assert self.plans is not None  # without them it was not chosen
+        return open_plan(self.bundle, graph, self.plans, gpu(), thread)
 
 
 def _why_not(device: Device, bundle: Bundle, plans: Plans | None) -> str | None:
@@ -93,12 +108,6 @@ def _why_not(device: Device, bundle: Bundle, plans: Plans | None) -> str | None:
     return _no_gpu()
 
 
-def _no_gpu() -> str | None:
-    try:
-        gpu()
-    except VmadError as error:
-        return str(error)
-    return None
 def _no_gain(device: Device, bundle: Bundle) -> str | None:
     """Why "auto" passes over a device that could be had."""
     exact = all(precision == "fp32" for precision in bundle.manifest.precision.values())
@@ -107,3 +116,9 @@ def _no_gain(device: Device, bundle: Bundle) -> str | None:
     return None
 
 
+def _no_gpu() -> str | None:
+    try:
+        gpu()
+    except VmadError as error:
+        return str(error)
+    return None

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import io
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import onnxruntime as ort
 
+from vmad_edge.kernels.cuda import DeviceArray
+from vmad_edge.runtime.device import DeviceThread
 from vmad_edge.runtime.engines import Arrays, ran_out_of_memory
 from vmad_edge.runtime.errors import BundleError, VmadError
 
@@ -26,42 +31,88 @@ class OnnxRuntimeEngine:
     Args:
         path: the graph.
         threads: intra-op threads; None lets ONNX Runtime use every core.
+        thread: whose device's stream and memory it runs on, in turns with what else does; None: a stream of its own.
 
     Raises:
         BundleError: not an ONNX graph that this ONNX Runtime can load.
         VmadError: "cuda" was asked for and ONNX Runtime would silently run on the CPU instead, or has no memory left.
     """
 
-    def __init__(self, path: Path, device: Literal["cpu", "cuda"] = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: Literal["cpu", "cuda"] = "cpu",
+        threads: int | None = None,
+        thread: DeviceThread | None = None,
+    ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
         # Spinning threads would steal the cores from llama.cpp and from the other lane.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Without VNNI, sums of INT8 products would saturate; where there is VNNI, it changes nothing.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         if device == "cuda":
             with redirect_stdout(io.StringIO()):  # it prints what it does not find
                 ort.preload_dlls(directory="")  # CUDA and cuDNN where pip put them
+        provider, settings = _PROVIDERS[device]
+        if device == "cuda" and thread is not None:
+            settings = settings | {"user_compute_stream": str(thread.device.stream)}
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=[_PROVIDERS[device]])
+            # Folded with its bias into Gemm, a product would lose its INT8 kernel.
+            self._session = ort.InferenceSession(
+                str(path), options, providers=[(provider, settings)], disabled_optimizers=["MatMulAddFusion"]
+            )
         except Exception as error:  # ONNX Runtime raises a class of its own for each of its status codes
             if ran_out_of_memory(str(error)):
                 raise VmadError(_OUT_OF_MEMORY.format(path=path, error=error)) from None
             raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from None
         found = self._session.get_providers()[0]
-        if found != _PROVIDERS[device][0]:
+        if found != provider:
             raise VmadError(
                 f"device {device!r} was asked for, but ONNX Runtime would run {path.name} with {found}: "
                 f'{_why_no_cuda()}. Install the "gpu" extra with the CUDA and cuDNN that onnxruntime-gpu '
                 f"{ort.__version__} was built for (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use device=\"cpu\"."
             )
         self.provider = f"ONNX Runtime {ort.__version__}, {device.upper()}"
-        self._path = path
+        self._path, self._device, self._thread = path, device, thread
+        self.capturable = False  # it waits at the end of each run
+
+    @property
+    def thread(self) -> DeviceThread:
+        assert self._thread is not None  # of an engine that was opened with one
+        return self._thread
 
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs by name; arrays stay what the graph declares (float32 in every graph of a bundle)."""
         names = [output.name for output in self._session.get_outputs()]
+        run = partial(self._session.run, names, inputs)
+        return dict(
+            zip(names, self._run(run if self._thread is None else partial(self._thread.call, run)), strict=True)
+        )
+
+    def outputs(self, inputs: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
+        """Memory for the outputs of `inputs`. For the engine's own thread, as is `queue`."""
+        sizes: dict[str, int] = {}
+        for given in self._session.get_inputs():
+            sizes |= zip(given.shape, inputs[given.name].__cuda_array_interface__["shape"], strict=True)
+        return {
+            output.name: self.thread.device.zeros(tuple(sizes.get(size, size) for size in output.shape), np.float32)
+            for output in self._session.get_outputs()
+        }
+
+    def queue(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+        """One run on the device's stream, from float32 memory into that of `outputs`."""
+        binding = self._session.io_binding()
+        for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, array in arrays.items():
+                about = array.__cuda_array_interface__
+                bind(name, self._device, 0, np.float32, about["shape"], about["data"][0])
+        self._run(partial(self._session.run_with_iobinding, binding))
+
+    def _run(self, run: Callable[[], Any]) -> Any:
         try:
-            return dict(zip(names, self._session.run(names, inputs), strict=True))
+            return run()
         except Exception as error:
             if ran_out_of_memory(str(error)):
                 raise VmadError(_OUT_OF_MEMORY.format(path=self._path, error=error)) from None

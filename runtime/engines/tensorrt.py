@@ -7,8 +7,7 @@ than names; FLAVOURS holds what they differ in.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -18,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from vmad_edge.kernels.cuda import DeviceArray
 from vmad_edge.runtime.bundle import Bundle
-from vmad_edge.runtime.device import Device, DeviceMemory
+from vmad_edge.runtime.device import DeviceMemory, DeviceThread
 from vmad_edge.runtime.engines import Arrays, ran_out_of_memory
 from vmad_edge.runtime.engines.gpu import Gpu
 from vmad_edge.runtime.engines.plans import PlanKey, Plans, graph_hash
@@ -118,15 +118,15 @@ def why_not(bundle: Bundle, plans: Plans | None, gpu: Gpu) -> str | None:
     return None
 
 
-def open_plan(bundle: Bundle, graph: str, plans: Plans, gpu: Gpu) -> TensorRtEngine:
-    """The engine of a plan that `build_plans` made.
+def open_plan(bundle: Bundle, graph: str, plans: Plans, gpu: Gpu, thread: DeviceThread | None = None) -> TensorRtEngine:
+    """The engine of a plan that `build_plans` made; `thread` see TensorRtEngine.
 
     Raises:
         BundleError: the plan is not there, was changed, or was built for something else.
         VmadError: see TensorRtEngine.
     """
     trt = tensorrt()
-    return TensorRtEngine(trt, plans.load(graph, plan_key(bundle, graph, trt, gpu)), gpu)
+    return TensorRtEngine(trt, plans.load(graph, plan_key(bundle, graph, trt, gpu)), gpu, thread)
 
 
 def graphs(bundle: Bundle) -> list[str]:
@@ -135,19 +135,21 @@ def graphs(bundle: Bundle) -> list[str]:
 
 
 class TensorRtEngine:
-    """One plan, with a stream and memory of its own. Thread-safe: runs take turns.
+    """One plan, with memory of its own. Thread-safe: runs take turns.
 
-    It lives in a thread of its own, for a `Device` serves the thread that made it.
+    Args:
+        thread: where it lives, and whose device it runs on; None: one of its own, so that its stream waits for nothing.
 
     Raises:
         VmadError: no memory left for it, or no driver that TensorRT can use.
         BundleError: TensorRT refuses the plan.
     """
 
-    def __init__(self, trt: TensorRt, plan: bytes, gpu: Gpu) -> None:
+    def __init__(self, trt: TensorRt, plan: bytes, gpu: Gpu, thread: DeviceThread | None = None) -> None:
         self.provider = f"{trt}, {gpu}"
-        self._worker = ThreadPoolExecutor(1, "tensorrt")
-        self._worker.submit(self._open, trt, plan).result()
+        self.capturable = True
+        self.thread = thread or DeviceThread()
+        self.thread.call(self._open, trt, plan)
 
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs by name, float32.
@@ -155,10 +157,35 @@ class TensorRtEngine:
         Raises:
             ValueError: an input outside of the plan's profile.
         """
-        return self._worker.submit(self._run, inputs).result()
+        return self.thread.call(self._run, inputs)
+
+    def outputs(self, inputs: Mapping[str, DeviceArray]) -> dict[str, DeviceMemory]:
+        """Memory for the outputs of `inputs`. For the engine's own thread, as is `queue`.
+
+        Raises:
+            ValueError: an input outside of the plan's profile.
+        """
+        for name, array in inputs.items():
+            shape = tuple(array.__cuda_array_interface__["shape"])
+            if not self._context.set_input_shape(name, shape):
+                raise ValueError(f"{name}: shape {shape} is outside of the plan's profile")
+        shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in self._outputs}
+        return {name: self.thread.device.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+    def queue(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+        """One run on the device's stream, from float32 memory into that of `outputs`.
+
+        Raises:
+            VmadError: TensorRT refuses.
+        """
+        for name, array in inputs.items():
+            self._context.set_input_shape(name, tuple(array.__cuda_array_interface__["shape"]))
+        for name, array in {**inputs, **outputs}.items():
+            self._context.set_tensor_address(name, array.__cuda_array_interface__["data"][0])
+        if not self._context.execute_async_v3(self.thread.device.stream):
+            raise VmadError(f"{self.provider} could not run a plan")
 
     def _open(self, trt: TensorRt, plan: bytes) -> None:
-        self._device = Device()
         log = _log(trt.module)
         self._runtime = trt.module.Runtime(log)  # which the engine needs as long as it lives
         engine = self._runtime.deserialize_cuda_engine(plan)
@@ -169,28 +196,17 @@ class TensorRtEngine:
         if any(engine.get_tensor_dtype(name) != trt.module.float32 for name in names):
             raise BundleError(f"expected float32 inputs and outputs of a graph with {', '.join(names)}, found others")
         self._outputs = [name for name in names if engine.get_tensor_mode(name) == trt.module.TensorIOMode.OUTPUT]
-        self._memory: dict[tuple[str, tuple[int, ...]], DeviceMemory] = {}
+        self._memory: dict[tuple[tuple[int, ...], ...], dict[str, DeviceMemory]] = {}
 
     def _run(self, inputs: Arrays) -> Arrays:
-        taken = []  # device memory lives as long as it is known
-        for name, array in inputs.items():
-            if not self._context.set_input_shape(name, array.shape):
-                raise ValueError(f"{name}: shape {array.shape} is outside of the plan's profile")
-            taken.append(self._device.upload(array.astype(np.float32, copy=False)))
-            self._bind(name, taken[-1])
-        outputs = {name: self._output(name, tuple(self._context.get_tensor_shape(name))) for name in self._outputs}
-        if not self._context.execute_async_v3(self._device.stream):
-            raise VmadError(f"{self.provider} could not run a plan")
-        return {name: self._device.download(memory) for name, memory in outputs.items()}
-
-    def _output(self, name: str, shape: tuple[int, ...]) -> DeviceMemory:
-        if (name, shape) not in self._memory:
-            self._memory[name, shape] = self._device.zeros(shape, np.float32)
-        self._bind(name, self._memory[name, shape])
-        return self._memory[name, shape]
-
-    def _bind(self, name: str, memory: DeviceMemory) -> None:
-        self._context.set_tensor_address(name, memory.__cuda_array_interface__["data"][0])
+        taken = {
+            name: self.thread.device.upload(array.astype(np.float32, copy=False)) for name, array in inputs.items()
+        }
+        shapes = tuple(array.shape for array in inputs.values())
+        if shapes not in self._memory:
+            self._memory[shapes] = self.outputs(taken)
+        self.queue(taken, self._memory[shapes])
+        return {name: self.thread.device.download(memory) for name, memory in self._memory[shapes].items()}
 
 
 def build_plans(

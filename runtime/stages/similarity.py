@@ -46,18 +46,18 @@ class NormalFeatures:
     def __init__(self, path: Path, spec: Similarity) -> None:
         features = load_file(path)
         self.thresholds = spec.thresholds
-        self._spec = spec
-        self._normal = ReferenceBank.from_array(features["visual_normal"])
+        self.spec = spec
+        self.normal = ReferenceBank.from_array(features["visual_normal"])
         abnormal = features.get("visual_abnormal")
-        self._abnormal = None if abnormal is None else ReferenceBank.from_array(abnormal)
+        self.abnormal = None if abnormal is None else ReferenceBank.from_array(abnormal)
 
     def compare(self, patches: Floats) -> PatchScores:
         """`patches` [N,D] → scores [N]."""
-        normal, index = max_cosine(patches, self._normal)
-        if self._abnormal is None:
+        normal, index = max_cosine(patches, self.normal)
+        if self.abnormal is None:
             return PatchScores(1 - normal, index, normal)
-        abnormal, _ = max_cosine(patches, self._abnormal)
-        return PatchScores(1 / (1 + np.exp((normal - abnormal) / self._spec.temperature)), index, normal)
+        abnormal, _ = max_cosine(patches, self.abnormal)
+        return PatchScores(1 / (1 + np.exp((normal - abnormal) / self.spec.temperature)), index, normal)
 
     def fused(self, patches: Floats, distance: Floats) -> Floats:
         """FADE's few-shot rule: `distance` [N] of `patches` [N,D] to references, and their score by these features.
@@ -65,10 +65,10 @@ class NormalFeatures:
         (1 − w) · score + w · gain · distance, not clipped to 1 as FADE's map is: what is beyond still has an order.
         Without abnormal features the distance alone.
         """
-        if self._abnormal is None:
+        if self.abnormal is None:
             return distance
-        weight = self._spec.reference_weight
-        fused = (1 - weight) * self.compare(patches).score + weight * self._spec.reference_gain * distance
+        weight = self.spec.reference_weight
+        fused = (1 - weight) * self.compare(patches).score + weight * self.spec.reference_gain * distance
         return np.asarray(fused, np.float32)
 
 
@@ -111,11 +111,11 @@ class References:
     ) -> None:
         self.features, self.patch, self.frames, self.thresholds = features, patch, frames, thresholds
         self.beside, self.dtype = beside, dtype
-        self._bank = ReferenceBank.from_array(features, dtype)
+        self.bank = ReferenceBank.from_array(features, dtype)
 
     def compare(self, patches: Floats) -> PatchScores:
         """`patches` [N,D] → 1 − the largest cosine to the bank (PatchCore, AnomalyDINO), fused with what is beside."""
-        similarity, index = max_cosine(patches, self._bank)
+        similarity, index = max_cosine(patches, self.bank)
         return PatchScores(self.fused(patches, 1 - similarity), index, similarity)
 
     def fused(self, patches: Floats, distance: Floats) -> Floats:

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file
 
-from vmad_edge.runtime.bundle import Answer, Bundle, Thresholds
-from vmad_edge.runtime.engines import Device
+from vmad_edge.runtime.bundle import Answer, Bundle, ScreenManifest, Thresholds
+from vmad_edge.runtime.device import DeviceThread
+from vmad_edge.runtime.engines import Device, Engine
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.engines.plans import Plans
-from vmad_edge.runtime.errors import FrameError
+from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.frame import Frame
-from vmad_edge.runtime.inspection import Features
+from vmad_edge.runtime.inspection import Features, Screening
 from vmad_edge.runtime.stages.language import LanguageModel
 from vmad_edge.runtime.stages.preprocess import View, clip_pixels, sam_pixels
 from vmad_edge.runtime.stages.segmentation import mask_logits
@@ -40,6 +41,7 @@ from vmad_edge.runtime.stages.similarity import (
     token_scores,
 )
 from vmad_edge.runtime.stages.unlabelled import Unlabelled
+from vmad_edge.runtime.systems.screen_cuda import CudaScreen
 from vmad_edge.runtime.timing import Stopwatch
 
 
@@ -52,26 +54,19 @@ class SimilaritySource(Protocol):
     def compare(self, patches: NDArray[np.float32]) -> PatchScores: ...
 
 
-@dataclass(frozen=True)
-class Screening:
-    features: Features
-    score: float
-    map: NDArray[np.float32]
-    worst: tuple[int, float]
-    """Of the most abnormal patch: the nearest row of the similarity source, and the cosine to it."""
-
-
 class Screen:
     """The fast lane. Thread-safe."""
 
     def __init__(self, bundle: Bundle, device: Device, plans: Plans | None = None) -> None:
         self._manifest = bundle.manifest
         self.engines = Engines.choose(bundle, device, plans)
-        self._clip_encoder = self.engines.open("clip_encoder")
+        self._clip_encoder, self._cuda, self.similarity = _opened(self.engines, self._manifest)
         self.provider = self._clip_encoder.provider
 
     def run(self, frame: Frame, source: SimilaritySource, watch: Stopwatch) -> Screening:
         """One frame against `source`."""
+        if self._cuda is not None and isinstance(source, NormalFeatures | References):
+            return self._cuda.run(frame, source, watch)
         similarity = self._manifest.similarity
         size = frame.pixels.shape[0], frame.pixels.shape[1]
         features = self._encode(frame, watch)
@@ -119,6 +114,11 @@ class Screen:
         """
         return Unlabelled(self._encode(frame, Stopwatch()).patches for frame in frames)
 
+    def close(self) -> None:
+        """Free what is in use on a GPU."""
+        if self._cuda is not None:
+            self._cuda.close()
+
     def _encode(self, frame: Frame, watch: Stopwatch) -> Features:
         with watch("preprocess"):
             pixels, view = clip_pixels(frame, self._manifest.clip)
@@ -134,6 +134,24 @@ class Screen:
         target = io.BytesIO()
         Image.fromarray(frame.pixels).crop(box).resize((side, side)).save(target, "JPEG", quality=90)
         return target.getvalue()
+
+
+def _opened(engines: Engines, manifest: ScreenManifest) -> tuple[Engine, CudaScreen | None, str]:
+    """clip_encoder; the screen on the GPU, where it can be there; what compares patches and why, for people."""
+    if not engines.on_gpu:
+        return engines.open("clip_encoder"), None, "CPU"
+    although = "CPU, although the encoder runs on the GPU"
+    try:
+        thread = DeviceThread()
+    except VmadError as error:
+        return engines.open("clip_encoder"), None, f"{although}: {error}"
+    encoder = engines.open_on("clip_encoder", thread)
+    try:
+        screen = CudaScreen(encoder, manifest)
+    except RuntimeError as error:
+        return encoder, None, f"{although}: {error}"
+    how = "CUDA, one graph from frame to score" if encoder.capturable else "CUDA"
+    return encoder, screen, f"{how} (unlabelled frames and streams: CPU)"
 
 
 @dataclass(frozen=True)

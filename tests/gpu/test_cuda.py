@@ -8,7 +8,6 @@ with racecheck, initcheck and synccheck.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +33,7 @@ def device() -> Iterator[Device]:
 
 @pytest.fixture
 def operators(device: Device) -> Operators:
-    return Operators(device.upload, device.download)
+    return Operators(device)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
@@ -56,7 +55,7 @@ def test_a_graph_repeats_the_screen(device: Device, operators: Operators) -> Non
     bank = operators.bank(rng.standard_normal((2560, 96)).astype(np.float32), "float16")
     query, index = device.zeros((64, 96), np.float32), device.zeros((64,), np.int64)
     score, map, result = (device.zeros(shape, np.float32) for shape in ((8, 8), (40, 50), (2,)))
-    flat = FlatView(score)
+    flat = cuda.view(score, (64,))
     size = max(cuda.max_cosine_workspace(64, bank), cuda.top_mean_workspace(2000))
     workspace = device.zeros((size,), np.uint8)
     y, x = (cuda.map_axis(8, 56, 4, np.linspace(0, 55, n)).on_device(device.upload) for n in (40, 50))
@@ -69,21 +68,9 @@ def test_a_graph_repeats_the_screen(device: Device, operators: Operators) -> Non
     graph = device.capture(screen)
     for _ in range(3):
         patches = rng.standard_normal((64, 96)).astype(np.float32)
-        device._pycuda.memcpy_htod(query.allocation, patches)
+        device.write(query, patches)
         graph.launch()
         got = [device.download(memory) for memory in (score, map, result)]
         screen()
         for before, memory in zip(got, (score, map, result), strict=True):
             assert (bits(before) == bits(device.download(memory))).all()
-
-
-class FlatView:
-    """The same memory as one row."""
-
-    def __init__(self, memory: Any) -> None:
-        self.memory = memory
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        about = self.memory.__cuda_array_interface__
-        return about | {"shape": (int(np.prod(about["shape"])),)}

@@ -69,6 +69,30 @@ def test_ring_is_the_queue_of_its_rows(dtype, steps):
             )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-7), ("bfloat16", 4e-3), ("float16", 5e-4), ("int8", 5e-3)]
+)
+def test_rows_come_back_as_they_are_kept(dtype, tolerance):
+    """Over block borders, with rows of zeros and NaN; what is kept anew from them is kept the same."""
+    rows = features(3, 700, 21)
+    rows[300], rows[301, 4], rows[302, 5] = 0, np.nan, np.inf
+    ring = ReferenceBank.from_array(rows, dtype)
+    ring.evict(100)
+    assert ring.evicted == 100
+    found = ring.rows(150, 450)
+    with np.errstate(invalid="ignore"):
+        expected = unit(np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, np.nan))[250:550]
+    expected[50] = 0
+    np.testing.assert_allclose(found[50:51], expected[50:51], rtol=0, atol=0)
+    assert np.isnan(found[51:53]).any(axis=1).all()
+    np.testing.assert_allclose(np.delete(found, [51, 52], 0), np.delete(expected, [51, 52], 0), rtol=0, atol=tolerance)
+    again = ReferenceBank.from_array(np.delete(found, [51, 52], 0), dtype).rows()
+    np.testing.assert_allclose(again, np.delete(found, [51, 52], 0), rtol=0, atol=1e-6)
+    assert ring.rows(9, 9).shape == (0, 21)
+    with pytest.raises(ValueError, match=r"0 ≤ start ≤ stop ≤ 600, got 0 and 601"):
+        ring.rows(0, 601)
+
+
 def test_ring_neither_copies_nor_grows():
     """A line's last 2,560 rows: the blocks stay where they are, and are used again."""
     ring = ReferenceBank.from_array(features(0, 2560))

@@ -3,62 +3,27 @@ nvcc and ptxas said of them."""
 
 from __future__ import annotations
 
-import ctypes
 import re
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from cuda_contract import *  # noqa: F403  the tests that any machine must pass
 from cuda_contract import Operators
+from cuda_host import HostArray, HostDevice
 
 import vmad_edge.kernels
 from vmad_edge.kernels import cuda
 from vmad_edge.kernels.cuda import library
 
-ROOT = Path(__file__).parents[2]
-
-
-class HostArray:
-    """A NumPy array that passes for device memory."""
-
-    def __init__(self, array: Any) -> None:
-        self.array = np.ascontiguousarray(array).copy()
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        about = self.array.__array_interface__
-        return {key: about[key] for key in ("shape", "typestr", "data", "strides")} | {"version": 3}
-
-
-@pytest.fixture(scope="session")
-def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("cuda_host")
-    (folder / "targets.h").write_text('#define VMAD_CUDA_TARGETS "the host"\n')
-    sources = [*sorted((ROOT / "kernels/cuda").glob("*.cu")), ROOT / "tests/kernels/cuda_host/host.cpp"]
-    headers = [f"-I{path}" for path in (folder, ROOT / "kernels/cuda", ROOT / "tests/kernels/cuda_host")]
-    flags = ["-std=c++17", "-O2", "-w", "-shared", "-fPIC", *headers, "-x", "c++"]
-    subprocess.run([compiler, *flags, *sources, "-o", folder / "kernels.so"], check=True, timeout=300)
-    return folder / "kernels.so"
-
 
 @pytest.fixture
-def operators(host_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operators]:
-    monkeypatch.setattr(library, "_path", lambda: host_library)
-    library.library.cache_clear()
+def operators(cuda_device: HostDevice) -> Operators:
     # How threads take turns (forwards, backwards, shuffled), and the multiprocessors: with one, tiles are large.
     machines = (machine for seed in count(2) for machine in ((seed, 4), (0, 1), (seed, 1), (1, 40)))
-    set_machine = ctypes.CDLL(str(host_library)).vmad_host_machine
-    yield Operators(HostArray, lambda array: array.array, lambda: set_machine(*next(machines)))
-    library.library.cache_clear()
+    return Operators(cuda_device, lambda: library.library().vmad_host_machine(*next(machines)))
 
 
 @pytest.mark.parametrize(
@@ -70,15 +35,16 @@ def operators(host_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[O
         pytest.param(5000, 1, "split", 5, id="two chunks"),
     ],
 )
-def test_launches(operators: Operators, host_library: Path, m: int, k: int, path: cuda.Path, launches: int) -> None:
+def test_launches(
+    operators: Operators, cuda_device: HostDevice, m: int, k: int, path: cuda.Path, launches: int
+) -> None:
     query, features = HostArray(np.ones((3, 8), np.float32)), np.ones((m, 8), np.float32)
     bank = operators.bank(features, "int8")
     workspace = operators.workspace(cuda.max_cosine_workspace(3, bank, k, path=path))
-    made = ctypes.CDLL(str(host_library)).vmad_host_launches
-    before = made()
+    before = library.library().vmad_host_launches()
     score, index = HostArray(np.zeros(3, np.float32)), HostArray(np.zeros(3, np.int64))
-    cuda.max_cosine(query, bank, score, index, workspace, k, path=path)
-    assert made() - before == launches and (index.array == k - 1).all()
+    cuda.max_cosine(query, bank, score, index, workspace, k, path=path, stream=cuda_device.stream)
+    assert library.library().vmad_host_launches() - before == launches and (index.array == k - 1).all()
 
 
 ROWS = HostArray(np.zeros((4, 64), np.uint8))

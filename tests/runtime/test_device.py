@@ -1,16 +1,151 @@
-"""The GPU's one file, where no GPU is: what it says of what is missing."""
+"""The GPU's one file, where no GPU is: what it asks of pycuda and cuda-bindings, and what it says when they refuse."""
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
-from vmad_edge.runtime.device import Device
+from vmad_edge.runtime import device
+from vmad_edge.runtime.device import Device, DeviceThread
 from vmad_edge.runtime.errors import VmadError
+
+THREAD_LOCAL = 1
+
+
+class Allocation:
+    def __init__(self, size: int) -> None:
+        self.bytes = np.zeros(size, np.uint8)
+
+    def __int__(self) -> int:
+        return self.bytes.ctypes.data
+
+
+class Driver:
+    """pycuda.driver and cuda.bindings.driver as far as device.py asks them, as they document their calls; `calls` are
+    those that queue."""
+
+    class Error(Exception):
+        pass
+
+    class MemoryError(Error):
+        pass
+
+    CUresult = SimpleNamespace(CUDA_SUCCESS=SimpleNamespace(name="CUDA_SUCCESS"))
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=THREAD_LOCAL)
+
+    def __init__(self, devices: int = 1, room: int = 1 << 20, refuses: str = "") -> None:
+        self.devices, self.room, self.refuses = devices, room, refuses
+        self.calls: list[Any] = []
+
+    def init(self) -> None:
+        if not self.devices:
+            raise self.Error("cuInit failed: no CUDA-capable device is detected")
+
+    def Device(self, number: int) -> Any:
+        if number >= self.devices:
+            raise self.Error("cuDeviceGet failed: invalid device ordinal")
+        found = SimpleNamespace(name=lambda: "A")
+        context = SimpleNamespace(push=lambda: None, pop=lambda: None, detach=lambda: None, get_device=lambda: found)
+        return SimpleNamespace(retain_primary_context=lambda: context)
+
+    def Stream(self, flags: int) -> Any:
+        assert flags == 1  # CU_STREAM_NON_BLOCKING
+        return SimpleNamespace(handle=9, synchronize=lambda: self.calls.append("wait"))
+
+    def mem_alloc(self, size: int) -> Any:
+        if size > self.room:
+            raise self.MemoryError("cuMemAlloc failed: out of memory")
+        return Allocation(size)
+
+    def memcpy_htod_async(self, to: int, array: Any, stream: Any) -> None:
+        ctypes.memmove(to, array.ctypes.data, array.nbytes)
+
+    def memcpy_dtoh_async(self, array: Any, source: int, stream: Any) -> None:
+        ctypes.memmove(array.ctypes.data, source, array.nbytes)
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append((name, *arguments))
+            error = SimpleNamespace(name="CUDA_ERROR_X") if name == self.refuses else self.CUresult.CUDA_SUCCESS
+            made = {"cuStreamEndCapture": ("graph",), "cuGraphInstantiate": ("executable",)}
+            return (error, *made.get(name, ()))
+
+        return call
+
+
+@pytest.fixture
+def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Driver:
+    driver: Driver = getattr(request, "param", None) or Driver()
+    for name, module in {
+        "pycuda": SimpleNamespace(driver=driver),
+        "pycuda.driver": driver,
+        "cuda": SimpleNamespace(),
+        "cuda.bindings": SimpleNamespace(driver=driver),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return driver
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda", None)
     with pytest.raises(VmadError, match=r"vmad-edge\[gpu\].* and an NVIDIA driver: .*pycuda"):
         Device()
+
+
+@pytest.mark.parametrize(
+    ("driver", "number", "says"),
+    [
+        # a driver without a GPU
+        (Driver(devices=0), 0, "gives no GPU 0: .*no CUDA-capable device"),
+        # a second one that is not there
+        (Driver(), 1, "gives no GPU 1: .*invalid device ordinal"),
+    ],
+    indirect=["driver"],
+)
+def test_no_gpu(driver: Driver, number: int, says: str) -> None:
+    with pytest.raises(VmadError, match=says):
+        Device(number)
+
+
+def test_what_goes_up_comes_back(driver: Driver) -> None:
+    here = Device()
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    memory = here.upload(array.T)
+    np.testing.assert_array_equal(here.download(memory), array.T)
+    here.write(memory, 2 * array.T)
+    np.testing.assert_array_equal(here.download(memory), 2 * array.T)
+    assert here.upload(np.zeros((0, 4))).shape == (0, 4)
+
+
+@pytest.mark.parametrize("driver", [Driver(room=100)], indirect=True)
+def test_out_of_memory_says_what_to_shrink(driver: Driver) -> None:
+    with pytest.raises(VmadError, match=r"no memory left on A for 3\.8 MiB.*gpu_layers.*enroll fewer frames.*fp16"):
+        Device().zeros((1000, 1000), np.float32)
+
+
+def test_a_graph_is_captured_after_a_first_run_and_launched_on_its_stream(driver: Driver) -> None:
+    graph = Device().capture(lambda: driver.calls.append("work"))
+    graph.launch()
+    graph.close()
+    assert driver.calls == [
+        *("work", "wait", ("cuStreamBeginCapture", 9, THREAD_LOCAL), "work", ("cuStreamEndCapture", 9)),
+        *(("cuGraphInstantiate", "graph", 0), ("cuGraphLaunch", "executable", 9)),
+        *(("cuGraphExecDestroy", "executable"), ("cuGraphDestroy", "graph")),
+    ]
+
+
+@pytest.mark.parametrize("driver", [Driver(refuses="cuStreamEndCapture")], indirect=True)
+def test_what_cannot_be_captured(driver: Driver) -> None:
+    with pytest.raises(VmadError, match="CUDA says: CUDA_ERROR_X"):
+        Device().capture(lambda: None)
+
+
+def test_each_thread_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So SAM's encoder waits for nothing that the screen or the language model queues."""
+    monkeypatch.setattr(device, "Device", lambda: object())
+    assert DeviceThread().device is not DeviceThread().device

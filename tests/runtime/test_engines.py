@@ -14,8 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from vmad_edge.export.precision import write_fp16
-from vmad_edge.runtime.bundle import Bundle
-from vmad_edge.runtime.engines import Arrays, Device, choice, gpu, ran_out_of_memory, tensorrt
+from vmad_edge.runtime.bundle import Bundle, Precision
+from vmad_edge.runtime.engines import Arrays, Device, choice, gpu, onnxruntime, ran_out_of_memory, tensorrt
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.engines.gpu import Gpu
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -144,6 +144,17 @@ def test_cuda_without_its_libraries_is_refused(demo: Bundle) -> None:
         pytest.warns(UserWarning),
         pytest.raises(VmadError, match=r"would run clip_encoder\.onnx with CPUExecutionProvider"),
     ):
+        OnnxRuntimeEngine(demo.file("clip_encoder.onnx"), "cuda")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_cuda_without_cudnn_names_what_the_linker_misses(demo: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        assert name.endswith("libonnxruntime_providers_cuda.so")
+        raise OSError("libcudnn.so.9: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(onnxruntime.ctypes, "CDLL", load)
+    with pytest.raises(VmadError, match=r"libcudnn\.so\.9: cannot open .*onnxruntime-gpu\[cuda,cudnn\]"):
         OnnxRuntimeEngine(demo.file("clip_encoder.onnx"), "cuda")
 
 

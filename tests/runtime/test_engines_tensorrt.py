@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_host import HostDevice
 
 from vmad_edge.export.precision import write_fp16
-from vmad_edge.runtime import cli
+from vmad_edge.runtime import cli, device
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.engines import choice, gpu, tensorrt
 from vmad_edge.runtime.engines.choice import Engines
@@ -361,22 +362,6 @@ def test_which_tensorrt(installed: dict[str, str | Exception], expected: str, mo
             find()
 
 
-class FakeDevice:
-    """Device memory in the processor's: addresses are real, so that what is bound can be read and written."""
-
-    stream = 7
-
-    def upload(self, array: np.ndarray) -> Any:
-        interface = {"data": (array.ctypes.data, False)}
-        return SimpleNamespace(array=array, __cuda_array_interface__=interface)
-
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return self.upload(np.zeros(shape, dtype))
-
-    def download(self, memory: Any) -> np.ndarray:
-        return memory.array.copy()
-
-
 class FakePlan:
     """TensorRT's runtime with a plan that doubles `x` [n,2], n 1 to 4."""
 
@@ -418,11 +403,11 @@ class FakePlan:
             for name in ("x", "y")
         )
         y[:] = 2 * x
-        return stream == FakeDevice.stream
+        return stream == HostDevice.stream
 
 
 def test_a_plan_is_run_at_each_shape_of_its_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "Device", FakeDevice)
+    monkeypatch.setattr(device, "Device", HostDevice)
     engine = TensorRtEngine(TensorRt(FLAVOURS[0], FakePlan(), "10.3.0"), b"plan", ORIN)
     assert engine.provider == "tensorrt 10.3.0, Orin, SM 8.7"
     for n in (1, 4, 1):
@@ -434,7 +419,7 @@ def test_a_plan_is_run_at_each_shape_of_its_profile(monkeypatch: pytest.MonkeyPa
 
 def test_a_real_plan_without_a_driver(small: Bundle, rtx: TensorRt, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, _ = build(rtx, small.file("ltc_projector.onnx"), small.manifest.dynamic_axes, ADA.compute_capability)
-    monkeypatch.setattr(tensorrt, "Device", FakeDevice)
+    monkeypatch.setattr(device, "Device", HostDevice)
     try:
         gpu.gpu()
     except VmadError:
