@@ -73,6 +73,8 @@ PRECISION_LIMITS = {
     "fp32": 1e-5,
     # Each graph was allowed 1e-2 when its precision was chosen (precision.py); two in a row are twice as far off.
     "fp16": 2e-2,
+    # Likewise, of 1e-1 (int8.py).
+    "int8": 2e-1,
 }
 """Of the graphs' outputs: the largest max relative error that passes."""
 
@@ -96,7 +98,7 @@ where q in another order of RoPE makes 1.5 and a LoRA without its alpha 1.0. Tra
 def limits(manifest: Manifest) -> dict[str, dict[Measure, float]]:
     """What each stage of a bundle must keep; a measure of error is a largest value, any other a smallest one.
 
-    Only what the language model touches is as loose as its quantization, only what an FP16 graph touches as FP16.
+    Only what the language model touches is as loose as its quantization, only what a lowered graph touches as that.
     """
 
     def graphs(*names: str) -> float:
@@ -206,11 +208,12 @@ class Parity(Record):
 
     @property
     def precision_in_words(self) -> str:
-        """Of the graphs; those that FP16 would have moved too far are named."""
+        """Of the graphs; those that stayed FP32 in a bundle of another precision are named."""
         kept = [name for name, precision in self.precision.items() if precision == "fp32"]
-        if len(kept) == len(self.precision):
+        lowered = next((precision for precision in self.precision.values() if precision != "fp32"), None)
+        if lowered is None:
             return "graphs in fp32"
-        return "graphs in fp16" + (f" ({', '.join(kept)} in fp32)" if kept else "")
+        return f"graphs in {lowered}" + (f" ({', '.join(kept)} in fp32)" if kept else "")
 
     @property
     def tensors_in_words(self) -> str:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.folder import new_bundle, refuse_other_folder, with_files
 from vmad_edge.export.graphs import clip_encoder, ltc_projector, mask_decoder, sam_encoder
+from vmad_edge.export.int8 import calibration_frames, quantize
 from vmad_edge.export.language import Quantization, export_language
 from vmad_edge.export.parity import ParityError, measure
 from vmad_edge.export.parity_page import ParityPage
@@ -31,6 +32,7 @@ def export(
     *,
     quantization: Quantization = "q8_0",
     precision: Precision = "fp32",
+    calibrate: Path | None = None,
     parity_images: Path | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Manifest:
@@ -39,16 +41,21 @@ def export(
     Args:
         quantization: of the language model. q8_0 halves F16, and its blocks of 32 fit nearly every model's rows;
             q4_k_m is smaller still, but wants rows that are multiples of 256.
-        precision: of the graphs. A graph that FP16 would move too far stays FP32; the manifest says which.
+        precision: of the graphs. A graph that FP16 or INT8 would move too far stays FP32; the manifest says which.
+        calibrate: frames to calibrate INT8 on; None for the other precisions.
         parity_images: real images to compare source and export on; None takes the checkpoint's own.
         progress: gets the name of each step as it begins.
 
     Raises:
         CheckpointError: the checkpoint cannot be exported, or there are no images to compare on.
+        FrameError: too few frames to calibrate on, or one that cannot be read.
         ParityError: the export is past a limit of parity.
         BundleError: something else than a bundle is at `bundle`, or there is no room for one.
     """
     refuse_other_folder(bundle)
+    frames = None if calibrate is None else calibration_frames(calibrate)
+    if (precision == "int8") != (frames is not None):
+        raise CheckpointError("--precision int8 and --calibrate DIR, the frames to calibrate it on, go together")
     progress("checkpoint")
     source = Checkpoint.open(checkpoint)
     images = list_images([str(parity_images or own_images(source))])
@@ -63,6 +70,8 @@ def export(
         manifest = _manifest(source, quantization)
         if precision == "fp16":
             manifest = manifest.model_copy(update={"precision": lower(folder, manifest, images, progress)})
+        elif frames is not None:
+            manifest = manifest.model_copy(update={"precision": quantize(folder, manifest, frames, progress)})
         manifest = with_files(manifest, folder)
         page = ParityPage()
         unsealed = Bundle(folder, "not sealed yet", manifest)

@@ -27,6 +27,13 @@ from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
 LIMIT = 1e-2
 """Largest max |fp32 − fp16| / max |fp32| of an output. One rounding is 5e-4; some hundred in a row add up to this."""
 
+ENCODERS = {
+    "clip_encoder": ("clip_pixels",),
+    "ltc_projector": ("patches", "patches_multi"),
+    "sam_encoder": ("sam_pixels",),
+}
+"""The graphs before the language model, and what each takes."""
+
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
 ELEMENTWISE = frozenset({"Add", "Gelu", "Mul", "Relu", "Sigmoid"})
 MOVES = frozenset(
@@ -170,36 +177,48 @@ def _type_as(value: ir.Value, *others: ir.Value) -> None:
         other.type, other.shape = value.type, value.shape
 
 
+def encoder_stages(folder: Path, manifest: Manifest, images: Sequence[str]) -> Iterator[Arrays]:
+    """The inputs and outputs of every graph in ENCODERS at FP32, by name, for each image.
+
+    Raises:
+        FrameError: an image that cannot be read.
+        BundleError: an exported file that its engine refuses.
+    """
+    engines = {name: OnnxRuntimeEngine(folder / f"{name}.onnx") for name in ENCODERS}
+    for image in images:
+        frame = Frame.read(image)
+        stages = {
+            "clip_pixels": clip_pixels(frame, manifest.clip)[0],
+            "sam_pixels": sam_pixels(frame, manifest.sam)[0],
+        }
+        for name, inputs in ENCODERS.items():
+            stages |= engines[name].run({key: stages[key] for key in inputs})
+        yield stages
+
+
+def largest_error(found: Arrays, expected: Arrays) -> float:
+    """The largest max relative error of any array in `found`; NaN where one is not finite."""
+    return float(np.max([np.abs(found[k] - expected[k]).max() / np.abs(expected[k]).max() for k in found]))
+
+
 def _fp32_stages(folder: Path, manifest: Manifest, images: Sequence[str]) -> Iterator[Arrays]:
     """Every graph's inputs and outputs, by name, for each image."""
-    engines = {path.stem: OnnxRuntimeEngine(path) for path in folder.glob("*.onnx")}
+    mask_decoder = OnnxRuntimeEngine(folder / "mask_decoder.onnx")
     question = manifest.conversation.question.replace("{object}", manifest.conversation.object)
     with LanguageModel(folder / "llm.gguf", manifest.language, manifest.conversation) as language:
-        for image in images:
-            frame = Frame.read(image)
-            stages = {
-                "clip_pixels": clip_pixels(frame, manifest.clip)[0],
-                "sam_pixels": sam_pixels(frame, manifest.sam)[0],
-            }
-            for name, inputs in (
-                ("clip_encoder", ["clip_pixels"]),
-                ("ltc_projector", ["patches", "patches_multi"]),
-                ("sam_encoder", ["sam_pixels"]),
-            ):
-                stages |= engines[name].run({key: stages[key] for key in inputs})
+        for stages in encoder_stages(folder, manifest, images):
             h_seg = language.answer(stages["visual_tokens"][0], question, mode="short", mask_from=0).h_seg
             assert h_seg is not None  # mask_from 0 asks for one on every image
             stages["h_seg"] = h_seg
-            yield stages | engines["mask_decoder"].run({key: stages[key] for key in ("image_embeddings", "h_seg")})
+            yield stages | mask_decoder.run({key: stages[key] for key in ("image_embeddings", "h_seg")})
 
 
 def _error(path: Path, frames: Sequence[Arrays]) -> float:
     """The largest relative error of any output on any frame; NaN where one is not finite."""
     session = fp16_session(path)
-    outputs = [output.name for output in session.get_outputs()]
+    inputs, outputs = ([v.name for v in values] for values in (session.get_inputs(), session.get_outputs()))
     errors = []
     for stages in frames:
-        found = session.run(outputs, {value.name: stages[value.name] for value in session.get_inputs()})
-        for name, half in zip(outputs, found, strict=True):
-            errors.append(np.abs(half - stages[name]).max() / np.abs(stages[name]).max())
+        found = session.run(outputs, {name: stages[name] for name in inputs})
+        errors.append(largest_error(dict(zip(outputs, found, strict=True)), stages))
     return float(np.max(errors))

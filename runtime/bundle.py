@@ -32,7 +32,7 @@ Triple = tuple[float, float, float]
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Answer = Literal["full", "short"]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8"]
 SpacePrefix = Literal["first", "always", "never"]
 
 
@@ -179,7 +179,7 @@ class ScreenManifest(Record):
     vision: Vision
     similarity: Similarity
     precision: dict[str, Precision] = Field(default_factory=dict)
-    """Of the graphs, by name; one that is not named computes in FP32. OpenVINO takes bf16 for fp16."""
+    """Of the graphs, by name; one that is not named computes in FP32. OpenVINO takes bf16 for fp16, and beside int8."""
     dynamic_axes: dict[str, Positive] = Field(default_factory=lambda: {"batch": 8, "prompts": 4})
     """The largest size of each axis that the graphs leave open, by its name there; TensorRT plans are built for 1 up to
     that."""

@@ -22,8 +22,8 @@ class OpenVinoEngine:
     Args:
         path: the graph.
         precision: of the graph, as the manifest says. "fp16" computes in bf16 where the processor has it, else in FP32:
-            x86 has no FP16 arithmetic to speak of. "fp32" stays that: bf16 has 8 bits, and moves the reference model's
-            patches by 2e-2.
+            x86 has no FP16 arithmetic to speak of; so does what "int8" leaves in FP32. "fp32" stays that: bf16 has 8
+            bits, and moves the reference model's patches by 2e-2.
 
     Raises:
         BundleError: not an ONNX graph that this OpenVINO can load.
@@ -32,7 +32,7 @@ class OpenVinoEngine:
     def __init__(self, path: Path, precision: Precision = "fp32") -> None:
         core = openvino.Core()
         has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        computes = "bf16" if has_bf16 and precision == "fp16" else "f32"
+        computes = "bf16" if has_bf16 and precision != "fp32" else "f32"
         try:
             self._compiled = core.compile_model(str(path), "CPU", _SETTINGS | {"INFERENCE_PRECISION_HINT": computes})
         except RuntimeError as error:
