@@ -20,7 +20,7 @@ from vmad_edge.runtime.frame import Frame
 
 class LisaChain(Source):
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        super().__init__(checkpoint)
+        super().__init__(checkpoint, checkpoint.language())
         self._dtype = dtype
         for module in (self._vision, self._projector, self._language, self._sam, self._seg_projection):
             module.to(dtype)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
@@ -170,7 +170,7 @@ class Checkpoint:
         return _load_into(module, self.path / "seg_projection.safetensors")
 
     def language(self) -> LlamaForCausalLM:
-        """The language model with its LoRA merged by peft: what the exported one is measured against."""
+        """The language model with its LoRA merged by peft, in FP32."""
         from peft import PeftModel
         from transformers import LlamaForCausalLM
 
@@ -179,6 +179,27 @@ class Checkpoint:
             base.resize_token_embeddings(self.vocabulary, mean_resizing=False)
         merged: LlamaForCausalLM = PeftModel.from_pretrained(base, str(self.path / "adapter")).merge_and_unload()
         return merged
+
+    def streamed_language(self) -> LlamaForCausalLM:
+        """The language model in FP32 with peft's LoRA beside its weights: what the exported one is measured against.
+
+        In memory are the adapter and the one layer that runs: each reads its weights when it is called, and forgets
+        them.
+        """
+        import torch
+        from peft import PeftModel
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig.from_pretrained(self.path / "language")
+        with torch.device("meta"):
+            base = LlamaForCausalLM(config)
+            if config.vocab_size != self.vocabulary:
+                base.resize_token_embeddings(self.vocabulary, mean_resizing=False)
+        base.model.rotary_emb = type(base.model.rotary_emb)(config)  # computed, not read
+        modules = _empty(base)
+        PeftModel.from_pretrained(base, str(self.path / "adapter"), low_cpu_mem_usage=True)  # changes `base` in place
+        _read_when_called(modules, self.path / "language")
+        return base.float().eval()
 
 
 def read_shapes(path: Path) -> Shapes:
@@ -499,6 +520,44 @@ def _load(model_class: type[Model], folder: Path) -> Model:
         raise CheckpointError(f"{folder}: transformers finds no weights for {missing[0]} and {len(missing) - 1} more")
     model.eval()
     return cast("Model", model)
+
+
+def _empty(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Put parameters that take no memory into all modules of `model`; returns those by name."""
+    import torch
+
+    modules = dict(model.named_modules())
+    for module in modules.values():
+        for name, parameter in module.named_parameters(recurse=False):
+            # Not on the meta device: there peft would put its adapter too.
+            setattr(module, name, torch.nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False))
+    return modules
+
+
+def _read_when_called(modules: Mapping[str, torch.nn.Module], folder: Path) -> None:
+    """Let the modules, by their names in `folder`, read those weights that are still empty as often as they run."""
+    from vmad_edge.export.language import base_tensors
+
+    readers = base_tensors(folder)
+    for path, module in modules.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.untyped_storage().nbytes() < parameter.nbytes:  # else the adapter holds it
+                _read_parameter_when_called(module, name, parameter, readers[f"{path}.{name}"])
+
+
+def _read_parameter_when_called(
+    module: torch.nn.Module, name: str, empty: torch.nn.Parameter, read: Callable[[], Any]
+) -> None:
+    import torch
+
+    def fill(module: torch.nn.Module, inputs: Any) -> None:
+        setattr(module, name, torch.nn.Parameter(torch.from_numpy(read()), requires_grad=False))
+
+    def forget(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        setattr(module, name, empty)
+
+    module.register_forward_pre_hook(fill)
+    module.register_forward_hook(forget)
 
 
 def _load_into(module: Module, path: Path) -> Module:

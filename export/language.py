@@ -95,6 +95,15 @@ def merged_tensors(language: Path, adapter: Path) -> Iterator[tuple[str, Array]]
         yield tensor.name, tensor.read()
 
 
+def base_tensors(language: Path) -> dict[str, Callable[[], Array]]:
+    """What reads the tensors of the LlamaForCausalLM in `language`, by name, as float32 arrays.
+
+    Raises:
+        CheckpointError: as export_language.
+    """
+    return {name: tensor.read for name, tensor in _read_base(language, _read_config(language)).items()}
+
+
 # ---------------------------------------------------------------------------------------------- model
 
 
@@ -157,13 +166,18 @@ def _open(path: Path) -> dict[str, _Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing. Weights must be safetensors (a pickle is executable code).")
     try:
-        file: Any = safe_open(path, framework="pt")  # numpy has no bfloat16
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="pt") as file:  # numpy has no bfloat16
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Save it again.") from None
 
     def reader(name: str) -> Callable[[], Array]:
-        return lambda: file.get_tensor(name).float().numpy()
+        def read() -> Array:
+            with safe_open(path, framework="pt") as file:  # one left open would keep all that was read mapped
+                tensor: Array = file.get_tensor(name).float().numpy()
+            return tensor
+
+        return read
 
     return {name: _Tensor(name, shape, reader(name)) for name, shape in shapes.items()}
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoTokenizer, CLIPImageProcessorPil, SamImageProcessorPil
+from transformers import AutoTokenizer, CLIPImageProcessorPil, LlamaForCausalLM, SamImageProcessorPil
 
 from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.language import type_mix
@@ -295,12 +295,11 @@ def measure(
     manifest = bundle.for_review
     question = manifest.conversation.question.replace("{object}", manifest.conversation.object)
     found: dict[str, list[StageParity]] = {}
-    source = Source(checkpoint)
+    expected = _run_source(checkpoint, images, question, progress)
     with Exported(bundle, device) as exported:
-        for number, path in enumerate(images, 1):
-            progress(f"parity: image {number} of {len(images)}")
+        for number, (path, theirs) in enumerate(zip(images, expected, strict=True), 1):
+            progress(f"parity: export, image {number} of {len(images)}")
             frame = Frame.read(path)
-            theirs = source.run(frame, question)
             ours: Stages = {}
             fault = None
             try:
@@ -323,6 +322,18 @@ def measure(
         tensor_types=type_mix(bundle.file("llm.gguf")),
         stages=tuple(_worst(found[stage], allowed[stage]) for stage in LADDER if stage in found),
     )
+
+
+def _run_source(
+    checkpoint: Checkpoint, images: Sequence[str], question: str, progress: Callable[[str], None]
+) -> list[Stages]:
+    """The source's stages of each image. It is gone before the export is opened: both have a model's size."""
+    source = Source(checkpoint, checkpoint.streamed_language())
+    found = []
+    for number, path in enumerate(images, 1):
+        progress(f"parity: source, image {number} of {len(images)}")
+        found.append(source.run(Frame.read(path), question))
+    return found
 
 
 def compare(stage: str, source: Array, exported: Array) -> StageParity:
@@ -407,7 +418,7 @@ def _worst(rows: list[StageParity], allowed: dict[Measure, float]) -> StageParit
 class Source:
     """The checkpoint in torch, FP32, on the CPU."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, language: LlamaForCausalLM) -> None:
         self._config = checkpoint.config
         self._clip_size, self._grid, self._sam_size = checkpoint.clip.size, checkpoint.grid, checkpoint.sam.size
         self._cuts = checkpoint.clip.resize == "shortest_edge"
@@ -425,7 +436,7 @@ class Source:
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.path / "language")
         self._vision = checkpoint.vision()
         self._projector = checkpoint.projector()
-        self._language = checkpoint.language()
+        self._language = language
         self._sam = checkpoint.segmenter()
         self._seg_projection = checkpoint.seg_projection()
         self._features = load_file(checkpoint.path / "similarity.safetensors")
