@@ -393,12 +393,19 @@ def _info(args: argparse.Namespace) -> int:
             "provider": inspector.provider,
             "similarity": inspector.similarity,
             "passed_over": inspector.engines.passed_over,
-            "cuda_kernels": cuda.targets() or "none: no nvcc was found when this was installed",
+            "cuda_kernels": _cuda_kernels(),
         }
     _print_facts(facts, args.json)
     if manifest.clip.resize == "shortest_edge":
         _err.print("warning: this checkpoint crops the centre of each frame; what lies outside counts as not inspected")
     return 0
+
+
+def _cuda_kernels() -> str:
+    try:
+        return cuda.targets() or "none: no nvcc was found when this was installed"
+    except RuntimeError as error:  # of another build
+        return f"none: {error}"
 
 
 def _review_facts(manifest: ScreenManifest, gpu: bool) -> dict[str, str]:

@@ -9,7 +9,9 @@ import pytest
 from cuda_host import HostDevice, Library, compile_kernels
 
 from vmad_edge.kernels.cuda import library
+from vmad_edge.runtime import device
 from vmad_edge.runtime.bundle import Bundle
+from vmad_edge.runtime.device import DeviceThread
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +53,10 @@ def cuda_device(cuda_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     library.library.cache_clear()
     yield device
     library.library.cache_clear()
+
+
+@pytest.fixture
+def thread(cuda_device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> DeviceThread:
+    """A thread whose device that is."""
+    monkeypatch.setattr(device, "Device", lambda: cuda_device)
+    return DeviceThread()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from vmad_edge.kernels.cuda import DeviceArray
+from vmad_edge.runtime.device import DeviceThread
+from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,6 +105,18 @@ class Graph:
 
     def close(self) -> None:
         self._captured = [lambda: "launched after it was closed"]
+
+
+class HostEngine(OnnxRuntimeEngine):
+    """An ONNX graph on the processor, run from and into the host device's memory, queued there as a plan would be."""
+
+    def __init__(self, path: Path, thread: DeviceThread, captures: bool = True) -> None:
+        super().__init__(path, "cpu", thread=thread)
+        self.capturable = captures
+
+    def queue(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+        host: Any = self.thread.device
+        host.queue(lambda: super(HostEngine, self).queue(inputs, outputs))
 
 
 class Library:

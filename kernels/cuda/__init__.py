@@ -39,6 +39,7 @@ from vmad_edge.kernels.cuda.similarity import (
     row_bytes,
     segmented_max_cosine,
     segmented_max_cosine_workspace,
+    try_kernels,
 )
 
 __all__ = [
@@ -73,5 +74,6 @@ __all__ = [
     "targets",
     "top_mean",
     "top_mean_workspace",
+    "try_kernels",
     "view",
 ]

@@ -117,8 +117,15 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 
 def open_library(path: Path) -> ctypes.CDLL:
+    """The library at `path`, its functions with their types.
+
+    Raises:
+        RuntimeError: it was not built with this module.
+    """
     library = ctypes.CDLL(str(path))
     for name, (result, *arguments) in _SIGNATURES.items():
+        if not hasattr(library, name):
+            raise RuntimeError(f"{path} is of another version of vmad-edge: it has no {name}. Install it again.")
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library

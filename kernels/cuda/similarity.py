@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from vmad_edge.kernels import _at_least_one, _offsets
 from vmad_edge.kernels.cuda.library import (
     DeviceArray,
+    Memory,
     aligned,
     call,
     describe,
@@ -96,6 +97,18 @@ def normalise(features: DeviceArray, bank: DeviceBank, *, stream: int = 0) -> No
     if count:
         int8, rows, scale = _bank(bank)
         call("vmad_normalise", data, half, count, width, int8, rows, scale, stream)
+
+
+def try_kernels(memory: Memory) -> None:
+    """Run the least of them.
+
+    Raises:
+        RuntimeError: no library in this build, or none of its kernels is for this GPU.
+    """
+    bank = DeviceBank(memory.zeros((1, row_bytes(1, "float16")), np.uint8), None, 1, "float16")
+    features = memory.zeros((1, 1), np.float32)
+    normalise(features, bank, stream=memory.stream)
+    memory.wait()
 
 
 def max_cosine_workspace(query_count: int, bank: DeviceBank, k: int = 1, *, path: Path = "auto") -> int:

@@ -59,9 +59,7 @@ class CudaScreen:
         self._inputs = {"clip_pixels": self._pixels}
         self._outputs = self._encoder.outputs(self._inputs)
         self._patches = cuda.view(self._outputs["patches"], (vision.grid**2, vision.width))
-        bank = cuda.DeviceBank(self._device.zeros((1, cuda.row_bytes(1, "float16")), np.uint8), None, 1, "float16")
-        cuda.normalise(self._device.zeros((1, 1), np.float32), bank, stream=self._device.stream)  # does any kernel run
-        self._device.wait()
+        cuda.try_kernels(self._device)
 
     def _close(self) -> None:
         while self._lanes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file
 
-from vmad_edge.runtime.bundle import Answer, Bundle, ScreenManifest, Thresholds
+from vmad_edge.runtime.bundle import Answer, Bundle, SamInput, ScreenManifest, Thresholds
 from vmad_edge.runtime.device import DeviceThread
 from vmad_edge.runtime.engines import Device, Engine
 from vmad_edge.runtime.engines.choice import Engines
@@ -26,8 +27,9 @@ from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features, Screening
 from vmad_edge.runtime.stages.language import LanguageModel
-from vmad_edge.runtime.stages.preprocess import View, clip_pixels, sam_pixels
+from vmad_edge.runtime.stages.preprocess import View, clip_pixels, sam_covered, sam_pixels
 from vmad_edge.runtime.stages.segmentation import mask_logits
+from vmad_edge.runtime.stages.segmentation_cuda import CudaSamEncoder
 from vmad_edge.runtime.stages.similarity import (
     EnrolledFrame,
     NormalFeatures,
@@ -176,7 +178,7 @@ class Review:
         self._manifest = bundle.for_review
         engines = Engines.choose(bundle, device, plans)
         self._ltc_projector = engines.open("ltc_projector")
-        self._sam_encoder = engines.open("sam_encoder")
+        self._sam_encoder = _sam_encoder(engines, self._manifest.sam)
         self._mask_decoder = engines.open("mask_decoder")
         self._language = LanguageModel(
             bundle.file("llm.gguf"), self._manifest.language, self._manifest.conversation, gpu=engines.on_gpu
@@ -224,9 +226,18 @@ class Review:
 
     def _embed(self, frame: Frame, watch: Stopwatch) -> tuple[NDArray[np.float32], tuple[int, int]]:
         with watch("sam_encoder"):
-            pixels, covered = sam_pixels(frame, self._manifest.sam)
-            return self._sam_encoder.run({"sam_pixels": pixels})["image_embeddings"], covered
+            covered = sam_covered(frame.pixels.shape[0], frame.pixels.shape[1], self._manifest.sam)
+            return self._sam_encoder(frame), covered
 
     def close(self) -> None:
         self._beside.shutdown()
         self._language.close()
+
+
+def _sam_encoder(engines: Engines, spec: SamInput) -> Callable[[Frame], NDArray[np.float32]]:
+    """A frame to its `image_embeddings`: on the GPU, where that can be, as a whole."""
+    if engines.on_gpu:
+        with suppress(VmadError, RuntimeError):  # `_opened` has said so of the screen
+            return CudaSamEncoder(engines.open_on("sam_encoder", DeviceThread()), spec).run
+    encoder = engines.open("sam_encoder")
+    return lambda frame: encoder.run({"sam_pixels": sam_pixels(frame, spec)[0]})["image_embeddings"]

@@ -130,6 +130,11 @@ def test_without_the_library_the_error_says_what_to_do(monkeypatch: pytest.Monke
     library.library.cache_clear()
 
 
+def test_a_library_of_another_version_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"another version of vmad-edge: it has no vmad_targets. Install it again"):
+        library.open_library(Path("libc.so.6"))
+
+
 @pytest.mark.skipif(cuda.targets() is None, reason="this build has no CUDA kernels")
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists() or Path("/dev/nvhost-gpu").exists(), reason="here is a GPU")
 def test_without_a_gpu_cuda_says_so() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_host import HostDevice
+from cuda_host import HostDevice, HostEngine
 
 from vmad_edge.kernels import Dtype, cuda
 from vmad_edge.kernels.cuda import DeviceArray, library
@@ -24,7 +24,7 @@ from vmad_edge.runtime.inspection import Screening, Verdict
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References
 from vmad_edge.runtime.systems.screen_cuda import CudaScreen
-from vmad_edge.runtime.systems.vmad import Screen
+from vmad_edge.runtime.systems.vmad import Review, Screen
 from vmad_edge.runtime.timing import Stopwatch
 
 DEMO = Path(__file__).parents[2] / "demo/bundle"
@@ -33,16 +33,8 @@ LIMIT = 2e-3
 """Of map and score. Rows of 192 halves put a cosine some 1e-4 off; the softmax at 0.07 makes up to 3.6 times that."""
 
 
-class Encoder(OnnxRuntimeEngine):
-    """The bundle's encoder, on the processor and in the host device's memory, queued as a plan would be."""
-
-    def __init__(self, bundle: Bundle, thread: DeviceThread, captures: bool = True) -> None:
-        super().__init__(bundle.file("clip_encoder.onnx"), "cpu", thread=thread)
-        self.capturable = captures
-
-    def queue(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
-        host: Any = self.thread.device
-        host.queue(lambda: super(Encoder, self).queue(inputs, outputs))
+def encoder(bundle: Bundle, thread: DeviceThread, captures: bool = True) -> HostEngine:
+    return HostEngine(bundle.file("clip_encoder.onnx"), thread, captures)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +45,6 @@ def demo() -> Bundle:
 @pytest.fixture(scope="module")
 def cpu(demo: Bundle) -> Screen:
     return Screen(demo, "cpu")
-
-
-@pytest.fixture
-def thread(cuda_device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> DeviceThread:
-    monkeypatch.setattr(device, "Device", lambda: cuda_device)
-    return DeviceThread()
 
 
 def part(number: int, step: int = 6) -> Frame:
@@ -104,7 +90,7 @@ def test_one_graph_screens_frame_after_frame(
     cuda_device: HostDevice,
 ) -> None:
     compared_with = source(cpu, demo)
-    screen = CudaScreen(Encoder(demo, thread), demo.manifest)
+    screen = CudaScreen(encoder(demo, thread), demo.manifest)
     for frame in (part(2), part(-1), part(2)):
         expected = cpu.run(frame, compared_with, Stopwatch())
         compare(screen.run(frame, compared_with, Stopwatch()), expected, limit)
@@ -128,7 +114,7 @@ def test_other_preprocessing(clip: dict[str, Any], rule: str, demo: Bundle, thre
     other, features = replace(demo, manifest=manifest), normal_features(demo)
     frame = Frame.read(np.ascontiguousarray(part(3).pixels[: part(3).pixels.shape[0] // 2]))
     expected = Screen(other, "cpu").run(frame, features, Stopwatch())
-    compare(CudaScreen(Encoder(other, thread), manifest).run(frame, features, Stopwatch()), expected)
+    compare(CudaScreen(encoder(other, thread), manifest).run(frame, features, Stopwatch()), expected)
 
 
 def test_a_bank_that_grows_and_frames_of_many_sizes(
@@ -136,7 +122,7 @@ def test_a_bank_that_grows_and_frames_of_many_sizes(
 ) -> None:
     """Graphs are captured again when their memory is other memory; lanes that were dropped are made again."""
     compared_with = references(cpu, None)
-    screen = CudaScreen(Encoder(demo, thread, captures=True), demo.manifest)
+    screen = CudaScreen(encoder(demo, thread, captures=True), demo.manifest)
     first = part(4, 24)
     compare(screen.run(first, compared_with, Stopwatch()), cpu.run(first, compared_with, Stopwatch()))
     compared_with.bank.evict(10)  # other rows have these numbers now, in the same memory
@@ -154,7 +140,7 @@ def test_an_engine_that_cannot_be_captured(
 ) -> None:
     """ONNX Runtime's: the same memory, kernel by kernel."""
     features, frame = normal_features(demo), part(6)
-    screen = CudaScreen(Encoder(demo, thread, captures=False), demo.manifest)
+    screen = CudaScreen(encoder(demo, thread, captures=False), demo.manifest)
     compare(screen.run(frame, features, Stopwatch()), cpu.run(frame, features, Stopwatch()))
     assert cuda_device.graphs == 0
 
@@ -162,13 +148,13 @@ def test_an_engine_that_cannot_be_captured(
 def test_nan_is_no_score(demo: Bundle, thread: DeviceThread) -> None:
     """One patch of NaN, as an encoder that overflows leaves it: top_mean must not leave it out."""
 
-    class Overflowing(Encoder):
+    class Overflowing(HostEngine):
         def queue(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, Any]) -> None:
             super().queue(inputs, outputs)
             host: Any = self.thread.device
             host.queue(lambda: outputs["patches"].array[0, 100].fill(np.nan))
 
-    screen = CudaScreen(Overflowing(demo, thread), demo.manifest)
+    screen = CudaScreen(Overflowing(demo.file("clip_encoder.onnx"), thread), demo.manifest)
     assert not np.isfinite(screen.run(part(0), normal_features(demo), Stopwatch()).score)
 
 
@@ -178,7 +164,9 @@ def on_gpu(cuda_device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "Device", lambda: cuda_device)
     monkeypatch.setattr(Engines, "choose", staticmethod(lambda bundle, device, _: Engines(bundle, device, {}, None)))
     monkeypatch.setattr(Engines, "open", lambda self, graph: OnnxRuntimeEngine(self.bundle.file(f"{graph}.onnx")))
-    monkeypatch.setattr(Engines, "open_on", lambda self, graph, thread: Encoder(self.bundle, thread))
+    monkeypatch.setattr(
+        Engines, "open_on", lambda self, graph, thread: HostEngine(self.bundle.file(f"{graph}.onnx"), thread)
+    )
 
 
 def test_inspector(on_gpu: None, cuda_device: HostDevice, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +190,19 @@ def test_inspector(on_gpu: None, cuda_device: HostDevice, tmp_path: Path, capsys
     assert "CUDA, one graph" in capsys.readouterr().out
 
 
+def test_a_review_has_sam_on_the_gpu_too(on_gpu: None, cpu: Screen, demo: Bundle) -> None:
+    frame = Frame.read(next(path for path in PARTS if path.stem == "casting_crack"))
+    features = cpu.run(frame, normal_features(demo), Stopwatch()).features
+    question = demo.for_review.conversation.question.replace("{object}", "part")
+    logits = []
+    for review in Review(demo, "cuda"), Review(demo, "cpu"):
+        found = review.run(frame, features, question, "short", print, print, lambda: None, Stopwatch())
+        review.close()
+        assert found.mask_logits is not None
+        logits.append(found.mask_logits)
+    np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=1e-3 * np.abs(logits[1]).max())
+
+
 def _no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_path", lambda: None)
     library.library.cache_clear()
@@ -211,7 +212,7 @@ def _for_other_chips(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("vmad_normalise: CUDA says: no kernel image is available for execution on the device")
 
-    monkeypatch.setattr(cuda, "normalise", refuse)
+    monkeypatch.setattr(cuda, "try_kernels", refuse)
 
 
 def _no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
