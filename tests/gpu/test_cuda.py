@@ -1,8 +1,7 @@
 """The CUDA kernels on a GPU: the contract that tests/kernels/test_cuda_host.py holds on the processor, and what only a
 GPU can show.
 
-Meant to be run under compute-sanitizer too: `compute-sanitizer --tool memcheck pytest tests/gpu/test_cuda.py`, then
-with racecheck, initcheck and synccheck.
+tests/gpu/run.sh runs it under compute-sanitizer too.
 """
 
 from __future__ import annotations
