@@ -70,7 +70,7 @@ def quantize(
         FrameError: a frame that cannot be read.
         BundleError: an exported file that its engine refuses.
     """
-    chosen: dict[str, Precision] = {path.stem: "fp32" for path in folder.glob("*.onnx")}
+    chosen: dict[str, Precision] = {path.stem: "fp32" for path in sorted(folder.glob("*.onnx"))}
     stages = list(encoder_stages(folder, manifest, frames))
     for name, inputs in ENCODERS.items():
         progress(f"INT8: {name}")
@@ -106,7 +106,7 @@ def write_int8(source: Path, target: Path, scales: Scales, kept: Collection[str]
         nodes = [node for node in nodes if node.name not in kept]
         if not nodes:
             continue
-        columns, steps = zip(*(_columns(_weights(node)) for node in nodes), strict=True)
+        columns, steps = zip(*(_columns(node) for node in nodes), strict=True)
         widths = [len(part) for part in steps]
         name = nodes[0].name
         scale = _constant(graph, f"{name}.x.scale", np.float32(scales[str(activations.name)]))
@@ -152,7 +152,7 @@ def _fewest_first(source: Path, frames: Sequence[Arrays], scales: Scales) -> Ite
         zero = _constant(graph, f"{activations.name}.zero", np.int8(0))
         rounded = _append(graph, "DequantizeLinear", _append(graph, "QuantizeLinear", activations, scale, zero), scale)
         for node in nodes:
-            integers, steps = _columns(_weights(node))
+            integers, steps = _columns(node)
             weights = _constant(graph, f"{node.name}.rounded", integers * steps)
             error = _append(graph, "Sub", _append(graph, "MatMul", rounded, weights), node.outputs[0])
             lengths += [_reduced(graph, "ReduceL2", error), _reduced(graph, "ReduceL2", node.outputs[0])]
@@ -169,27 +169,31 @@ def _products(graph: ir.Graph) -> dict[ir.Value, list[ir.Node]]:
     """The products with weights [I,O], by what they multiply, in the graph's order."""
     found = defaultdict[ir.Value, list[ir.Node]](list)
     for node in graph:
-        if node.op_type == "MatMul" and node.inputs[1] is not None and _stored(node.inputs[1]).const_value is not None:
+        if node.op_type == "MatMul" and (weights := _weights(node.inputs[1])) is not None and weights.ndim == 2:
             assert node.inputs[0] is not None
             found[node.inputs[0]].append(node)
     return found
 
 
-def _stored(value: ir.Value) -> ir.Value:
-    """Where a weight lies: some are stored in FP16 behind a Cast."""
-    producer = value.producer()
-    return value if producer is None or producer.op_type != "Cast" else producer.inputs[0] or value
+def _weights(value: ir.Value | None) -> NDArray[np.float32] | None:
+    """None of what is computed from the frame. Some are cast from FP16, and attention's split in three and turned."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return np.asarray(value.const_value.numpy(), np.float32)
+    node = value.producer()
+    before = _weights(node.inputs[0]) if node is not None and node.op_type in ("Cast", "Split", "Transpose") else None
+    if node is None or before is None or node.op_type == "Cast":
+        return before
+    if node.op_type == "Transpose":
+        return before.transpose(node.attributes["perm"].as_ints())
+    return np.split(before, len(node.outputs), node.attributes["axis"].as_int())[value.index() or 0]
 
 
-def _weights(product: ir.Node) -> NDArray[np.float32]:
-    assert product.inputs[1] is not None
-    tensor = _stored(product.inputs[1]).const_value
-    assert tensor is not None  # or it would not be one of _products
-    return np.asarray(tensor.numpy(), np.float32)
-
-
-def _columns(weights: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """[I,O] → the same in steps, and what a step is worth in each column [O]."""
+def _columns(product: ir.Node) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """The weights [I,O] of one of _products in steps, and what a step is worth in each column [O]."""
+    weights = _weights(product.inputs[1])
+    assert weights is not None
     largest = np.abs(weights).max(axis=0)
     steps = np.where(largest == 0, 1, largest / 127).astype(np.float32)
     return np.rint(weights / steps).astype(np.int8), steps

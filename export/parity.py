@@ -134,8 +134,9 @@ def limits(manifest: Manifest) -> dict[str, dict[Measure, float]]:
         "mask": {"iou": 1 - min(0.5, max(1e-3, 2 * masks))},
         "score": {"max_relative_error": logit, "max_abs_error": max(cosine, logit / 4)},
         # OpenCV places samples to 1/32 pixel.
-        "map": {"max_relative_error": max(logit, 5e-3), "rank_correlation": 0.999},
-        "verdict": equal,
+        "map": {"max_relative_error": max(logit, 5e-3), "rank_correlation": min(0.999, 1 - vision**2 / 4)},
+        # INT8 may move a score past a threshold that it was next to.
+        "verdict": equal if vision <= PRECISION_LIMITS["fp16"] else {"equal": 0.9},
     }
 
 

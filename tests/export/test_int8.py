@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -255,12 +254,3 @@ def test_bad_calibration_is_refused_first(
     assert main(["export", "checkpoint", "bundle", *options]) == 2
     assert says in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["few"]
-
-
-@pytest.mark.skipif(not find_spec("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
-def test_tensorrt_takes_them(int8: Bundle) -> None:
-    from vmad_edge.runtime.engines.tensorrt import FLAVOURS, TensorRt, build
-
-    rtx = TensorRt(FLAVOURS[1], pytest.importorskip("tensorrt_rtx"), "1.7")
-    for graph in ENCODERS:
-        assert build(rtx, int8.file(f"{graph}.onnx"), int8.manifest.dynamic_axes, (8, 6))[0]

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from cuda_host import HostDevice
 
-from vmad_edge.export.precision import write_fp16
+from vmad_edge.export.int8 import calibrate, write_int8
+from vmad_edge.export.precision import ENCODERS, write_fp16
 from vmad_edge.runtime import cli, device
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.engines import choice, gpu, tensorrt
@@ -62,6 +64,15 @@ def test_every_graph_is_built_for_two_architectures(graph: str, demo: Bundle, rt
     assert ampere != ada
     # The weights are in there, in the graph's precision: FP16 is no flag, and nothing is rounded unasked.
     assert len(ampere) - len(fp16) > 0.8 * exact.stat().st_size  # FP16 in the file, where that is exact
+    if graph in ENCODERS:
+        noise = np.random.default_rng(0)
+        inputs = onnx.load(exact).graph.input
+        shapes = {value.name: [axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim] for value in inputs}
+        frame = {name: noise.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        integer = tmp_path / "int8.onnx"
+        write_int8(exact, integer, calibrate(exact, [frame]))
+        int8 = build(rtx, integer, axes, AMPERE.compute_capability)[0]
+        assert len(ampere) - len(int8) > integer.stat().st_size
 
 
 @pytest.mark.parametrize(
