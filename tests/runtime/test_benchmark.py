@@ -27,6 +27,7 @@ from vmad_edge.runtime.benchmark import (
     repeated,
     take_turns,
 )
+from vmad_edge.runtime.benchmark_page import picture
 from vmad_edge.runtime.bundle import Bundle, Manifest, ScreenManifest, seal
 from vmad_edge.runtime.cli import main
 from vmad_edge.runtime.files import sha256
@@ -314,3 +315,13 @@ def test_peak_memory_stays_when_it_is_freed() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     grown, nobody = done.stdout.split()
     assert math.isclose(float(grown), 64, abs_tol=16) and nobody == "None"
+
+
+def test_banks_on_a_gpu_have_no_similarity_of_their_own() -> None:
+    """There it is a part of one graph: tables and picture do without."""
+    measured = read_benchmark(Path(__file__).parents[2] / "benchmarks/results/bench.json")
+    banks = tuple(bank.model_copy(update={"similarity": None}) for bank in measured.banks)
+    found = measured.model_copy(update={"banks": banks})
+    left_out = measured.spreads().keys() - found.spreads().keys()
+    assert left_out == {f"screen, {bank.frames} enrolled: similarity" for bank in banks}
+    assert picture(found).size == picture(measured).size and picture(found) != picture(measured)

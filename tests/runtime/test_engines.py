@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from vmad_edge.runtime.engines import Arrays, Device, choice, gpu, onnxruntime, 
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.engines.gpu import Gpu
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import BundleError, VmadError
 
 DEMO = Path(__file__).parents[2] / "demo/bundle"
@@ -158,6 +160,28 @@ def test_cuda_without_cudnn_names_what_the_linker_misses(demo: Bundle, monkeypat
         OnnxRuntimeEngine(demo.file("clip_encoder.onnx"), "cuda")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_engine_takes_the_stream_of_the_thread_that_it_is_opened_on(
+    demo: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Session:
+        def __init__(self, path: str, options: Any, providers: Any, **_: Any) -> None:
+            self.providers = providers
+
+        def get_providers(self) -> list[str]:
+            return [name for name, _ in self.providers]
+
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    monkeypatch.setattr(choice, "gpu", lambda: AMPERE)
+    monkeypatch.setattr(choice, "open_plan", lambda *arguments: arguments)
+    thread: Any = SimpleNamespace(device=SimpleNamespace(stream=87))
+    cuda: Any = Engines(demo, "cuda", {}, None)
+    assert cuda.open_on("clip_encoder", thread)._session.providers[0][1]["user_compute_stream"] == "87"
+    assert "user_compute_stream" not in cuda.open("sam_encoder")._session.providers[0][1]  # a stream of its own
+    tensorrt: Any = Engines(demo, "tensorrt", {}, Plans(tmp_path))
+    assert tensorrt.open_on("clip_encoder", thread)[-1] is thread and tensorrt.open("sam_encoder")[-1] is None
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("openvino", marks=needs_openvino)])
 def test_no_graph(device: Device, demo: Bundle, tmp_path: Path) -> None:
     (tmp_path / "clip_encoder.onnx").write_bytes(b"no graph")
@@ -180,6 +204,29 @@ def test_no_graph(device: Device, demo: Bundle, tmp_path: Path) -> None:
 )
 def test_what_libraries_say_when_memory_is_out(message: str, memory: bool) -> None:
     assert ran_out_of_memory(message) == memory
+
+
+@pytest.mark.parametrize("opening", [True, False])  # the weights do not fit, or what a run needs does not
+def test_onnx_runtime_out_of_memory_says_what_to_shrink(
+    opening: bool, demo: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Session:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            if opening:
+                self.run()
+
+        def get_providers(self) -> list[str]:
+            return [CPU]
+
+        def get_outputs(self) -> list[Any]:
+            return []
+
+        def run(self, *_: Any) -> None:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 1073741824")
+
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    with pytest.raises(VmadError, match=r"clip_encoder\.onnx: no memory left .*1073741824.* language model.*fp16"):
+        OnnxRuntimeEngine(demo.file("clip_encoder.onnx")).run({})
 
 
 class Driver:
