@@ -1,7 +1,7 @@
 """The screen on a GPU: a frame goes up, and features, map and score come back; between them nothing leaves the device.
 
-frame → preprocess → clip_encoder → patches → similarity → anomaly map, score: one CUDA graph, where the encoder is a
-TensorRT plan.
+frame → preprocess → clip_encoder → patches → similarity → anomaly map, score: one CUDA graph from the second frame of a
+size on, where the encoder is a TensorRT plan.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from vmad_edge.runtime.stages.similarity import NormalFeatures, References, insp
 from vmad_edge.runtime.stages.similarity_cuda import CudaMap, CudaSimilarity
 from vmad_edge.runtime.timing import Stopwatch
 
-_LANES = 4
-"""Frame sizes and similarity sources that stay prepared: the latest ones."""
+_LANES = 16
+"""Frame sizes, each with a similarity source, that stay prepared: the latest ones."""
 
 Source = NormalFeatures | References
 
@@ -73,10 +73,12 @@ class CudaScreen:
                 for other in self._lanes.values():
                     if other.similarity is lane.similarity:
                         other.forget()
-            if not self._encoder.capturable:
+            if lane.graph is None and lane.used and self._encoder.capturable:
+                lane.graph = self._device.capture(lambda: self._queue(lane))
+            lane.used = True  # frames of ever other sizes are not worth a graph each
+            if lane.graph is None:
                 self._queue(lane)
             else:
-                lane.graph = lane.graph or self._device.capture(lambda: self._queue(lane))
                 lane.graph.launch()
             self._device.wait()
         with watch("download"):
@@ -132,6 +134,7 @@ class _Lane:
     ) -> None:
         self.source, self.similarity = source, similarity
         self.graph: Graph | None = None
+        self.used = False
         grid, clip = manifest.vision.grid, manifest.clip
         self.view = clip_geometry(*size, clip).view
         self.inspected = inspected_patches(self.view, grid, size)

@@ -27,6 +27,7 @@ from transformers import AddedToken, AutoTokenizer, LlamaForCausalLM, LlamaToken
 from vmad_edge.export.language import export_language, read_vocabulary
 from vmad_edge.runtime.bundle import Conversation, Language, Llama
 from vmad_edge.runtime.errors import BundleError, VmadError
+from vmad_edge.runtime.stages import language
 from vmad_edge.runtime.stages.language import LanguageModel, placement
 
 TEMPLATE = "A chat. USER: <image>\n{question} ASSISTANT:"
@@ -430,6 +431,30 @@ def test_a_file_larger_than_memory_is_not_loaded(source: Source, tmp_path: Path)
     os.truncate(large, 2**43)  # 8 TiB, all but the first of them a hole
     with pytest.raises(VmadError, match=r"8192\.0 GiB and this machine .* --llm q4_k_m"):
         replace(source, gguf=large).open()
+
+
+@pytest.mark.parametrize(
+    "call,said,says",
+    [
+        # CUDA's word while the weights are loaded
+        (
+            "llama_model_load_from_file",
+            "cudaMalloc failed: out of memory",
+            r"no memory left .*out of memory.*gpu_layers",
+        ),
+        # and while the KV cache is made
+        ("llama_init_from_model", "failed to allocate compute buffers", r"context of \d+ tokens .*compute.*kv_type"),
+    ],
+)
+def test_a_gpu_without_room_says_what_to_shrink(
+    call: str, said: str, says: str, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        language._messages.append(said)
+
+    monkeypatch.setattr(llama, call, refuse)
+    with pytest.raises(VmadError, match=says):
+        source.open()
 
 
 @pytest.mark.parametrize(

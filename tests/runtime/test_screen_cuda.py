@@ -23,6 +23,7 @@ from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Screening, Verdict
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References
+from vmad_edge.runtime.systems import screen_cuda
 from vmad_edge.runtime.systems.screen_cuda import CudaScreen
 from vmad_edge.runtime.systems.vmad import Review, Screen
 from vmad_edge.runtime.timing import Stopwatch
@@ -118,21 +119,26 @@ def test_other_preprocessing(clip: dict[str, Any], rule: str, demo: Bundle, thre
 
 
 def test_a_bank_that_grows_and_frames_of_many_sizes(
-    cpu: Screen, demo: Bundle, thread: DeviceThread, cuda_device: HostDevice
+    cpu: Screen, demo: Bundle, thread: DeviceThread, cuda_device: HostDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Graphs are captured again when their memory is other memory; lanes that were dropped are made again."""
+    monkeypatch.setattr(screen_cuda, "_LANES", 2)
     compared_with = references(cpu, None)
-    screen = CudaScreen(encoder(demo, thread, captures=True), demo.manifest)
-    first = part(4, 24)
-    compare(screen.run(first, compared_with, Stopwatch()), cpu.run(first, compared_with, Stopwatch()))
+    screen = CudaScreen(encoder(demo, thread), demo.manifest)
+
+    def screened(frame: Frame) -> int:
+        """Graphs captured until then."""
+        found = screen.run(frame, compared_with, Stopwatch())
+        compare(found, cpu.run(frame, compared_with, Stopwatch()))
+        return cuda_device.graphs
+
+    large, small = part(4, 24), part(4, 28)
+    assert [screened(frame) for frame in (large, large, small, small)] == [0, 1, 1, 2]
     compared_with.bank.evict(10)  # other rows have these numbers now, in the same memory
-    compare(screen.run(first, compared_with, Stopwatch()), cpu.run(first, compared_with, Stopwatch()))
-    assert cuda_device.graphs == 1
+    assert screened(large) == 2
     compared_with.bank.extend(cpu.run(part(5), compared_with, Stopwatch()).features.patches[::3])
-    for step in (24, 20, 22, 26, 28, 24):
-        frame = part(5, step)
-        compare(screen.run(frame, compared_with, Stopwatch()), cpu.run(frame, compared_with, Stopwatch()))
-    assert cuda_device.graphs == 1 + 6
+    assert [screened(frame) for frame in (part(5, 24), small)] == [3, 4]
+    assert [screened(frame) for frame in (part(5, 20), large, large)] == [4, 4, 5]
 
 
 def test_an_engine_that_cannot_be_captured(
@@ -169,7 +175,7 @@ def on_gpu(cuda_device: HostDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_inspector(on_gpu: None, cuda_device: HostDevice, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspector(on_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The front door says what the processor's says; enrolling goes through the same engine."""
     with (
         Inspector.open(DEMO, tmp_path / "cpu", "cpu") as there,
@@ -185,7 +191,6 @@ def test_inspector(on_gpu: None, cuda_device: HostDevice, tmp_path: Path, capsys
             assert found.score is not None and expected.score is not None
             assert abs(found.score - expected.score) < LIMIT
             assert {"gpu", "download"} <= found.timings_ms.keys()
-    assert cuda_device.graphs == 2
     assert cli.main(["info", str(DEMO), "--station", str(tmp_path), "--device", "cuda"]) == 0
     assert "CUDA, one graph" in capsys.readouterr().out
 
