@@ -74,6 +74,10 @@ class HostDevice:
     def wait(self) -> None:
         assert self._captured is None
 
+    @property
+    def captures(self) -> bool:
+        return self._captured is not None
+
     def queue(self, work: Callable[[], object]) -> object:
         """`work` on the stream."""
         if self._captured is None:

@@ -14,6 +14,7 @@ from vmad_edge.kernels import cuda
 from vmad_edge.runtime.bundle import ScreenManifest
 from vmad_edge.runtime.device import Device, Graph
 from vmad_edge.runtime.engines import DeviceEngine
+from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features, Screening
 from vmad_edge.runtime.stages.preprocess import clip_geometry
@@ -41,6 +42,9 @@ class CudaScreen:
 
     def __init__(self, encoder: DeviceEngine, manifest: ScreenManifest) -> None:
         self._encoder, self._manifest = encoder, manifest
+        self._captures = encoder.capturable
+        self.how = "CUDA, one graph from frame to score" if self._captures else "CUDA"
+        """For people."""
         self._lanes: OrderedDict[tuple[int, tuple[int, int]], _Lane] = OrderedDict()
         encoder.thread.call(self._open)
 
@@ -73,8 +77,8 @@ class CudaScreen:
                 for other in self._lanes.values():
                     if other.similarity is lane.similarity:
                         other.forget()
-            if lane.graph is None and lane.used and self._encoder.capturable:
-                lane.graph = self._device.capture(lambda: self._queue(lane))
+            if lane.graph is None and lane.used and self._captures:
+                lane.graph = self._captured(lane)
             lane.used = True  # frames of ever other sizes are not worth a graph each
             if lane.graph is None:
                 self._queue(lane)
@@ -83,6 +87,14 @@ class CudaScreen:
             self._device.wait()
         with watch("download"):
             return self._screening(lane)
+
+    def _captured(self, lane: _Lane) -> Graph | None:
+        """None where this engine or driver cannot: then it is not tried again."""
+        try:
+            return self._device.capture(lambda: self._queue(lane))
+        except (VmadError, RuntimeError) as error:
+            self._captures, self.how = False, f"CUDA, but no graph: {error}"
+            return None
 
     def _queue(self, lane: _Lane) -> None:
         lane.preprocess.queue(lane.frame)

@@ -62,8 +62,13 @@ class Screen:
     def __init__(self, bundle: Bundle, device: Device, plans: Plans | None = None) -> None:
         self._manifest = bundle.manifest
         self.engines = Engines.choose(bundle, device, plans)
-        self._clip_encoder, self._cuda, self.similarity = _opened(self.engines, self._manifest)
+        self._clip_encoder, self._cuda, self._on_cpu = _opened(self.engines, self._manifest)
         self.provider = self._clip_encoder.provider
+
+    @property
+    def similarity(self) -> str:
+        """What compares patches, and why nothing better, for people."""
+        return f"{self._cuda.how} (unlabelled frames and streams: CPU)" if self._cuda is not None else self._on_cpu
 
     def run(self, frame: Frame, source: SimilaritySource, watch: Stopwatch) -> Screening:
         """One frame against `source`."""
@@ -139,7 +144,7 @@ class Screen:
 
 
 def _opened(engines: Engines, manifest: ScreenManifest) -> tuple[Engine, CudaScreen | None, str]:
-    """clip_encoder; the screen on the GPU, where it can be there; what compares patches and why, for people."""
+    """clip_encoder; the screen on the GPU, where it can be there; what is told of it where it is not."""
     if not engines.on_gpu:
         return engines.open("clip_encoder"), None, "CPU"
     although = "CPU, although the encoder runs on the GPU"
@@ -149,11 +154,9 @@ def _opened(engines: Engines, manifest: ScreenManifest) -> tuple[Engine, CudaScr
         return engines.open("clip_encoder"), None, f"{although}: {error}"
     encoder = engines.open_on("clip_encoder", thread)
     try:
-        screen = CudaScreen(encoder, manifest)
+        return encoder, CudaScreen(encoder, manifest), ""
     except RuntimeError as error:
         return encoder, None, f"{although}: {error}"
-    how = "CUDA, one graph from frame to score" if encoder.capturable else "CUDA"
-    return encoder, screen, f"{how} (unlabelled frames and streams: CPU)"
 
 
 @dataclass(frozen=True)

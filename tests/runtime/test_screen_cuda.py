@@ -19,6 +19,7 @@ from vmad_edge.runtime.bundle import Bundle, Similarity
 from vmad_edge.runtime.device import Device, DeviceThread
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Screening, Verdict
 from vmad_edge.runtime.inspector import Inspector
@@ -149,6 +150,26 @@ def test_an_engine_that_cannot_be_captured(
     screen = CudaScreen(encoder(demo, thread, captures=False), demo.manifest)
     compare(screen.run(frame, features, Stopwatch()), cpu.run(frame, features, Stopwatch()))
     assert cuda_device.graphs == 0
+
+
+def test_a_capture_that_fails_is_told_and_not_tried_again(
+    cpu: Screen, demo: Bundle, thread: DeviceThread, cuda_device: HostDevice
+) -> None:
+    class Uncapturable(HostEngine):
+        tried = 0
+
+        def queue(self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+            if cuda_device.captures:
+                Uncapturable.tried += 1
+                raise VmadError("CUDA says: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
+            super().queue(inputs, outputs)
+
+    features, frame = normal_features(demo), part(6, 24)
+    screen = CudaScreen(Uncapturable(demo.file("clip_encoder.onnx"), thread), demo.manifest)
+    assert screen.how.startswith("CUDA, one graph")
+    for _ in range(3):
+        compare(screen.run(frame, features, Stopwatch()), cpu.run(frame, features, Stopwatch()))
+    assert Uncapturable.tried == 1 and screen.how.endswith("CAPTURE_UNSUPPORTED")
 
 
 def test_nan_is_no_score(demo: Bundle, thread: DeviceThread) -> None:
