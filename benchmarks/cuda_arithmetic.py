@@ -22,8 +22,10 @@ L2_BYTES, SHARED_BYTES = 64, 128  # a clock and multiprocessor
 ABOUT = """\
 No GPU was at hand (2026-11-20; nvcc 13.0, AMD EPYC, 2 cores). The kernels compile for SM 87, 89, 90, 110, 120 and PTX
 of 80 without a spilled register, and the same sources pass their contract on the processor, on a machine that runs
-their threads, barriers, asynchronous copies and matrix instructions (`tests/kernels/cuda_host`). Nothing of them has
-run on a GPU, and their speed is unknown. What follows is arithmetic, made by `python benchmarks/cuda_arithmetic.py`.
+their threads, barriers, asynchronous copies and matrix instructions (`tests/kernels/cuda_host`). On that machine the
+whole screen gives the processor's map and score within 2e-3 on the demo's parts (`tests/runtime/test_screen_cuda.py`).
+Nothing of it has run on a GPU, and its speed is unknown: `tests/gpu/run.sh` is to be run on one. What follows is
+arithmetic, made by `python benchmarks/cuda_arithmetic.py`.
 """
 BESIDE = """
 A share of 1.00 says that the memory's floor rules, not that latency is hidden. Thor's peak is that of its own matrix
