@@ -19,6 +19,9 @@ _SETTINGS = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
 class OpenVinoEngine:
     """One ONNX graph, compiled for this processor. Thread-safe: each thread has a request of its own.
 
+    It is compiled for each batch size, 1 at once and others when they come: with fixed shapes CLIP's encoder takes a
+    tenth less time.
+
     Args:
         path: the graph.
         precision: of the graph, as the manifest says. "fp16" computes in bf16 where the processor has it, else in FP32:
@@ -30,20 +33,37 @@ class OpenVinoEngine:
     """
 
     def __init__(self, path: Path, precision: Precision = "fp32") -> None:
-        core = openvino.Core()
-        has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self._core = openvino.Core()
+        has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         computes = "bf16" if has_bf16 and precision != "fp32" else "f32"
+        self._path, self._settings = path, _SETTINGS | {"INFERENCE_PRECISION_HINT": computes}
+        self._compiled: dict[_Shapes, openvino.CompiledModel] = {}
+        self._lock, self._mine = threading.Lock(), threading.local()
         try:
-            self._compiled = core.compile_model(str(path), "CPU", _SETTINGS | {"INFERENCE_PRECISION_HINT": computes})
+            inputs = self._core.read_model(str(path)).inputs
+            self._compile(frozenset((i.any_name, tuple(n.min_length or 1 for n in i.partial_shape)) for i in inputs))
         except RuntimeError as error:
             raise BundleError(f"OpenVINO {openvino.__version__} cannot load {path}: {error}") from None
-        self._requests = threading.local()
         version = openvino.__version__.split("-")[0]
         self.provider = f"OpenVINO {version}, CPU, {computes}"
 
     def run(self, inputs: Arrays) -> Arrays:
         """Outputs by name, float32."""
-        if not hasattr(self._requests, "mine"):
-            self._requests.mine = self._compiled.create_infer_request()
-        found = self._requests.mine.infer(inputs, share_inputs=True)
-        return {output.any_name: found[output] for output in self._compiled.outputs}
+        shapes = frozenset((name, array.shape) for name, array in inputs.items())
+        requests = self._mine.__dict__.setdefault("requests", {})
+        if shapes not in requests:
+            requests[shapes] = self._compile(shapes).create_infer_request()
+        found = requests[shapes].infer(inputs, share_inputs=True)
+        return {output.any_name: array for output, array in found.items()}
+
+    def _compile(self, shapes: _Shapes) -> openvino.CompiledModel:
+        with self._lock:
+            if shapes not in self._compiled:
+                model = self._core.read_model(str(self._path))
+                model.reshape(dict(shapes))
+                self._compiled[shapes] = self._core.compile_model(model, "CPU", self._settings)
+            return self._compiled[shapes]
+
+
+_Shapes = frozenset[tuple[str, tuple[int, ...]]]
+"""Of each input, by name."""
