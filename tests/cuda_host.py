@@ -55,6 +55,8 @@ class HostDevice:
     def __init__(self) -> None:
         self._captured: list[Callable[[], object]] | None = None
         self.graphs = 0
+        self.brought = 0
+        """Bytes downloaded."""
 
     def upload(self, array: Any) -> HostArray:
         assert self._captured is None
@@ -69,6 +71,7 @@ class HostDevice:
 
     def download(self, memory: HostArray) -> Any:
         self.wait()
+        self.brought += memory.array.nbytes
         return memory.array.copy()
 
     def wait(self) -> None:

@@ -1,4 +1,4 @@
-"""The screen on a GPU: a frame goes up, and features, map and score come back; between them nothing leaves the device.
+"""The screen on a GPU: a frame goes up, map and score come back, and a suspect's features; nothing else leaves the device.
 
 frame → preprocess → clip_encoder → patches → similarity → anomaly map, score: one CUDA graph from the second frame of a
 size on, where the encoder is a TensorRT plan.
@@ -7,6 +7,8 @@ size on, where the encoder is a TensorRT plan.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from vmad_edge.runtime.engines import DeviceEngine
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features, Screening
-from vmad_edge.runtime.stages.preprocess import clip_geometry
+from vmad_edge.runtime.stages.preprocess import View, clip_geometry
 from vmad_edge.runtime.stages.preprocess_cuda import CudaPreprocess
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, inspected_patches
 from vmad_edge.runtime.stages.similarity_cuda import CudaMap, CudaSimilarity
@@ -86,7 +88,7 @@ class CudaScreen:
                 lane.graph.launch()
             self._device.wait()
         with watch("download"):
-            return self._screening(lane)
+            return self._screening(lane, frame)
 
     def _captured(self, lane: _Lane) -> Graph | None:
         """None where this engine or driver cannot: then it is not tried again."""
@@ -102,23 +104,41 @@ class CudaScreen:
         lane.similarity.queue(self._patches, lane.counts)
         lane.map.queue(lane.similarity)
 
-    def _screening(self, lane: _Lane) -> Screening:
-        kept = {name: self._outputs[name] for name in ("patches", "patches_multi") if name in self._outputs}
-        found = {name: self._device.download(memory)[0] for name, memory in kept.items()}
-        levels = found.get("patches_multi", found["patches"][None])  # a graph without them screens only
+    def _screening(self, lane: _Lane, frame: Frame) -> Screening:
         largest, top_mean = self._device.download(lane.map.largest)
+        result = float(largest if self._manifest.similarity.score_rule == "max" else top_mean)
         nearest = lane.similarity.nearest
         score, similarity, index = map(
             self._device.download, (lane.similarity.score, nearest.similarity, nearest.index)
         )
         worst = int(np.argmax(np.where(lane.inspected, score, -np.inf)))
         row = int(index[worst])
+        thresholds = lane.source.thresholds
+        good = thresholds is not None and result < thresholds.good_below
         return Screening(
-            Features(found["patches"], levels, lane.view),
-            float(largest if self._manifest.similarity.score_rule == "max" else top_mean),
+            _Later(lane.view, lambda: self._again(frame, lane.source)) if good else self._features(lane.view),
+            result,
             self._device.download(lane.map.map),
             (row if row < 0 else row - nearest.bank.first, float(similarity[worst])),
         )
+
+    def _features(self, view: View) -> Features:
+        """Of the frame that was encoded last."""
+        kept = {name: self._outputs[name] for name in ("patches", "patches_multi") if name in self._outputs}
+        found = {name: self._device.download(memory)[0] for name, memory in kept.items()}
+        levels = found.get("patches_multi", found["patches"][None])  # a graph without them screens only
+        return Features(found["patches"], levels, view)
+
+    def _again(self, frame: Frame, source: Source) -> Features:
+        def encode() -> Features:
+            lane = self._lane(source, (frame.pixels.shape[0], frame.pixels.shape[1]))
+            self._device.write(lane.frame, frame.pixels)
+            lane.preprocess.queue(lane.frame)
+            self._encoder.queue(self._inputs, self._outputs)
+            self._device.wait()
+            return self._features(lane.view)
+
+        return self._encoder.thread.call(encode)
 
     def _lane(self, source: Source, size: tuple[int, int]) -> _Lane:
         key = id(source), size  # a lane holds its source: no other has that id meanwhile
@@ -130,6 +150,20 @@ class CudaScreen:
                 self._lanes.popitem(last=False)[1].forget()
         self._lanes.move_to_end(key)
         return self._lanes[key]
+
+
+class _Later(Features):
+    """Of a GOOD frame, which is seldom reviewed: its megabytes are left on the device, and made anew for who asks."""
+
+    def __init__(self, view: View, encode: Callable[[], Features]) -> None:
+        self.__dict__.update(view=view, _encode=encode)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("patches", "patches_multi"):
+            raise AttributeError(name)
+        found: Features = self.__dict__["_encode"]()
+        self.__dict__.update(patches=found.patches, patches_multi=found.patches_multi)
+        return self.__dict__[name]
 
 
 class _Lane:

@@ -15,7 +15,7 @@ from cuda_host import HostDevice, HostEngine
 from vmad_edge.kernels import Dtype, cuda
 from vmad_edge.kernels.cuda import DeviceArray, library
 from vmad_edge.runtime import cli, device
-from vmad_edge.runtime.bundle import Bundle, Similarity
+from vmad_edge.runtime.bundle import Bundle, Similarity, Thresholds
 from vmad_edge.runtime.device import Device, DeviceThread
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -150,6 +150,20 @@ def test_an_engine_that_cannot_be_captured(
     screen = CudaScreen(encoder(demo, thread, captures=False), demo.manifest)
     compare(screen.run(frame, features, Stopwatch()), cpu.run(frame, features, Stopwatch()))
     assert cuda_device.graphs == 0
+
+
+def test_features_of_a_good_frame_come_when_they_are_asked_for(
+    cpu: Screen, demo: Bundle, thread: DeviceThread, cuda_device: HostDevice
+) -> None:
+    """And are that frame's, although others were screened since."""
+    features, first, second = normal_features(demo), part(6, 24), part(7, 24)
+    features.thresholds = Thresholds(good_below=9, defect_above=9)
+    screen = CudaScreen(encoder(demo, thread), demo.manifest)
+    before = cuda_device.brought
+    found = screen.run(first, features, Stopwatch())
+    assert cuda_device.brought - before < found.map.nbytes + 10_000 < demo.manifest.vision.grid**2 * 192 * 4
+    screen.run(second, features, Stopwatch())
+    compare(found, cpu.run(first, features, Stopwatch()))
 
 
 def test_a_capture_that_fails_is_told_and_not_tried_again(
