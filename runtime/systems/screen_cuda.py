@@ -1,4 +1,4 @@
-"""The screen on a GPU: a frame goes up, map and score come back, and a suspect's features; nothing else leaves the device.
+"""The screen on a GPU: a frame goes up, map and score come back, and a suspect's features; nothing else leaves it.
 
 frame → preprocess → clip_encoder → patches → similarity → anomaly map, score: one CUDA graph from the second frame of a
 size on, where the encoder is a TensorRT plan.
