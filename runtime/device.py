@@ -6,8 +6,9 @@ are imported when a `Device` is made: pycuda cannot be imported where there is n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -95,20 +96,27 @@ class Device:
     def write(self, memory: DeviceArray, array: NDArray[Any]) -> None:
         """`array`, of the shape and dtype of `memory`, into it, in its turn on the stream."""
         if array.nbytes:
-            self._pycuda.memcpy_htod_async(_address(memory), np.ascontiguousarray(array), self._stream)
+            with self._errors():
+                self._pycuda.memcpy_htod_async(_address(memory), np.ascontiguousarray(array), self._stream)
 
     def download(self, memory: DeviceArray) -> NDArray[Any]:
         """A copy of `memory`, which is C-contiguous, when all that was queued is done."""
         about = memory.__cuda_array_interface__
         array = np.empty(about["shape"], about["typestr"])
         if array.nbytes:
-            self._pycuda.memcpy_dtoh_async(array, _address(memory), self._stream)
+            with self._errors():
+                self._pycuda.memcpy_dtoh_async(array, _address(memory), self._stream)
         self.wait()
         return array
 
     def wait(self) -> None:
-        """Until all that was queued on the stream is done."""
-        self._stream.synchronize()
+        """Until all that was queued on the stream is done.
+
+        Raises:
+            VmadError: a part of it failed.
+        """
+        with self._errors():
+            self._stream.synchronize()
 
     def capture(self, queue: Callable[[], None]) -> Graph:
         """What `queue` queues on `stream`, as one graph. It must neither allocate nor wait.
@@ -124,6 +132,13 @@ class Device:
         finally:
             graph = self._checked(self._driver.cuStreamEndCapture(self.stream))
         return Graph(self._driver, self._checked(self._driver.cuGraphInstantiate(graph, 0)), graph, self.stream)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except self._pycuda.Error as error:
+            raise VmadError(f"CUDA says: {error}") from None
 
     def _checked(self, answer: tuple[Any, ...]) -> Any:
         return _checked(self._driver, answer)

@@ -18,6 +18,7 @@ from vmad_edge.kernels.cuda.library import (
     describe,
     library,
     pointer,
+    targets,
     view,
     workspace_pointer,
 )
@@ -103,11 +104,18 @@ def try_kernels(memory: Memory) -> None:
     """Run the least of them.
 
     Raises:
-        RuntimeError: no library in this build, or none of its kernels is for this GPU.
+        RuntimeError: no library in this build, or CUDA runs none of its kernels on this GPU.
     """
+    library()  # or it says why there is none
     bank = DeviceBank(memory.zeros((1, row_bytes(1, "float16")), np.uint8), None, 1, "float16")
     features = memory.zeros((1, 1), np.float32)
-    normalise(features, bank, stream=memory.stream)
+    try:
+        normalise(features, bank, stream=memory.stream)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{error}; the kernels are for {targets()}. Install vmad-edge again on this machine, with CUDACXX naming "
+            "its nvcc."
+        ) from None
     memory.wait()
 
 

@@ -55,7 +55,12 @@ class Driver:
 
     def Stream(self, flags: int) -> Any:
         assert flags == 1  # CU_STREAM_NON_BLOCKING
-        return SimpleNamespace(handle=9, synchronize=lambda: self.calls.append("wait"))
+        return SimpleNamespace(handle=9, synchronize=self.synchronize)
+
+    def synchronize(self) -> None:
+        self.calls.append("wait")
+        if self.refuses == "synchronize":
+            raise self.Error("cuStreamSynchronize failed: an illegal memory access was encountered")
 
     def mem_alloc(self, size: int) -> Any:
         if size > self.room:
@@ -143,6 +148,12 @@ def test_a_graph_is_captured_after_a_first_run_and_launched_on_its_stream(driver
 def test_what_cannot_be_captured(driver: Driver) -> None:
     with pytest.raises(VmadError, match="CUDA says: CUDA_ERROR_X"):
         Device().capture(lambda: None)
+
+
+@pytest.mark.parametrize("driver", [Driver(refuses="synchronize")], indirect=True)
+def test_what_failed_on_the_device_is_told(driver: Driver) -> None:
+    with pytest.raises(VmadError, match=r"CUDA says: .*illegal memory access"):
+        Device().wait()
 
 
 def test_each_thread_has_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cuda_host import HostDevice, HostEngine
 
-from vmad_edge.kernels import Dtype, cuda
+from vmad_edge.kernels import Dtype
 from vmad_edge.kernels.cuda import DeviceArray, library
 from vmad_edge.runtime import cli, device
 from vmad_edge.runtime.bundle import Bundle, Similarity, Thresholds
@@ -250,9 +250,9 @@ def _no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _for_other_chips(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("vmad_normalise: CUDA says: no kernel image is available for execution on the device")
+        raise RuntimeError("vmad_normalise: CUDA says: no kernel image is available")
 
-    monkeypatch.setattr(cuda, "try_kernels", refuse)
+    monkeypatch.setattr("vmad_edge.kernels.cuda.similarity.normalise", refuse)
 
 
 def _no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,10 @@ def _no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
     ("fault", "says"),
     [
         (_no_library, "no CUDA kernels: no nvcc was found"),
-        (_for_other_chips, "CUDA says: no kernel image"),
+        (
+            _for_other_chips,
+            "no kernel image is available for execution on the device; the kernels are for the host. Install",
+        ),
         (_no_pycuda, "needs pycuda"),
     ],
 )
