@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import onnxruntime as ort
 
+from vmad_edge.kernels import paths
 from vmad_edge.kernels.cuda import DeviceArray
 from vmad_edge.runtime.device import DeviceThread
 from vmad_edge.runtime.engines import Arrays, ran_out_of_memory
@@ -50,8 +51,8 @@ class OnnxRuntimeEngine:
         options.intra_op_num_threads = threads or 0
         # Spinning threads would steal the cores from llama.cpp and from the other lane.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Without VNNI, sums of INT8 products would saturate; where there is VNNI, it changes nothing.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if "avx512_vnni" not in paths():  # sums of INT8 products would saturate; weights as UINT8 take twice the time
+            options.add_session_config_entry("session.x64quantprecision", "1")
         if device == "cuda":
             with redirect_stdout(io.StringIO()):  # it prints what it does not find
                 ort.preload_dlls(directory="")  # CUDA and cuDNN where pip put them

@@ -23,9 +23,10 @@ from vmad_edge.export.graphs.onnx_export import export_onnx
 from vmad_edge.export.int8 import LEAST_FRAMES, LIMIT, calibrate, quantize, write_int8
 from vmad_edge.export.parity import Parity
 from vmad_edge.export.precision import ENCODERS, encoder_stages, largest_error
+from vmad_edge.kernels import paths
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.cli import main
-from vmad_edge.runtime.engines import Arrays
+from vmad_edge.runtime.engines import Arrays, onnxruntime
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from vmad_edge.runtime.frame import list_images
 
@@ -108,24 +109,47 @@ def test_int8_is_near_fp32(graph: str, engine: str, int8: Bundle, stages: list[A
     assert all(1e-3 < error < LIMIT / 2 for error in errors)
 
 
-@pytest.mark.parametrize("graph", ENCODERS)
-def test_integer_kernels_run_them(graph: str, int8: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In what ONNX Runtime makes of the graph, with the engine's settings, no product of weights is left in FP32."""
-    options = ort.SessionOptions
+@pytest.fixture
+def optimised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where ONNX Runtime leaves what it makes of the graph that an engine loads, with the engine's settings."""
+    options, path = ort.SessionOptions, tmp_path / "optimised.onnx"
 
     def keeping_the_graph() -> ort.SessionOptions:
         made = options()
-        made.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        made.optimized_model_filepath = str(path)
         return made
 
     monkeypatch.setattr(ort, "SessionOptions", keeping_the_graph)
+    return path
+
+
+@pytest.mark.parametrize("graph", ENCODERS)
+def test_integer_kernels_run_them(graph: str, int8: Bundle, optimised: Path) -> None:
+    """No product with weights is left in FP32."""
     OnnxRuntimeEngine(int8.file(f"{graph}.onnx"))
-    left = onnx.load(tmp_path / "optimised.onnx").graph
+    left = onnx.load(optimised).graph
     weights = {weight.name for weight in left.initializer}
     kinds = [node.op_type for node in left.node if len(node.input) > 1 and node.input[1] in weights]
     written = [node.op_type for node in onnx.load(int8.file(f"{graph}.onnx")).graph.node]
     assert "DequantizeLinear" not in [node.op_type for node in left.node]
     assert kinds.count("MatMulIntegerToFloat") == written.count("QuantizeLinear") and "MatMul" not in kinds
+
+
+@pytest.mark.skipif("avx512_vnni" not in paths(), reason="a processor with VNNI is needed to see the difference")
+def test_weights_are_unsigned_where_signed_ones_would_saturate(
+    int8: Bundle, stages: list[Arrays], optimised: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On processors without VNNI. The sums are the same integers."""
+    graph = int8.file("clip_encoder.onnx")
+    found, kinds = [], []
+    for processor in (paths(), ["plain", "avx2"]):
+        monkeypatch.setattr(onnxruntime, "paths", lambda processor=processor: processor)
+        found.append(OnnxRuntimeEngine(graph).run({"clip_pixels": stages[0]["clip_pixels"]}))
+        left = onnx.load(optimised).graph
+        types = {weight.name: weight.data_type for weight in left.initializer}
+        kinds.append({types[node.input[1]] for node in left.node if node.op_type == "MatMulIntegerToFloat"})
+    assert kinds == [{TensorProto.INT8}, {TensorProto.UINT8}]
+    assert largest_error(found[1], found[0]) < 1e-5
 
 
 class Perceptron(nn.Module):
