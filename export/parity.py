@@ -105,7 +105,8 @@ def limits(manifest: Manifest) -> dict[str, dict[Measure, float]]:
         return max(PRECISION_LIMITS[manifest.precision.get(name, "fp32")] for name in names)
 
     vision, tokens = graphs("clip_encoder"), graphs("clip_encoder", "ltc_projector")
-    language = max(tokens, QUANTIZATION_LIMITS[manifest.language.quantization])
+    # What the tokens bring along, and what the language model's own weights add.
+    language = tokens + QUANTIZATION_LIMITS[manifest.language.quantization]
     masks = max(language, graphs("sam_encoder", "mask_decoder"))
     # Rounding has no direction: of an error's length, 1/√D lies along a feature. Four times that may.
     cosine = vision * min(1.0, 4 / manifest.vision.width**0.5)
