@@ -6,10 +6,10 @@
     python benchmarks/patchcore.py features.onnx ../shared/data/magnetic_tile --shots 200 \
         --anomalib .venv-anomalib/bin/python
 
-Levels (of stride 16 and 32) and size found made-up defects best on enrolled frames (patchcore_choice.py; as it stands
-it was only tried, with 8 shots). That choice is not blind: the tested frames' figures of strides 8 and 16 had been seen
-before (0.838 and 0.70 on the tiles). 3×3 places, the largest patch score and coresets of 1% and 10% are PatchCore's
-(Roth et al. 2022). anomalib has the coreset of 1% alone: its choice of 10% takes ten times as long.
+Levels and size have the best mean of image and pixel AUROC for made-up defects on enrolled tiles (patchcore_choice.py).
+Not wholly blind: that the mean counts was settled with that table in sight, and the tested frames' figures of strides 8
+and 16, and of 16 and 32, had been seen before. 3×3 places, the largest patch score and coresets of 1% and 10% are
+PatchCore's (Roth et al. 2022). anomalib has the coreset of 1% alone: its choice of 10% takes ten times as long.
 Both see the same enrolled frames, the same pixels and the same masks; times are processor time of all threads.
 """
 
@@ -41,7 +41,7 @@ from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import RunInProgress
 from vmad_edge.runtime.metrics import Measured, Scores, measure, pixel_scores
 
-LEVELS = ("reduction_4", "reduction_5")
+LEVELS = ("reduction_3", "reduction_4", "reduction_5")
 SHARES = (0.01, 0.1)
 FIGURES = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
 

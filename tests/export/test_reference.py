@@ -211,25 +211,28 @@ def test_checkpoint_opens_and_gives_the_same_answers(reader: Reader, batch: Batc
 
 
 def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    def step(model: nn.Linear, optimizer: torch.optim.Optimizer, i: int) -> None:
-        optimizer.zero_grad()
+    def step(model: nn.Linear, optimizers: list[torch.optim.Optimizer], i: int) -> None:
+        model.zero_grad()
         model(torch.full((1, 4), float(i))).pow(2).sum().backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
-    def fresh() -> tuple[nn.Linear, torch.optim.AdamW, dict[str, nn.Parameter]]:
+    def fresh() -> tuple[nn.Linear, list[torch.optim.Optimizer], dict[str, nn.Parameter]]:
         torch.manual_seed(0)
         model = nn.Linear(4, 2)
-        return model, torch.optim.AdamW(model.parameters(), lr=0.1), dict(model.named_parameters())
+        optimizers = [torch.optim.AdamW([model.bias], lr=0.1), torch.optim.Muon([model.weight], lr=0.1)]
+        return model, optimizers, dict(model.named_parameters())
 
-    model, optimizer, named = fresh()
+    model, optimizers, named = fresh()
     for i in range(3):
-        step(model, optimizer, i)
-    train._save(tmp_path / "read.safetensors", 3, model, optimizer, named)
-    step(model, optimizer, 3)
-    again, other, names = fresh()
-    assert train._resume(tmp_path / "read.safetensors", again, other, names) == 3
-    step(again, other, 3)
-    torch.testing.assert_close(again.weight, model.weight, rtol=0, atol=0)
+        step(model, optimizers, i)
+    train._save(tmp_path / "read.safetensors", 3, model, optimizers, named)
+    step(model, optimizers, 3)
+    again, others, names = fresh()
+    assert train._resume(tmp_path / "read.safetensors", again, others, names) == 3
+    step(again, others, 3)
+    for parameter in ("weight", "bias"):
+        torch.testing.assert_close(getattr(again, parameter), getattr(model, parameter), rtol=0, atol=0)
 
 
 def test_batches_depend_on_their_number_alone(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:

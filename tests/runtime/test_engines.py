@@ -67,8 +67,8 @@ def test_openvino_computes_what_onnx_runtime_computes(graph: str, demo: Bundle, 
     found = quick.run(inputs)
     if not quick.provider.endswith("bf16"):
         pytest.skip("this processor has no bf16")
-    for name in expected:  # 8 bits: 2⁻⁹ a rounding, and it must really be one
-        assert 1e-5 < error(found[name], expected[name]) < 1e-2, name
+    for name in expected:  # 2⁻⁹ a rounding, some fifty in a row; and it must really be bf16
+        assert 1e-5 < error(found[name], expected[name]) < 2e-2, name
 
 
 @needs_openvino
