@@ -197,9 +197,11 @@ class Checkpoint:
                 base.resize_token_embeddings(self.vocabulary, mean_resizing=False)
         base.model.rotary_emb = type(base.model.rotary_emb)(config)  # computed, not read
         modules = _empty(base)
-        PeftModel.from_pretrained(base, str(self.path / "adapter"), low_cpu_mem_usage=True)  # changes `base` in place
+        # It changes `base` in place.
+        adapted: torch.nn.Module = PeftModel.from_pretrained(base, str(self.path / "adapter"), low_cpu_mem_usage=True)
+        adapted.float().eval()
         _read_when_called(modules, self.path / "language")
-        return base.float().eval()
+        return base
 
 
 def read_shapes(path: Path) -> Shapes:

@@ -199,7 +199,7 @@ _ENDS_A_BRANCH = re.compile(r"(o_proj|down_proj|out_proj|fc2|lin2|attn\.proj)\.w
 
 def _parts(scale: Scale) -> Iterator[_Part]:
     weights = "model{suffix}.safetensors"
-    width, language_width = cast(int, scale.vision.hidden_size), cast(int, scale.language.hidden_size)
+    width, language_width = scale.vision.hidden_size, scale.language.hidden_size
     ltc, levels = Config.model_fields["ltc"].default, Config.model_fields["levels"].default
     with torch.device("meta"):
         vision = CLIPVisionModel(scale.vision)
@@ -211,14 +211,18 @@ def _parts(scale: Scale) -> Iterator[_Part]:
             "visual_abnormal": torch.empty(FEATURES, width, dtype=torch.float16),
             "semantic_normal": torch.empty(1, language_width, dtype=torch.float16),
         }
-    layers = cast(int, scale.language.num_hidden_layers)
-    yield _Part(f"vision/{weights}", vision.half().state_dict(), cast(int, scale.vision.num_hidden_layers))
-    yield _Part(f"language/{weights}", language.half().state_dict(), layers)
+    layers = scale.language.num_hidden_layers
+    yield _Part(f"vision/{weights}", _half(vision), scale.vision.num_hidden_layers)
+    yield _Part(f"language/{weights}", _half(language), layers)
     yield _Part("adapter/adapter_model.safetensors", _adapter(language), layers)
-    yield _Part("projector.safetensors", projector.half().state_dict())
+    yield _Part("projector.safetensors", _half(projector))
     yield _segmenter(scale.segmenter, f"segmenter/{weights}")
-    yield _Part("seg_projection.safetensors", seg_projection.half().state_dict())
+    yield _Part("seg_projection.safetensors", _half(seg_projection))
     yield _Part("similarity.safetensors", features)
+
+
+def _half(module: torch.nn.Module) -> dict[str, Tensor]:
+    return module.half().state_dict()
 
 
 _LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
@@ -241,14 +245,11 @@ def _vocabulary(language: Any) -> int:
 def _segmenter(config: SamConfig | MobileSamConfig, file: str) -> _Part:
     if isinstance(config, MobileSamConfig):
         with torch.device("meta"):
-            mobile = mobile_sam(config).half()
-        return _Part(
-            file, {upstream_name(name): tensor for name, tensor in mobile.state_dict().items()}, sum(DEPTHS[1:])
-        )
+            mobile = mobile_sam(config)
+        return _Part(file, {upstream_name(name): tensor for name, tensor in _half(mobile).items()}, sum(DEPTHS[1:]))
     with torch.device("meta"):
-        sam = SamModel(config).half()
-    tied = cast(Any, sam).all_tied_weights_keys
-    tensors = {name: tensor for name, tensor in sam.state_dict().items() if name not in tied}
+        sam: Any = SamModel(config)
+    tensors = {name: tensor for name, tensor in _half(sam).items() if name not in sam.all_tied_weights_keys}
     return _Part(file, tensors, sam.config.vision_config.num_hidden_layers)
 
 
@@ -265,7 +266,7 @@ def _write_configs(folder: Path, scale: Scale) -> None:
         (folder / "segmenter" / "config.json").write_text(scale.segmenter.model_dump_json(indent=2) + "\n")
     else:
         scale.segmenter.save_pretrained(folder / "segmenter")
-    vocab_size = cast(int, scale.language.vocab_size)
+    vocab_size = scale.language.vocab_size
     reader = Reader(make_tokenizer(folder / "language", vocab_size, _gibberish(vocab_size), ADDED))
     config = Config(
         model_type="vmad",
