@@ -49,7 +49,10 @@ WIDTH, LANGUAGE_WIDTH, PROMPT_WIDTH = 192, 256, 256
 GRID, SCALE = 16, 2
 FEATURES = 64
 QUEUE = 4096
-ATTENTION = "eager"  # on a CPU torch's fused attention is slower: CLIP's whole step took 1.4 times as long
+# On a CPU torch's fused attention is slower: CLIP's whole step took 1.4 times as long.
+ATTENTION: dict[str, Any] = {"attn_implementation": "eager"}
+    "attn_implementation": "eager"
+}  # on a CPU torch's fused attention is slower: CLIP's whole step took 1.4 times as long
 CLIP = ClipInput(
     size=14 * GRID,
     resize="exact",
@@ -98,7 +101,7 @@ class ReferenceModel(nn.Module):
         self.vision = CLIPVisionModel(
             CLIPVisionConfig(
                 hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=6, num_attention_heads=3,
-                image_size=CLIP.size, patch_size=14, hidden_act="gelu", attn_implementation=ATTENTION,
+                image_size=CLIP.size, patch_size=14, hidden_act="gelu", **ATTENTION,
             )
         )  # fmt: skip
         # transformers' 0.02 is lost beside the patches' embeddings: the visual tokens forgot where they are.
@@ -114,7 +117,7 @@ class ReferenceModel(nn.Module):
                 hidden_size=LANGUAGE_WIDTH, intermediate_size=3 * LANGUAGE_WIDTH, num_hidden_layers=4,
                 num_attention_heads=4, vocab_size=len(reader.tokenizer), max_position_embeddings=512,
                 rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-                attn_implementation=ATTENTION,
+                **ATTENTION,
             )
         )  # fmt: skip
         self.adapted: tuple[PeftModel] | None = None
@@ -123,11 +126,11 @@ class ReferenceModel(nn.Module):
                 vision_config=SamVisionConfig(
                     hidden_size=WIDTH, mlp_dim=4 * WIDTH, num_hidden_layers=4, num_attention_heads=3,
                     image_size=SAM.size, patch_size=16, window_size=8, global_attn_indexes=[0, 1, 2, 3],
-                    output_channels=PROMPT_WIDTH, attn_implementation=ATTENTION,
+                    output_channels=PROMPT_WIDTH, **ATTENTION,
                 ),
                 prompt_encoder_config=SamPromptEncoderConfig(image_size=SAM.size, patch_size=16),
                 mask_decoder_config=SamMaskDecoderConfig(mlp_dim=256, iou_head_hidden_dim=64),
-                attn_implementation=ATTENTION,
+                **ATTENTION,
             )
         )  # fmt: skip
         self.seg_projection = SegProjection(LANGUAGE_WIDTH, PROMPT_WIDTH)

@@ -121,8 +121,8 @@ class OnnxRuntimeEngine:
 
 
 _OUT_OF_MEMORY = (
-    "{path}: no memory left for it ({error!s:.200}). Free some, keep fewer of the language model's layers on the GPU, or "
-    "export with a smaller --llm or --precision fp16."
+    "{path}: no memory left for it ({error!s:.200}). Free some, keep fewer of the language model's layers on the GPU, "
+    "or export with a smaller --llm or --precision fp16."
 )
 
 
