@@ -51,8 +51,6 @@ FEATURES = 64
 QUEUE = 4096
 # On a CPU torch's fused attention is slower: CLIP's whole step took 1.4 times as long.
 ATTENTION: dict[str, Any] = {"attn_implementation": "eager"}
-    "attn_implementation": "eager"
-}  # on a CPU torch's fused attention is slower: CLIP's whole step took 1.4 times as long
 CLIP = ClipInput(
     size=14 * GRID,
     resize="exact",
