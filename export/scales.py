@@ -53,8 +53,8 @@ ADDED = ("<im_patch>", "<im_start>", "<im_end>")
 FEATURES = 64
 ANSWER_TOKENS = 8
 """Random weights never say `<seg>`. Few tokens: parity reads all weights of the source again for each."""
-SHARD = 10**9
-"""Bytes of weights that are in memory at once, and in a file."""
+SHARD = 5 * 10**8
+"""Bytes of weights in a file. As many are in memory at once, and once more while safetensors writes them."""
 _DRAWN_ALONGSIDE = 5 * 10**7
 """Bytes of tokenizer, configs and images, and some to spare."""
 
@@ -108,7 +108,7 @@ def make_checkpoint(
 ) -> None:
     """Write a checkpoint of random FP16 weights to `folder`, whole or not at all; the same for the same seed.
 
-    At most SHARD bytes of weights, or one tensor's if that is more, are in memory at once.
+    Never more than one file's weights are in memory: SHARD bytes, or the adapter's.
 
     Args:
         progress: gets the bytes that are written, and those that will be.
