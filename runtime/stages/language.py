@@ -315,8 +315,8 @@ class LanguageModel:
         visual = self._check_visual(visual_tokens)
         position = self._prefill(before, visual, after)
         p_yes = self._p_yes()
-        on_p_yes(p_yes)
         prefilled = time.perf_counter()
+        on_p_yes(p_yes)
 
         text, ids = _Text(on_text), list[int]()
         seg, seg_forced = self._language.seg_token_id, False
