@@ -119,6 +119,8 @@ def similarity(figures: Figures) -> list[str]:
     notes = [f"Threads: {figures['threads']}; path {figures['path']}; time {figures['time']}"]
     for name, bar in (figures["bars"] or {}).items():
         notes.append(f"{name}: {bar['reached']:.2f}" + (f" (bar {bar['bar']})" if bar["bar"] else ""))
+    gained = ", ".join(f"{name} {ms:.1f}" for name, ms in figures["screen_ms"].items())
+    notes.append(f"patch similarity of the demo's screen with 200 frames enrolled, ms: {gained}")
     if found := figures["musc"]:
         times, peaks = (found[what].values() for what in ("seconds", "peak_mib"))
         notes.append(
