@@ -163,6 +163,7 @@ no engine reaches a peak. `c`: compute binds, `m`: memory does. It rules hardwar
 - SAM's encoder and the language model share the GPU: together they take at least the sum of their products, and of
   their bytes.
 - Memory: weights and KV cache. Engines' working memory comes on top and, on a Jetson, the system.
+- Some of the hardware's figures were read where the named source is quoted, not in it: check them before you buy.
 
 This page is made by `python benchmarks/plans.py demo/bundle > docs/plans.md`.
 """

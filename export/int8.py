@@ -2,9 +2,9 @@
 
 x·W becomes DQ(Q(x))·DQ(W₈), the form that TensorRT, OpenVINO and ONNX Runtime fuse alike: symmetric with zero point 0,
 one scale for x, by its largest value on the calibration frames, and one for each column of W. Before that, what makes
-single channels of x large is moved into W (SmoothQuant, Xiao et al. 2022). Attention's products of
-activations, norms, softmax and GELU keep FP32. So do convolutions: a transformer has few, and ONNX Runtime has integer
-ones only where what comes out is INT8 too. The mask decoder is not touched: few tokens, and the last word.
+single channels of x large is moved into W (SmoothQuant, Xiao et al. 2022). Attention's products of activations, norms,
+softmax and GELU keep FP32. So do convolutions: a transformer has few, and ONNX Runtime has integer ones only where what
+comes out is INT8 too. The mask decoder is not touched: few tokens, and the last word.
 """
 
 from __future__ import annotations
@@ -103,13 +103,12 @@ def smooth(source: Path, target: Path, frames: Sequence[Arrays]) -> None:
     s = max|x|^α / max|W|^(1−α) by channel, on `frames`; where nothing else reads it, a LayerNorm before gives x/s.
     """
     model = ir.load(source)
-    values = list(_products(model.graph))
-    largest = [_largest_channels(model.graph, value) for value in values]
+    largest = [_largest_channels(model.graph, x) for x in list(_products(model.graph))]
     of_frames = _measured(model, source.parent, frames, largest)
     model = ir.load(source)
     graph = model.graph
     for place, (x, nodes) in enumerate(_products(graph).items()):
-        weights = [_columns_of(node) for node in nodes]
+        weights = [_matrix(node) for node in nodes]
         of_x = np.max([frame[place] for frame in of_frames], axis=0)
         of_w = np.max([np.abs(matrix).max(axis=1) for matrix in weights], axis=0)
         there = (of_x > 0) & (of_w > 0)
@@ -236,13 +235,13 @@ def _weights(value: ir.Value | None) -> NDArray[np.float32] | None:
 
 def _columns(product: ir.Node) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """The weights [I,O] of one of _products in steps, and what a step is worth in each column [O]."""
-    weights = _columns_of(product)
+    weights = _matrix(product)
     largest = np.abs(weights).max(axis=0)
     steps = np.where(largest == 0, 1, largest / 127).astype(np.float32)
     return np.rint(weights / steps).astype(np.int8), steps
 
 
-def _columns_of(product: ir.Node) -> NDArray[np.float32]:
+def _matrix(product: ir.Node) -> NDArray[np.float32]:
     weights = _weights(product.inputs[1])
     assert weights is not None
     return weights

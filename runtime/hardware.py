@@ -1,4 +1,4 @@
-"""GPUs that one may buy, as their data sheets have them: the only place for such facts."""
+"""GPUs that one may buy: the only place for such facts. Some were read where the named source is quoted, not in it."""
 
 from __future__ import annotations
 
