@@ -34,9 +34,9 @@ bench: .venv/test
 	if [ -d ../shared/data ]; then $(BIN)/python benchmarks/real_images.py demo/bundle ../shared/data/*; \
 	    else echo "benchmarks/real_images.py: skipped, there is no ../shared/data"; fi
 	$(BIN)/pip install --quiet --no-deps faiss-cpu==1.15.1
-	$(BIN)/python benchmarks/similarity.py --frames 40 --save
+	$(BIN)/python benchmarks/similarity.py --frames 0 --save  # MuSc at 200 frames takes 24 minutes
 	$(BIN)/python benchmarks/plans.py demo/bundle > docs/plans.md
-	$(BIN)/python benchmarks/tables.py README.md benchmarks/results/reference.md
+	$(BIN)/python benchmarks/tables.py README.md benchmarks/results/reference.md benchmarks/results/scales.md
 
 .venv/llama:
 	$(PYTHON) -m venv .venv

@@ -14,7 +14,7 @@ from math import ceil
 
 from vmad_edge.runtime.hardware import HARDWARE, Hardware
 
-GPUS = [HARDWARE[name] for name in ("orin-agx", "orin-nano", "thor", "rtx4090")]
+GPUS = [HARDWARE[name] for name in ("orin-agx", "orin-nano", "thor", "rtx4090", "h200")]
 """Thor's peak is that of its own matrix instructions, which mma.sync does not reach."""
 SIZES = ((256, 256), (256, 2560), (256, 51200), (576, 115200), (1369, 273800))
 WIDTH = 1024

@@ -58,7 +58,9 @@ def main() -> None:
     parser.add_argument("--patches", type=int, default=576, help="a frame (default: %(default)s)")
     parser.add_argument("--levels", type=int, default=4, help="of features (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: see similarity_cuda.py")
-    parser.add_argument("--save", action="store_true", help="write results/similarity.json, or similarity_cuda.json")
+    parser.add_argument(
+        "--save", action="store_true", help="write results/similarity.json and musc.json, or similarity_cuda.json"
+    )
     arguments = parser.parse_args()
     if arguments.device == "cuda":
         similarity_cuda.measure(arguments.sizes, arguments.repeats, arguments.save)
@@ -79,16 +81,20 @@ def main() -> None:
         "sizes": sizes,
         "bars": bars(sizes[BARS_AT]["gflops"]) if BARS_AT in sizes else None,
         "screen_ms": screen(arguments.repeats, clock),
-        "musc": musc(arguments.frames, arguments.patches, arguments.width, arguments.levels, clock)
-        if arguments.frames
-        else None,
     }
+    scored = None
+    if arguments.frames:
+        scored = musc(arguments.frames, arguments.patches, arguments.width, arguments.levels, clock)
     ended = run.end(("torch", "faiss-cpu"))
     show(figures)
+    if scored:
+        Console().print(scored)
     if warning := busy_elsewhere(ended):
         Console().print(warning)
     if arguments.save:
         save("similarity", ended, figures)
+        if scored:
+            save("musc", ended, scored)
 
 
 def unit_rows(count: int, width: int, seed: int) -> NDArray[np.float32]:
@@ -251,8 +257,6 @@ def show(figures: Figures) -> None:
     for name, bar in (figures["bars"] or {}).items():
         console.print(f"{name}: {bar['reached']:.2f} (bar: {bar['bar'] or 'none'})", highlight=False)
     console.print("The demo's patch similarity with 200 frames enrolled, ms:", figures["screen_ms"])
-    if figures["musc"]:
-        console.print(figures["musc"])
 
 
 if __name__ == "__main__":

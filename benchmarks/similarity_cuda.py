@@ -1,10 +1,13 @@
 """Patch similarity on a GPU against the matrix product that it contains, in one run.
 
-    pip install '.[gpu]' faiss-cpu torch
+    pip install '.[gpu]' faiss-cuda torch
     python benchmarks/similarity.py --device cuda --sizes 256x2560 576x115200 1369x273800 --save
 
 Each contender is captured as a CUDA graph, launched in rounds that take turns; figures are medians. torch's product is
-cuBLAS. `aim` is 0.9 of the product alone at the two large sizes, `must` 0.6; 256×2560 shall take 15 µs at most.
+cuBLAS. faiss allocates as it searches, so it runs without a graph; faiss-cpu in its place leaves it out. The roofline
+is the longer of the operations at the data sheet's peak and the bytes at its bandwidth, where the GPU is in
+runtime/hardware.py. `aim` is 0.9 of the product alone at the two large sizes, `must` 0.6; 256×2560 shall take 15 µs at
+most.
 """
 
 from __future__ import annotations
@@ -16,8 +19,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
+from cuda_arithmetic import floor
+from numpy.typing import NDArray
 from record import save
 from rich.console import Console
 from rich.progress import track
@@ -25,9 +31,12 @@ from rich.table import Table
 
 from vmad_edge.kernels import cuda
 from vmad_edge.runtime.device import Device
+from vmad_edge.runtime.hardware import HARDWARE
 from vmad_edge.runtime.machine import RunInProgress
 
 WIDTH = 1024
+SHEETS = {"NVIDIA H200": "h200", "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA Thor": "thor"}
+"""By the driver's names, of GPUs that those tell apart (it calls every Orin the same)."""
 Contenders = dict[str, Callable[[], object]]
 
 
@@ -37,7 +46,7 @@ def measure(sizes: Sequence[str], rounds: int, keep: bool) -> None:
     microseconds = {}
     for size in sizes:
         q, m = map(int, size.split("x"))
-        microseconds[size] = measured(contenders(device, q, m), rounds, size)
+        microseconds[size] = measured(contenders(device, q, m), rounds, size) | rooflines(device.name, q, m)
     table = Table("", *sizes, title=f"µs, D={WIDTH}, {device.name}, kernels for {cuda.targets()}")
     for name in microseconds[sizes[0]]:
         table.add_row(name, *(f"{taken[name]:.1f}" for taken in microseconds.values()))
@@ -47,7 +56,7 @@ def measure(sizes: Sequence[str], rounds: int, keep: bool) -> None:
         console.print(f"{name}: {bar}")
     if keep:
         figures = {"gpu": device.name, "kernels": cuda.targets(), "microseconds": microseconds, "bars": reached}
-        save("similarity_cuda", run.end(["torch", "pycuda", "cuda-bindings"]), figures)
+        save("similarity_cuda", run.end(["torch", "faiss-cuda", "pycuda", "cuda-bindings"]), figures)
 
 
 def bars(microseconds: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -95,8 +104,37 @@ def contenders(device: Device, q: int, m: int) -> Contenders:
             with torch.cuda.graph(captured, stream=stream):
                 work()
             runs[name] = Captured(captured.replay, work).launch
+        if hasattr(faiss, "GpuIndexFlatIP"):
+            runs["GpuIndexFlatIP, float16 (faiss), no graph"] = searched(stream, *features)
     runs["wait"] = device.wait
     return runs
+
+
+def searched(stream: torch.cuda.Stream, query: NDArray[np.float16], rows: NDArray[np.float16]) -> Callable[[], object]:
+    import faiss.contrib.torch_utils  # lets search take tensors where they lie, on torch's current stream
+
+    resources, config = faiss.StandardGpuResources(), faiss.GpuIndexFlatConfig()
+    config.useFloat16 = True
+    index = faiss.GpuIndexFlatIP(resources, WIDTH, config)
+    index.add(rows.astype(np.float32))
+    asked = torch.from_numpy(query).float().cuda()
+
+    def search(keep: object = resources) -> None:
+        with torch.cuda.stream(stream):
+            index.search(asked, 1)
+
+    return search
+
+
+def rooflines(gpu: str, q: int, m: int) -> dict[str, float]:
+    """Microseconds; nothing for a GPU without a data sheet here."""
+    if gpu not in SHEETS:
+        return {}
+    sheet, found = HARDWARE[SHEETS[gpu]], {}
+    for dtype, size in (("float16", 2), ("int8", 1)):
+        operations, moved = 2 * q * m * WIDTH, (q * 4 + m * size) * WIDTH + q * 12
+        found[f"roofline, {dtype} (data sheet)"] = 1e6 * floor(sheet, operations, moved, size)
+    return found
 
 
 @dataclass(frozen=True)

@@ -121,12 +121,6 @@ def similarity(figures: Figures) -> list[str]:
         notes.append(f"{name}: {bar['reached']:.2f}" + (f" (bar {bar['bar']})" if bar["bar"] else ""))
     gained = ", ".join(f"{name} {ms:.1f}" for name, ms in figures["screen_ms"].items())
     notes.append(f"patch similarity of the demo's screen with 200 frames enrolled, ms: {gained}")
-    if found := figures["musc"]:
-        times, peaks = (found[what].values() for what in ("seconds", "peak_mib"))
-        notes.append(
-            f"MuSc of {found['frames']} frames × {found['patches']} patches × {found['levels']} levels: "
-            + ", ".join(f"{n} {t:.0f} s, {p:.0f} MiB" for n, t, p in zip(found["seconds"], times, peaks, strict=True))
-        )
     return [
         *_table([f"GFLOP/s (MiB more at its peak), D={figures['width']}", *sizes], rows),
         "",
@@ -134,8 +128,51 @@ def similarity(figures: Figures) -> list[str]:
     ]
 
 
+def musc(figures: Figures) -> list[str]:
+    rows = [
+        [name, f"{seconds:.0f}", f"{figures['peak_mib'][name]:.0f}", f"{figures['max_error'][name]:.0e}"]
+        for name, seconds in figures["seconds"].items()
+    ]
+    title = f"MuSc: {figures['frames']} frames × {figures['patches']} patches × {figures['levels']} levels"
+    return _table([title, "s", "MiB more at its peak", "error"], rows)
+
+
+def scale(figures: Figures) -> list[str]:
+    steps = figures["steps"]
+    rows = [
+        [
+            f"{step}: {stage}",
+            *(f"{at[what]:.0f}" for what in ("seconds", "processor_seconds", "resident_mib", "anonymous_mib")),
+        ]
+        for step, taken in steps.items()
+        for stage, at in taken["stages"].items()
+    ]
+    found = {step: taken["found"] for step, taken in steps.items()}
+    notes = []
+    if exported := found.get("export"):
+        sizes = {name: size for name, size in exported["bytes"].items() if name.endswith((".onnx", ".gguf"))}
+        errors = {stage: row["max_relative_error"] for stage, row in exported["parity"].items()}
+        told = ", ".join(f"{stage} {error:.1e}" for stage, error in errors.items() if error is not None)
+        notes.append(f"Bundle in {exported['precision']} and {exported['llm']}, MB: {_megabytes(sizes)}.")
+        notes.append(f"Parity's largest relative errors: {told}; mask IoU {exported['parity']['mask']['iou']:.3f}.")
+    if inspected := found.get("inspect"):
+        taken = inspected["second"]["timings_ms"].items()
+        notes.append("A second inspection on the CPU, ms: " + ", ".join(f"{s} {in_ms(ms)}" for s, ms in taken) + ".")
+    if built := found.get("build"):
+        chip = ".".join(map(str, built["compute_capability"]))
+        notes.append(f"Plans of {built['tensorrt']} for {chip}, MB: {_megabytes(built['plan_bytes'])}.")
+    return [*_table(["", "s", "processor s", "peak MiB", "of it not mapped files"], rows), "", " ".join(notes)]
+
+
+def _megabytes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size / 1e6:.0f}" for name, size in sizes.items())
+
+
 TABLES: dict[str, Callable[[Figures], list[str]]] = {
-    function.__name__: function for function in (bench, chain, real_images, answer_modes, similarity)
+    **{function.__name__: function for function in (bench, chain, real_images, answer_modes, similarity, musc)},
+    "chain_edge": chain,
+    "edge": scale,
+    "paper": scale,
 }
 
 

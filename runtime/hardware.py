@@ -65,5 +65,15 @@ HARDWARE = {
         gigahertz=2.52,
         source="NVIDIA Ada GPU Architecture whitepaper, appendix A (FP16 with FP32 accumulate)",
     ),
+    "h200": Hardware(
+        name="H200 SXM 141 GB",
+        tflops={"fp32": 66.9, "fp16": 989.4, "int8": 1978.9},
+        gigabytes=4800,
+        memory_gib=131,
+        shared=False,
+        processors=132,
+        gigahertz=1.83,
+        source="NVIDIA H200 data sheet: 1,979 sparse FP16 TFLOPS and 3,958 sparse INT8 TOPS, halved; 141 × 10⁹ bytes",
+    ),
 }
 """By the names that `vmad bench --plan` takes."""

@@ -69,7 +69,7 @@ def main() -> None:
         train(arguments().parse_args(command))
         reader = Reader(load_tokenizer(out / "tokenizer"))
         model = ReferenceModel(reader, 0, ltc, dssl).eval()
-        with safe_open(out / "read.safetensors", "pt") as file:
+        with safe_open(out / "read1.safetensors", "pt") as file:
             names = [key for key in file.keys() if key.startswith("model.")]  # noqa: SIM118
             model.load_state_dict({key.removeprefix("model."): file.get_tensor(key) for key in names})
         rows[name] = figures(model, args.parts)

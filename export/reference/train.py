@@ -2,8 +2,8 @@
 
 Stage "see" trains vision and LTC by dense losses on parts with several defects, "read" the LLM and LTC on one defect a
 part, "segment" SAM by itself (started from CLIP's layers), "mask" SAM and Γ with the LLM learning through its LoRA.
-Then DIR/checkpoint is written. Batch number i always holds the same parts: they and the first weights follow from the
-seed.
+Each round goes on from the last with the rates raised again. Then DIR/checkpoint is written. Batch number i always
+holds the same parts: they and the first weights follow from the seed.
 With the packages of EfficientNet-lite0 installed (see teacher.py), vision also learns to give its features.
 
 It runs as several processes of one thread each that average their gradients once a step: on a CPU that others use too
@@ -19,6 +19,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ SAVE_EVERY = 200  # steps
 # AdamW's peak learning rates: of the LLM (at 1e-3 its loss was seen to jump) and of all else.
 PEAKS = {"see": (0.0, 1e-3), "read": (7e-4, 3e-4), "segment": (0.0, 7e-4), "mask": (3e-4, 5e-4)}
 MUON = 10  # times AdamW's rate; 2, 5 and 12 were tried for 150 steps of "see", each better than the one before
+SAMPLES = {"see": (112_000, 64_000), "read": (36_000, 32_000), "segment": (24_000, 24_000), "mask": (0, 12_000)}
 HIDDEN = re.compile(r"(\.layers\.\d+|^projector|\.final_attn\w*)\..*weight$")
 SEES_CLIP, SEES_SAM, TELLS = ("see", "read", "mask"), ("segment", "mask"), ("read", "mask")
 
@@ -115,12 +117,11 @@ def rate(step: int, steps: int) -> float:
     return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train_stage(model: ReferenceModel, stage: str, steps: int, first: int, out: Path, seed: int) -> None:
-    """Run one stage to its end in this process of the group; `first` is the number of its first step overall."""
+def train_stage(model: ReferenceModel, stage: str, saved: Path, steps: int, first: int, seed: int) -> None:
+    """Run one stage to its end, or on from the state in `saved`; `first` is the number of its first step overall."""
     rank, processes = dist.get_rank(), dist.get_world_size()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = _optimizers(named, stage)
-    saved = out / f"{stage}.safetensors"
     start = _resume(saved, model, optimizers, named) if saved.exists() else 0
     numbers = range((first + start) * processes + rank, (first + steps) * processes, processes)
     batches = DataLoader(
@@ -131,8 +132,8 @@ def train_stage(model: ReferenceModel, stage: str, steps: int, first: int, out: 
     teacher = Teacher(CLIP.size) if stage == "see" and installed() else None
     mean: dict[str, float] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=rank > 0) as progress, (out / "curve.jsonl").open("a") as curve:
-        bar = progress.add_task(stage, total=steps, completed=start)
+    with Progress(*columns, disable=rank > 0) as progress, saved.with_name("curve.jsonl").open("a") as curve:
+        bar = progress.add_task(saved.stem, total=steps, completed=start)
         began = time.monotonic()
         for step, batch in enumerate(batches, start):
             torch.manual_seed((seed * 1_000_003 + first + step) * processes + rank)
@@ -161,7 +162,7 @@ def train_stage(model: ReferenceModel, stage: str, steps: int, first: int, out: 
             progress.update(bar, advance=1)
             if (step + 1) % 50 == 0 or step + 1 == steps:
                 speed = (step + 1 - start) * BATCH * processes / (time.monotonic() - began)
-                row = {"stage": stage, "step": step + 1, "samples_per_s": round(speed, 1)}
+                row = {"stage": saved.stem, "step": step + 1, "samples_per_s": round(speed, 1)}
                 row |= {name: round(value, 4) for name, value in mean.items()}
                 curve.write(json.dumps(row) + "\n")
                 curve.flush()
@@ -234,16 +235,18 @@ def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
     reader = Reader(load_tokenizer(args.out / "tokenizer"))
     model = ReferenceModel(reader, args.seed, ltc="ltc" not in args.without, dssl="dssl" not in args.without)
     first = 0
-    for stage in PEAKS:
-        steps = getattr(args, f"{stage}_samples") // (BATCH * args.processes)
-        if steps == 0:
-            continue
-        if stage == "segment":
-            model.lend_vision(next(iter(Stream("see", reader, args.seed, range(1)))).clip_pixels)
-        if stage == "mask":
-            model.adapt()
-        train_stage(model, stage, steps, first, args.out, args.seed)
-        first += steps
+    samples = zip_longest(*(getattr(args, f"{stage}_samples") for stage in PEAKS), fillvalue=0)
+    for number, counts in enumerate(samples, 1):
+        for stage, count in zip(PEAKS, counts, strict=True):
+            steps = count // (BATCH * args.processes)
+            if steps == 0:
+                continue
+            if stage == "segment" and number == 1:
+                model.lend_vision(next(iter(Stream("see", reader, args.seed, range(1)))).clip_pixels)
+            if stage == "mask":
+                model.adapt()
+            train_stage(model, stage, args.out / f"{stage}{number}.safetensors", steps, first, args.seed)
+            first += steps
     dist.destroy_process_group()
     if rank == 0 and model.adapted is not None:
         write_checkpoint(model, args.out / "checkpoint")
@@ -272,10 +275,9 @@ def train(args: argparse.Namespace) -> None:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for states, curve and checkpoint")
-    parser.add_argument("--see-samples", type=int, default=112_000)
-    parser.add_argument("--read-samples", type=int, default=36_000)
-    parser.add_argument("--segment-samples", type=int, default=24_000)
-    parser.add_argument("--mask-samples", type=int, default=12_000)
+    for stage, samples in SAMPLES.items():
+        said = "of each round" + (", 0 but for the last" if stage == "mask" else "")
+        parser.add_argument(f"--{stage}-samples", type=int, nargs="+", default=samples, help=said)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without", choices=["ltc", "dssl"], action="append", default=[], help="for the ablation")
