@@ -8,6 +8,7 @@ given the source's answer, so that one other token does not move all that follow
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -335,6 +336,8 @@ def _run_source(
     for number, path in enumerate(images, 1):
         progress(f"parity: source, image {number} of {len(images)}")
         found.append(source.run(Frame.read(path), question))
+    del source
+    gc.collect()  # its modules hold one another
     return found
 
 
