@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
@@ -65,7 +64,6 @@ def export(
             name = graph.__name__.rpartition(".")[2]
             progress(name)
             graph.export(source, folder / f"{name}.onnx")
-        gc.collect()  # torch's exporter leaves cycles that hold a graph's weights
         progress("language model")
         export_language(source.path / "language", source.path / "adapter", folder / "llm.gguf", quantization)
         _export_similarity(source, folder / "similarity.safetensors")
