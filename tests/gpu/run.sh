@@ -15,10 +15,12 @@ if [ -z "${PYTHON:-}" ]; then
     CUDACXX="${CUDACXX:-$(command -v nvcc)}" || { echo "no nvcc in PATH or $CUDA_HOME/bin" >&2; exit 1; }
     export CUDACXX CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}"
     major=$("$CUDACXX" --version | sed -n 's/.*release \([0-9]*\).*/\1/p')
+    faiss=faiss-cpu
+    [ "$(uname -m)" = x86_64 ] && faiss=faiss-cuda  # a wheel for no other
     {
         python3 -m venv --system-site-packages .venv-gpu &&  # JetPack's TensorRT is a package of the system
         $PYTHON -m pip install --quiet '.[gpu]' 'onnxruntime-gpu[cuda,cudnn]' "cuda-bindings==$major.*" \
-            pytest hypothesis scipy torch faiss-cpu
+            pytest hypothesis scipy torch "$faiss"
     } || exit 1
 fi
 
