@@ -137,6 +137,19 @@ def musc(figures: Figures) -> list[str]:
     return _table([title, "s", "MiB more at its peak", "error"], rows)
 
 
+def clip_large(figures: Figures) -> list[str]:
+    rows = [
+        [
+            f"{name} ({row['with']})",
+            in_ms(row["ms"]["p50"]),
+            f"{row['times_faster_than_torch_f32']:.2f}",
+            f"{row['error']:.4f}",
+        ]
+        for name, row in figures["rows"].items()
+    ]
+    return _table([f"{figures['layers']} layers, {figures['size']} px", "p50, ms", "×", "error"], rows)
+
+
 def scale(figures: Figures) -> list[str]:
     steps = figures["steps"]
     rows = [
@@ -169,7 +182,10 @@ def _megabytes(sizes: dict[str, int]) -> str:
 
 
 TABLES: dict[str, Callable[[Figures], list[str]]] = {
-    **{function.__name__: function for function in (bench, chain, real_images, answer_modes, similarity, musc)},
+    **{
+        function.__name__: function
+        for function in (bench, chain, real_images, answer_modes, similarity, musc, clip_large)
+    },
     "chain_edge": chain,
     "edge": scale,
     "paper": scale,
