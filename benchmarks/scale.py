@@ -62,6 +62,18 @@ def export(args: argparse.Namespace, stage: Callable[[str], None]) -> dict[str, 
     }
 
 
+def language_model(args: argparse.Namespace, stage: Callable[[str], None]) -> dict[str, Any]:
+    """That part of the export by itself, where no graph's weights are in memory."""
+    from vmad_edge.export.language import export_language
+
+    checkpoint, target = args.folder / "checkpoint", args.folder / "llm.gguf"
+    stage("write and quantize")
+    export_language(checkpoint / "language", checkpoint / "adapter", target, args.llm)
+    size = target.stat().st_size
+    target.unlink()
+    return {"llm": args.llm, "bytes": size}
+
+
 def inspect(args: argparse.Namespace, stage: Callable[[str], None]) -> dict[str, Any]:
     from vmad_edge.runtime.inspector import Inspector
 
@@ -96,7 +108,7 @@ def build(args: argparse.Namespace, stage: Callable[[str], None]) -> dict[str, A
     return found
 
 
-STEPS = {step.__name__: step for step in (make_checkpoint, export, inspect, build)}
+STEPS = {step.__name__: step for step in (make_checkpoint, export, language_model, inspect, build)}
 
 
 def main() -> None:
