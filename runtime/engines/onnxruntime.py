@@ -51,6 +51,9 @@ class OnnxRuntimeEngine:
         options.intra_op_num_threads = threads or 0
         # Spinning threads would steal the cores from llama.cpp and from the other lane.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # SAM ViT-H's activations take 4.6 GB: kept between runs, and once more for the pattern that the second run lays
+        # out. Asked of the system each time, they took as long.
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         if "avx512_vnni" not in paths():  # sums of INT8 products would saturate; weights as UINT8 take twice the time
             options.add_session_config_entry("session.x64quantprecision", "1")
         if device == "cuda":
