@@ -124,7 +124,8 @@ def limits(manifest: Manifest) -> dict[str, dict[Measure, float]]:
         "patches_multi": strict,
         "image_embeddings": {"max_relative_error": graphs("sam_encoder")},
         "visual_tokens": {"max_relative_error": tokens},
-        "hidden_states": loose,
+        # INT8 may move a visual token that lies between normal and abnormal, and its state with it, to the other side.
+        "hidden_states": loose if tokens <= PRECISION_LIMITS["fp16"] else {"cosine": loose["cosine"]},
         "logits": loose,
         "h_seg": loose,
         "h_seg_full": loose,

@@ -223,6 +223,8 @@ def evaluate(find: Find, bounds: Thresholds | None, count: int, group: Group) ->
         "kind named right": np.mean(kind),
         "place named right": np.mean(place),
         "answers in form": np.mean(forms),
+        "good parts answered Yes": (np.array(p_yes)[~bad] >= 0.5).mean(),
+        "defective parts answered Yes": (np.array(p_yes)[bad] >= 0.5).mean(),
     }
     if group == "unseen kinds":
         del figures["kind named right"]  # it has no word for them

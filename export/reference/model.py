@@ -80,6 +80,9 @@ class Batch:
     answer: Tensor
     """[B,T1] bool: which of `after` are the answer's."""
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
 
 class ReferenceModel(nn.Module):
     """Every part in one module; `losses_see`, `_read`, `_segment`, `_mask` are the stages of training.
@@ -185,11 +188,10 @@ class ReferenceModel(nn.Module):
         self._remember(patches, cell == 0)
         cover = self._pool(_mask(batch), GRID)
         odds = self.patch_logits(patches if self.dssl else patches.detach())
-        losses = {
-            "patch": F.binary_cross_entropy_with_logits(odds, (cover > 0.1).float(), pos_weight=torch.tensor(3.0))
-        }
-        drawn = self.queue[torch.randint(QUEUE, (512,))]
+        losses = {"patch": _defects(odds, cover > 0.1)}
+        drawn = self.queue[torch.randint(QUEUE, (512,), device=patches.device)]
         losses["queue"] = 0.2 * (1 - (drawn @ F.normalize(self.visual_normal, dim=-1).T).amax(-1)).mean()
+        losses["image"] = 0.5 * _ranking(odds.topk(odds.shape[1] // 100).values.mean(1), cover.amax(1) > 0)
         losses |= self._cells(batch, visual_tokens, odds)
         if teacher is not None:
             half = batch.clip_pixels[: len(patches) // 2]  # the teacher's time is a fifth of a step's
@@ -210,7 +212,7 @@ class ReferenceModel(nn.Module):
         """Put the pooled patches [B,N,D] of normal cells [B,K] into the queue, before the oldest."""
         grid = patches.detach().float().transpose(1, 2).reshape(-1, WIDTH, GRID, GRID)
         pooled = F.adaptive_avg_pool2d(grid, GRID // SCALE).flatten(2).transpose(1, 2)[normal]
-        new = F.normalize(pooled[torch.randperm(len(pooled))[:256]], dim=-1)
+        new = F.normalize(pooled[torch.randperm(len(pooled), device=pooled.device)[:256]], dim=-1)
         self.queue = torch.cat([new, self.queue])[:QUEUE]
 
     def _cells(self, batch: Batch, visual_tokens: Tensor, odds: Tensor) -> dict[str, Tensor]:
@@ -223,15 +225,15 @@ class ReferenceModel(nn.Module):
         align = F.kl_div(spoken.log_softmax(-1), seen.log_softmax(-1), reduction="batchmean", log_target=True)
         area = F.one_hot(batch.kinds[:, 2::4, 2::4], 1 + len(KINDS)).movedim(3, 1)[:, 1:].float()
         kind = 1 + F.adaptive_avg_pool2d(area, GRID // SCALE).argmax(1).flatten(1)
-        weight = torch.tensor([0.15] + [1.0] * len(KINDS))
+        weight = torch.tensor([0.15] + [1.0] * len(KINDS), device=cell.device)
         named = self.kind_head(visual_tokens).float().flatten(0, 1)
         where = self.place_head(visual_tokens).float().flatten(0, 1)
         return {
             "semantic": _defects(spoken, cell),
             "align": 0.1 * align,
-            "kind": 0.5 * F.cross_entropy(named, (kind * cell.long()).flatten(), weight),
+            "kind": F.cross_entropy(named, (kind * cell.long()).flatten(), weight),
             # So that the visual tokens keep where they are, for the LLM to say.
-            "place": 0.3 * F.cross_entropy(where, torch.arange(cell.shape[1]).repeat(len(cell))),
+            "place": 0.3 * F.cross_entropy(where, torch.arange(cell.shape[1], device=cell.device).repeat(len(cell))),
         }
 
     @torch.no_grad()
@@ -243,8 +245,8 @@ class ReferenceModel(nn.Module):
         clip, sam = cast(Any, self.vision.embeddings), cast(Any, self.segmenter.vision_encoder)
         kernel = F.interpolate(clip.patch_embedding.weight, (16, 16), mode="bicubic") * (14 / 16) ** 2
         # CLIP's and SAM's pixels differ by an affine map a channel: (x·std_s + mean_s − mean_c) / std_c.
-        std_s, mean_s = (torch.tensor(v) / 255 for v in (SAM.std, SAM.mean))
-        std_c, mean_c = torch.tensor(CLIP.std), torch.tensor(CLIP.mean)
+        std_s, mean_s, std_c, mean_c = map(clip_pixels.new_tensor, (SAM.std, SAM.mean, CLIP.std, CLIP.mean))
+        std_s, mean_s = std_s / 255, mean_s / 255
         bias = (kernel * ((mean_s - mean_c) / std_c)[:, None, None]).sum((1, 2, 3))
         kernel = kernel * (std_s / std_c)[:, None, None]
         norm = self.vision.pre_layrnorm
@@ -268,7 +270,8 @@ class ReferenceModel(nn.Module):
 
     def losses_segment(self, batch: Batch) -> dict[str, Tensor]:
         """The mask branch by itself: every defect of the frame, from a prompt that says nothing (h_seg = 0)."""
-        return self._masks(batch.sam_pixels, _mask(batch), torch.zeros(len(batch.kinds), LANGUAGE_WIDTH))
+        silent = torch.zeros(len(batch.kinds), LANGUAGE_WIDTH, device=batch.kinds.device)
+        return self._masks(batch.sam_pixels, _mask(batch), silent)
 
     def losses_mask(self, batch: Batch, short: Tensor) -> dict[str, Tensor]:
         """Text through the LoRA, and the mask branch on the defective parts.
@@ -282,7 +285,7 @@ class ReferenceModel(nn.Module):
         mask = _mask(batch)
         bad = mask.amax((1, 2)) > 0
         position = torch.where(short, batch.answer.int().argmax(1) + 1, self._last(batch))
-        h_seg = states[torch.arange(len(position)), position][bad]
+        h_seg = states[torch.arange(len(position), device=position.device), position][bad]
         return self._text(batch, states) | self._masks(batch.sam_pixels[bad], mask[bad], h_seg)
 
     def _masks(self, sam_pixels: Tensor, mask: Tensor, h_seg: Tensor) -> dict[str, Tensor]:
@@ -291,7 +294,7 @@ class ReferenceModel(nn.Module):
         coarse = F.adaptive_avg_pool2d(target, features.shape[-1])
         logits, iou = self.decode(features, h_seg)
         target = F.adaptive_avg_pool2d(target, logits.shape[-1])
-        cross = F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(2.0))
+        cross = F.binary_cross_entropy_with_logits(logits, target, pos_weight=target.new_tensor(2.0))
         p = logits.sigmoid()
         overlap = 2 * (p * target).sum((1, 2, 3)) + 1
         dice = 1 - overlap / (p.sum((1, 2, 3)) + target.sum((1, 2, 3)) + 1)
@@ -323,22 +326,22 @@ class ReferenceModel(nn.Module):
     def _text(self, batch: Batch, states: Tensor) -> dict[str, Tensor]:
         logits = self.language.lm_head(states[batch.answer]).float()
         token = F.cross_entropy(logits, batch.after[batch.answer], reduction="none")
-        first = torch.zeros_like(batch.answer)
-        first[torch.arange(len(first)), batch.answer.int().argmax(1)] = True
+        places = torch.arange(batch.answer.shape[1], device=batch.answer.device)
+        first = places == batch.answer.int().argmax(1, keepdim=True)
         # Most tokens of an answer follow from the ones before; kind and place are one or two of twenty-five.
         return {"text": 6 * token.mean(), "decision": token[first[batch.answer]].mean()}
 
     @staticmethod
     def _last(batch: Batch) -> Tensor:
         """Column of `<seg>`, the answer's last token, in `batch.after`."""
-        columns = torch.arange(batch.answer.shape[1])
+        columns = torch.arange(batch.answer.shape[1], device=batch.answer.device)
         return (batch.answer * columns).argmax(1)
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint: FP16, layout in export/checkpoint.py, no thresholds and no images yet."""
         if self.adapted is None:
             raise ValueError("adapt() first: the checkpoint carries a LoRA")
-        half = copy.deepcopy(self).to(torch.float16)
+        half = copy.deepcopy(self).to("cpu", torch.float16)
         adapted = cast(Any, half.adapted)[0]
         # save_pretrained does not bring tokenizer.model along.
         shutil.copytree(self.reader.tokenizer.name_or_path, folder / "language")
@@ -382,7 +385,12 @@ class _PooledProjector(nn.Module):
 
 
 def _defects(odds: Tensor, there: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(odds, there.float(), pos_weight=torch.tensor(3.0))
+    return F.binary_cross_entropy_with_logits(odds, there.float(), pos_weight=odds.new_tensor(3.0))
+
+
+def _ranking(score: Tensor, bad: Tensor) -> Tensor:
+    """A smooth count of the pairs that AUROC counts: a good part that scores higher than a bad one."""
+    return F.softplus(score[~bad, None] - score[bad]).mean()
 
 
 def _mask(batch: Batch) -> Tensor:
@@ -392,7 +400,7 @@ def _mask(batch: Batch) -> Tensor:
 @torch.no_grad()
 def _taught(teacher: Teacher, clip_pixels: Tensor) -> Tensor:
     """The teacher's features [B,N,C] on the patches' grid, each channel standardised over the batch."""
-    std, mean = (torch.tensor(v)[:, None, None] for v in (CLIP.std, CLIP.mean))
+    std, mean = (clip_pixels.new_tensor(v)[:, None, None] for v in (CLIP.std, CLIP.mean))
     rgb = (clip_pixels * std + mean).contiguous(memory_format=torch.channels_last)
     features = F.interpolate(teacher.features(rgb).float(), (GRID, GRID), mode="bilinear").flatten(2).transpose(1, 2)
     deviation, middle = torch.std_mean(features, (0, 1))

@@ -627,9 +627,9 @@ def _differ(rng: Rng, lightness: float, deviation: float, faintest: float) -> fl
     return float(np.copysign(min(by, abs(room)), room))
 
 
-def _walk(rng: Rng, at: Points, length: float, steps: int, wander: float, heading: float) -> Points:
-    """A path of `steps` strides centred on `at` whose heading wanders."""
-    turns = heading + np.cumsum(rng.normal(0, wander, steps))
+def _walk(rng: Rng, at: Points, length: float, steps: int, wander: float, heading: float, jag: float = 0.0) -> Points:
+    """A path of `steps` strides centred on `at` whose heading wanders; each stride swerves from it by `jag`."""
+    turns = heading + np.cumsum(rng.normal(0, wander, steps)) + rng.normal(0, jag, steps)
     path: Points = np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 1) * length / steps, 0)
     return np.asarray(path - path.mean(0) + at)
 
@@ -691,11 +691,11 @@ def _crack(rng: Rng, canvas: Canvas) -> Coverage:
     colour, deviation = _local(canvas, at)
     change = _differ(rng, colour.mean(), deviation, 28)
     heading, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.15, 0.5)
-    trunk = _walk(rng, at, length, 22, 0.5, heading)
+    trunk = _walk(rng, at, length, 18, 0.12, heading, 0.7)  # it keeps its direction: what curls is a fibre
     coverage = canvas.line(trunk, width=rng.uniform(0.004, 0.011))
     for _ in range(int(rng.integers(0, 4))):
-        fork = trunk[rng.integers(4, 18)]
-        branch = _walk(rng, fork, length * rng.uniform(0.2, 0.45), 10, 0.5, heading + rng.uniform(-1.2, 1.2))
+        fork = trunk[rng.integers(3, 15)]
+        branch = _walk(rng, fork, length * rng.uniform(0.2, 0.45), 8, 0.12, heading + rng.uniform(-1.2, 1.2), 0.7)
         coverage = np.maximum(coverage, canvas.line(branch - branch[0] + fork, width=0.004))
     coverage *= canvas.part
     dark = colour + change if change < 0 or colour.mean() < 40 else colour * 0.25

@@ -2,12 +2,13 @@
 
 Stage "see" trains vision and LTC by dense losses on parts with several defects, "read" the LLM and LTC on one defect a
 part, "segment" SAM by itself (started from CLIP's layers), "mask" SAM and Γ with the LLM learning through its LoRA.
-Each round goes on from the last with the rates raised again. Then DIR/checkpoint is written. Batch number i always
-holds the same parts: they and the first weights follow from the seed.
+Each round goes on from the last with the rates raised again, to less each time. Then DIR/checkpoint is written. Batch
+number i always holds the same parts: they and the first weights follow from the seed.
 With the packages of EfficientNet-lite0 installed (see teacher.py), vision also learns to give its features.
 
-It runs as several processes of one thread each that average their gradients once a step: on a CPU that others use too
-this was measured four times faster than one process whose threads wait for one another in every operator.
+It uses a GPU where torch finds one, else the CPU, as several processes that average their gradients once a step: on a
+CPU that others use too, processes of one thread each were measured four times faster than one whose threads wait for
+one another in every operator.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import tempfile
 import time
@@ -33,7 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.reference.evaluate import thresholds, unseen
@@ -45,12 +47,18 @@ from vmad_edge.runtime.files import whole_folder
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH = 16  # a process
 SAVE_EVERY = 200  # steps
 # AdamW's peak learning rates: of the LLM (at 1e-3 its loss was seen to jump) and of all else.
 PEAKS = {"see": (0.0, 1e-3), "read": (7e-4, 3e-4), "segment": (0.0, 7e-4), "mask": (3e-4, 5e-4)}
 MUON = 10  # times AdamW's rate; 2, 5 and 12 were tried for 150 steps of "see", each better than the one before
-SAMPLES = {"see": (112_000, 64_000), "read": (36_000, 32_000), "segment": (24_000, 24_000), "mask": (0, 12_000)}
+SAMPLES = {
+    "see": (112_000, 64_000, 104_000),
+    "read": (36_000, 32_000, 40_000),
+    "segment": (24_000, 24_000, 32_000),
+    "mask": (0, 0, 12_000),
+}
 HIDDEN = re.compile(r"(\.layers\.\d+|^projector|\.final_attn\w*)\..*weight$")
 SEES_CLIP, SEES_SAM, TELLS = ("see", "read", "mask"), ("segment", "mask"), ("read", "mask")
 
@@ -85,11 +93,10 @@ def _texts(parts: list[Part], reader: Reader, rng: np.random.Generator) -> tuple
 
 
 class Stream(IterableDataset[Batch]):
-    """Some of the batches of the seed's endless stream of parts, by number.
+    """Some of the batches of the seed's endless stream of parts, by number; a loader's workers draw them in turn.
 
-    Where a text is told, half of each is good and half has one defect; elsewhere a quarter is good and the others
-    have one to four. Missing features come about twice as often as the other kinds: nothing there looks wrong by
-    itself.
+    A third is good, for a No says the same of all; the others have one defect where a text is told, elsewhere one to
+    three. Missing features come about twice as often as the other kinds: nothing there looks wrong by itself.
     """
 
     def __init__(self, stage: str, reader: Reader, seed: int, numbers: range) -> None:
@@ -97,11 +104,12 @@ class Stream(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         cv2.setNumThreads(1)
-        for number in self.numbers:
+        worker = get_worker_info()
+        for number in self.numbers if worker is None else self.numbers[worker.id :: worker.num_workers]:
             rng = np.random.default_rng([self.seed, number])
             parts = []
             for i in range(BATCH):
-                count = i % 2 if self.stage in TELLS else (i % 4 and int(rng.integers(1, 5)))
+                count = i % 3 and (1 if self.stage in TELLS else int(rng.integers(1, 4)))
                 kinds = [_kind(rng) for _ in range(count)]
                 parts.append(draw(rng, None, kinds, int(rng.choice([256] * 7 + [352]))))
             yield collate(self.stage, parts, self.reader, rng)
@@ -117,29 +125,36 @@ def rate(step: int, steps: int) -> float:
     return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train_stage(model: ReferenceModel, stage: str, saved: Path, steps: int, first: int, seed: int) -> None:
-    """Run one stage to its end, or on from the state in `saved`; `first` is the number of its first step overall."""
+def train_stage(model: ReferenceModel, stage: str, saved: Path, steps: int, first: int, peak: float, seed: int) -> None:
+    """Run one stage to its end, or on from the state in `saved`.
+
+    Args:
+        first: the number of its first step overall.
+        peak: of its learning rates, as a share of PEAKS.
+    """
     rank, processes = dist.get_rank(), dist.get_world_size()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = _optimizers(named, stage)
     start = _resume(saved, model, optimizers, named) if saved.exists() else 0
     numbers = range((first + start) * processes + rank, (first + steps) * processes, processes)
+    workers = max(1, len(os.sched_getaffinity(0)) // processes - 1)
     batches = DataLoader(
-        Stream(stage, model.reader, seed, numbers), batch_size=None, num_workers=1, multiprocessing_context="fork"
+        Stream(stage, model.reader, seed, numbers), batch_size=None, num_workers=workers, multiprocessing_context="fork"
     )
     model.train()
     model.vision.compile()
-    teacher = Teacher(CLIP.size) if stage == "see" and installed() else None
+    teacher = Teacher(CLIP.size).to(DEVICE) if stage == "see" and installed() else None
     mean: dict[str, float] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=rank > 0) as progress, saved.with_name("curve.jsonl").open("a") as curve:
         bar = progress.add_task(saved.stem, total=steps, completed=start)
         began = time.monotonic()
-        for step, batch in enumerate(batches, start):
+        for step, drawn in enumerate(batches, start):
+            batch = drawn.to(DEVICE)
             torch.manual_seed((seed * 1_000_003 + first + step) * processes + rank)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = group["peak"] * rate(step, steps)
-            with torch.autocast("cpu", torch.bfloat16):
+                group["lr"] = group["peak"] * peak * rate(step, steps)
+            with torch.autocast(DEVICE.type, torch.bfloat16):
                 if stage == "see":
                     losses = model.losses_see(batch, teacher)
                 elif stage == "read":
@@ -147,7 +162,7 @@ def train_stage(model: ReferenceModel, stage: str, saved: Path, steps: int, firs
                 elif stage == "segment":
                     losses = model.losses_segment(batch)
                 else:
-                    losses = model.losses_mask(batch, torch.rand(BATCH) < 0.25)
+                    losses = model.losses_mask(batch, torch.rand(BATCH, device=DEVICE) < 0.25)
             model.zero_grad(set_to_none=True)
             torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
             _average_gradients(list(named.values()))
@@ -189,7 +204,7 @@ def _optimizers(named: dict[str, torch.nn.Parameter], stage: str) -> list[torch.
 
 def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
+    flat = torch.cat([g.flatten() for g in gradients]).cpu()
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
@@ -224,7 +239,8 @@ def _resume(
             for moment, values in saved.items():
                 for name, value in values.items():
                     if named[name] in mine:
-                        optimizer.state[named[name]][moment] = value
+                        # AdamW counts its steps on the CPU.
+                        optimizer.state[named[name]][moment] = value.to(named[name].device) if value.ndim else value
         return int(file.metadata()["step"])
 
 
@@ -234,6 +250,7 @@ def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=args.processes)
     reader = Reader(load_tokenizer(args.out / "tokenizer"))
     model = ReferenceModel(reader, args.seed, ltc="ltc" not in args.without, dssl="dssl" not in args.without)
+    model.to(DEVICE)
     first = 0
     samples = zip_longest(*(getattr(args, f"{stage}_samples") for stage in PEAKS), fillvalue=0)
     for number, counts in enumerate(samples, 1):
@@ -242,10 +259,11 @@ def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
             if steps == 0:
                 continue
             if stage == "segment" and number == 1:
-                model.lend_vision(next(iter(Stream("see", reader, args.seed, range(1)))).clip_pixels)
+                model.lend_vision(next(iter(Stream("see", reader, args.seed, range(1)))).clip_pixels.to(DEVICE))
             if stage == "mask":
                 model.adapt()
-            train_stage(model, stage, args.out / f"{stage}{number}.safetensors", steps, first, args.seed)
+            saved = args.out / f"{stage}{number}.safetensors"
+            train_stage(model, stage, saved, steps, first, number**-0.5, args.seed)
             first += steps
     dist.destroy_process_group()
     if rank == 0 and model.adapted is not None:

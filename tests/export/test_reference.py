@@ -143,6 +143,15 @@ def test_alignment_is_the_divergence_of_the_two_similarity_distributions(model: 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_the_screens_loss_is_of_every_good_part_beside_every_bad_one(model: ReferenceModel, batch: Batch) -> None:
+    """By hand: gear and tile are bad, the plate is good; a part's score is the mean of its two highest odds."""
+    patches, _ = model.see(batch.clip_pixels)
+    crack, pit, plate = (float(np.sort(row)[-2:].mean()) for row in model.patch_logits(patches).numpy())
+    expected = np.mean([np.logaddexp(0, plate - bad) for bad in (crack, pit)])
+    assert float(model.losses_see(batch, None)["image"]) == pytest.approx(0.5 * expected, rel=1e-4)
+
+
 def test_the_queue_takes_normal_cells_alone(reader: Reader, batch: Batch) -> None:
     model = ReferenceModel(reader, seed=2)
     before = model.queue
@@ -165,6 +174,22 @@ def test_without_dssl_similarity_moves_neither_vision_nor_tokens(reader: Reader,
     moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     features = {"visual_normal", "visual_abnormal", "semantic_normal"}
     assert moved == (features | {"vision", "projector"} if dssl else features)
+
+
+@pytest.mark.parametrize("stage", ["see", "read", "segment", "mask"])
+def test_losses_are_computed_where_the_batch_lies(reader: Reader, batch: Batch, stage: str) -> None:
+    """Under another default device, what is made without naming the batch's does not mix with it: so on a GPU."""
+    model = ReferenceModel(reader, seed=2)
+    short = torch.tensor([True, False, False])
+    with torch.device("meta"):
+        losses = {
+            "see": lambda: model.losses_see(batch, None),
+            "read": lambda: model.losses_read(batch),
+            "segment": lambda: model.losses_segment(batch),
+            "mask": lambda: model.losses_mask(batch, short),
+        }[stage]()
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(loss.isfinite() and loss.device.type == "cpu" for loss in losses.values())
 
 
 @torch.no_grad()
