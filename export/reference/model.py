@@ -182,7 +182,7 @@ class ReferenceModel(nn.Module):
         return states[:, -after.shape[1] - 1 : -1]
 
     def losses_see(self, batch: Batch, teacher: Teacher | None) -> dict[str, Tensor]:
-        """Dense losses of vision and LTC: what is wrong with each patch and with each visual token's cell."""
+        """Of vision and LTC: what is wrong with each patch and each visual token's cell; how parts rank by score."""
         patches, visual_tokens = self.see(batch.clip_pixels)
         cell = self._pool(_mask(batch), GRID // SCALE)
         self._remember(patches, cell == 0)
@@ -245,8 +245,9 @@ class ReferenceModel(nn.Module):
         clip, sam = cast(Any, self.vision.embeddings), cast(Any, self.segmenter.vision_encoder)
         kernel = F.interpolate(clip.patch_embedding.weight, (16, 16), mode="bicubic") * (14 / 16) ** 2
         # CLIP's and SAM's pixels differ by an affine map a channel: (x·std_s + mean_s − mean_c) / std_c.
-        std_s, mean_s, std_c, mean_c = map(clip_pixels.new_tensor, (SAM.std, SAM.mean, CLIP.std, CLIP.mean))
-        std_s, mean_s = std_s / 255, mean_s / 255
+        device = clip_pixels.device
+        std_s, mean_s = (torch.tensor(v, device=device) / 255 for v in (SAM.std, SAM.mean))
+        std_c, mean_c = (torch.tensor(v, device=device) for v in (CLIP.std, CLIP.mean))
         bias = (kernel * ((mean_s - mean_c) / std_c)[:, None, None]).sum((1, 2, 3))
         kernel = kernel * (std_s / std_c)[:, None, None]
         norm = self.vision.pre_layrnorm
@@ -294,7 +295,7 @@ class ReferenceModel(nn.Module):
         coarse = F.adaptive_avg_pool2d(target, features.shape[-1])
         logits, iou = self.decode(features, h_seg)
         target = F.adaptive_avg_pool2d(target, logits.shape[-1])
-        cross = F.binary_cross_entropy_with_logits(logits, target, pos_weight=target.new_tensor(2.0))
+        cross = F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(2.0, device=target.device))
         p = logits.sigmoid()
         overlap = 2 * (p * target).sum((1, 2, 3)) + 1
         dice = 1 - overlap / (p.sum((1, 2, 3)) + target.sum((1, 2, 3)) + 1)
@@ -326,8 +327,8 @@ class ReferenceModel(nn.Module):
     def _text(self, batch: Batch, states: Tensor) -> dict[str, Tensor]:
         logits = self.language.lm_head(states[batch.answer]).float()
         token = F.cross_entropy(logits, batch.after[batch.answer], reduction="none")
-        places = torch.arange(batch.answer.shape[1], device=batch.answer.device)
-        first = places == batch.answer.int().argmax(1, keepdim=True)
+        columns = torch.arange(batch.answer.shape[1], device=batch.answer.device)
+        first = columns == batch.answer.int().argmax(1, keepdim=True)
         # Most tokens of an answer follow from the ones before; kind and place are one or two of twenty-five.
         return {"text": 6 * token.mean(), "decision": token[first[batch.answer]].mean()}
 
@@ -385,7 +386,7 @@ class _PooledProjector(nn.Module):
 
 
 def _defects(odds: Tensor, there: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(odds, there.float(), pos_weight=odds.new_tensor(3.0))
+    return F.binary_cross_entropy_with_logits(odds, there.float(), pos_weight=torch.tensor(3.0, device=odds.device))
 
 
 def _ranking(score: Tensor, bad: Tensor) -> Tensor:
@@ -400,7 +401,7 @@ def _mask(batch: Batch) -> Tensor:
 @torch.no_grad()
 def _taught(teacher: Teacher, clip_pixels: Tensor) -> Tensor:
     """The teacher's features [B,N,C] on the patches' grid, each channel standardised over the batch."""
-    std, mean = (clip_pixels.new_tensor(v)[:, None, None] for v in (CLIP.std, CLIP.mean))
+    std, mean = (torch.tensor(v, device=clip_pixels.device)[:, None, None] for v in (CLIP.std, CLIP.mean))
     rgb = (clip_pixels * std + mean).contiguous(memory_format=torch.channels_last)
     features = F.interpolate(teacher.features(rgb).float(), (GRID, GRID), mode="bilinear").flatten(2).transpose(1, 2)
     deviation, middle = torch.std_mean(features, (0, 1))

@@ -395,6 +395,19 @@ def test_only_what_the_language_model_touches_is_looser_when_quantized(bundle: B
     assert changed == {"hidden_states", "logits", "p_yes", "answer", "h_seg", "h_seg_full", "low_res_masks", "mask"}
 
 
+@pytest.mark.parametrize(("precision", "moved", "breaks"), [("fp16", 1, True), ("int8", 1, False), ("int8", 30, True)])
+def test_int8_may_move_the_state_of_one_undecided_token(
+    bundle: Bundle, precision: str, moved: int, breaks: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(300, 64))
+    others = states.copy()
+    others[60 : 60 + moved] = rng.normal(size=(moved, 64))
+    allowed = limits(bundle.manifest.model_copy(update={"precision": {"clip_encoder": precision}}))["hidden_states"]
+    row = compare("hidden_states", states, others).model_copy(update={"limits": allowed})
+    assert (row.broken is not None) == breaks
+
+
 def test_limit_of_the_score_is_what_rounding_can_do(bundle: Bundle) -> None:
     """Patches as far off as FP16 may make them, in no direction: their scores stay within it, and fill some of it."""
     vision = bundle.manifest.vision.model_copy(update={"width": 1024})
