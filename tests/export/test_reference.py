@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import sentencepiece
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch.utils.data import DataLoader
 
 from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.reference import train
@@ -178,31 +176,6 @@ def test_without_dssl_similarity_moves_neither_vision_nor_tokens(reader: Reader,
     assert moved == (features | {"vision", "projector"} if dssl else features)
 
 
-@pytest.mark.parametrize("stage", ["see", "read", "segment", "mask"])
-def test_losses_are_computed_where_the_batch_lies(reader: Reader, batch: Batch, stage: str) -> None:
-    """Under another default device, what is made without naming the batch's does not mix with it: so on a GPU.
-
-    transformers' SAM encoder makes indices on the default device, as a GPU allows: it is left out.
-    """
-
-    class NoEncoder(nn.Module):
-        def forward(self, pixels: torch.Tensor) -> SimpleNamespace:
-            return SimpleNamespace(last_hidden_state=pixels.new_zeros(len(pixels), 256, 16, 16))
-
-    model = ReferenceModel(reader, seed=2)
-    model.segmenter.vision_encoder = NoEncoder()
-    short = torch.tensor([True, False, False])
-    with torch.device("meta"):
-        losses = {
-            "see": lambda: model.losses_see(batch, None),
-            "read": lambda: model.losses_read(batch),
-            "segment": lambda: model.losses_segment(batch),
-            "mask": lambda: model.losses_mask(batch, short),
-        }[stage]()
-        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
-    assert all(loss.isfinite() and loss.device.type == "cpu" for loss in losses.values())
-
-
 @torch.no_grad()
 def test_sam_starts_with_what_clip_sees(reader: Reader, batch: Batch) -> None:
     model = ReferenceModel(reader, seed=2)
@@ -278,14 +251,6 @@ def test_batches_depend_on_their_number_alone(reader: Reader, monkeypatch: pytes
     torch.testing.assert_close(straight[2].sam_pixels, resumed.sam_pixels, rtol=0, atol=0)
     assert torch.equal(straight[2].after, resumed.after)
     assert [batch.kinds.amax((1, 2)).gt(0).tolist() for batch in straight] == [[False, True]] * 3
-
-
-def test_workers_draw_the_same_batches_in_the_same_order(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "BATCH", 2)
-    stream = train.Stream("read", reader, 0, range(3))
-    together = DataLoader(stream, batch_size=None, num_workers=2, multiprocessing_context="fork")
-    for one, other in zip(stream, together, strict=True):
-        assert torch.equal(one.after, other.after) and torch.equal(one.kinds, other.kinds)
 
 
 def test_learning_rate_rises_then_falls() -> None:
