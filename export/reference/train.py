@@ -6,9 +6,9 @@ Each round goes on from the last with the rates raised again, to less each time.
 number i always holds the same parts: they and the first weights follow from the seed.
 With the packages of EfficientNet-lite0 installed (see teacher.py), vision also learns to give its features.
 
-It uses a GPU where torch finds one, else the CPU, as several processes that average their gradients once a step: on a
-CPU that others use too, processes of one thread each were measured four times faster than one whose threads wait for
-one another in every operator.
+It uses a GPU where torch finds one (not tried yet), else the CPU, as several processes that average their gradients
+once a step: on a CPU that others use too, processes of one thread each were measured four times faster than one whose
+threads wait for one another in every operator.
 """
 
 from __future__ import annotations
