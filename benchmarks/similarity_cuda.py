@@ -35,7 +35,12 @@ from vmad_edge.runtime.hardware import HARDWARE
 from vmad_edge.runtime.machine import RunInProgress
 
 WIDTH = 1024
-SHEETS = {"NVIDIA H200": "h200", "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA Thor": "thor"}
+SHEETS = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA Thor": "thor",
+}
 """By the driver's names, of GPUs that those tell apart (it calls every Orin the same)."""
 Contenders = dict[str, Callable[[], object]]
 
@@ -92,20 +97,20 @@ def contenders(device: Device, q: int, m: int) -> Contenders:
             runs[f"max_cosine, {dtype}, {path}"] = Captured(device.capture(queue).launch, queue).launch
 
     stream = torch.cuda.ExternalStream(device.stream)
-    with torch.cuda.stream(stream):
-        left, right = (torch.from_numpy(rows).cuda() for rows in features)
-        product = torch.empty((q, m), dtype=torch.float16, device="cuda")
-        for name, work in (
-            ("product alone, float16 (cuBLAS)", lambda: torch.matmul(left, right.T, out=product)),
-            ("product + max, float16 (torch)", lambda: torch.matmul(left, right.T, out=product).max(dim=1)),
-        ):
+    torch.cuda.set_stream(stream)  # for good: a replay goes to the stream that is current then
+    left, right = (torch.from_numpy(rows).cuda() for rows in features)
+    product = torch.empty((q, m), dtype=torch.float16, device="cuda")
+    for name, work in (
+        ("product alone, float16 (cuBLAS)", lambda: torch.matmul(left, right.T, out=product)),
+        ("product + max, float16 (torch)", lambda: torch.matmul(left, right.T, out=product).max(dim=1)),
+    ):
+        work()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured, stream=stream):
             work()
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured, stream=stream):
-                work()
-            runs[name] = Captured(captured.replay, work).launch
-        if hasattr(faiss, "GpuIndexFlatIP"):
-            runs["GpuIndexFlatIP, float16 (faiss), no graph"] = searched(stream, *features)
+        runs[name] = Captured(captured.replay, work).launch
+    if hasattr(faiss, "GpuIndexFlatIP"):
+        runs["GpuIndexFlatIP, float16 (faiss), no graph"] = searched(stream, *features)
     runs["wait"] = device.wait
     return runs
 
@@ -139,9 +144,12 @@ def rooflines(gpu: str, q: int, m: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Captured:
-    launch: Callable[[], None]
+    replay: Callable[[], None]
     queue: Callable[[], object]
     """Holds the memory that the graph uses."""
+
+    def launch(self) -> None:
+        self.replay()
 
 
 def measured(runs: Contenders, rounds: int, label: str) -> dict[str, float]:

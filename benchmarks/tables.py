@@ -128,6 +128,17 @@ def similarity(figures: Figures) -> list[str]:
     ]
 
 
+def similarity_cuda(figures: Figures) -> list[str]:
+    taken = figures["microseconds"]
+    names = list(next(iter(taken.values())))
+    rows = [[name, *(f"{times[name]:.1f}" for times in taken.values())] for name in names]
+    notes = []
+    for bar, found in figures["bars"].items():
+        wanted = ", ".join(f"{word} {value}" for word, value in found.items() if word != "reached")
+        notes.append(f"{bar}: {found['reached']:.2f} ({wanted}).")
+    return [*_table([f"µs, D=1024, {figures['gpu']}", *taken], rows), "", " ".join(notes)]
+
+
 def musc(figures: Figures) -> list[str]:
     rows = [
         [name, f"{seconds:.0f}", f"{figures['peak_mib'][name]:.0f}", f"{figures['max_error'][name]:.0e}"]
@@ -184,7 +195,7 @@ def _megabytes(sizes: dict[str, int]) -> str:
 TABLES: dict[str, Callable[[Figures], list[str]]] = {
     **{
         function.__name__: function
-        for function in (bench, chain, real_images, answer_modes, similarity, musc, clip_large)
+        for function in (bench, chain, real_images, answer_modes, similarity, similarity_cuda, musc, clip_large)
     },
     "chain_edge": chain,
     "edge": scale,

@@ -6,6 +6,8 @@ are imported when a `Device` is made: pycuda cannot be imported where there is n
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -62,6 +64,7 @@ class Device:
         except self._pycuda.Error as error:
             raise VmadError(f"the NVIDIA driver gives no GPU {number}: {error}") from None
         self._context.push()
+        self._leave = _at_threads_end(self._context.pop)
         self._stream = self._pycuda.Stream(_NON_BLOCKING)
         self.name: str = self._context.get_device().name()
 
@@ -145,8 +148,25 @@ class Device:
 
     def close(self) -> None:
         self.wait()
-        self._context.pop()
+        self._leave()
         self._context.detach()
+
+
+class _Token:
+    """Dies with the thread whose `_OF_THREAD` holds it."""
+
+
+_OF_THREAD = threading.local()
+
+
+def _at_threads_end(leave: Callable[[], None]) -> Callable[[], object]:
+    """Has `leave` called once: by what this returns, else at the end of this thread or program.
+
+    pycuda aborts the process where a thread ends with a context.
+    """
+    token = _Token()
+    _OF_THREAD.tokens = [*getattr(_OF_THREAD, "tokens", ()), token]
+    return weakref.finalize(token, leave)
 
 
 def _address(memory: DeviceArray) -> int:

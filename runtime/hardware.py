@@ -65,6 +65,17 @@ HARDWARE = {
         gigahertz=2.52,
         source="NVIDIA Ada GPU Architecture whitepaper, appendix A (FP16 with FP32 accumulate)",
     ),
+    "h100": Hardware(
+        name="H100 SXM 80 GB",
+        tflops={"fp32": 66.9, "fp16": 989.4, "int8": 1978.9},
+        gigabytes=3350,
+        memory_gib=80,
+        shared=False,
+        processors=132,
+        gigahertz=1.98,
+        source="NVIDIA H100 data sheet, SXM: 1,979 sparse FP16 TFLOPS and 3,958 sparse INT8 TOPS, halved (at 1.83 GHz); "
+        "FP32 at 1.98 GHz",
+    ),
     "h200": Hardware(
         name="H200 SXM 141 GB",
         tflops={"fp32": 66.9, "fp16": 989.4, "int8": 1978.9},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,7 @@ class Driver:
     def __init__(self, devices: int = 1, room: int = 1 << 20, refuses: str = "") -> None:
         self.devices, self.room, self.refuses = devices, room, refuses
         self.calls: list[Any] = []
+        self.contexts: list[tuple[str, int]] = []
 
     def init(self) -> None:
         if not self.devices:
@@ -50,7 +52,11 @@ class Driver:
         if number >= self.devices:
             raise self.Error("cuDeviceGet failed: invalid device ordinal")
         found = SimpleNamespace(name=lambda: "A")
-        context = SimpleNamespace(push=lambda: None, pop=lambda: None, detach=lambda: None, get_device=lambda: found)
+
+        def note(what: str) -> Any:
+            return lambda: self.contexts.append((what, threading.get_ident()))
+
+        context = SimpleNamespace(push=note("push"), pop=note("pop"), detach=note("detach"), get_device=lambda: found)
         return SimpleNamespace(retain_primary_context=lambda: context)
 
     def Stream(self, flags: int) -> Any:
@@ -94,6 +100,23 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
     }.items():
         monkeypatch.setitem(sys.modules, name, module)
     return driver
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_thread_leaves_its_context(driver: Driver, closes: bool) -> None:
+    """Once, and in the thread itself: pycuda aborts the process where one ends with a context."""
+    held: list[Device] = []
+
+    def work() -> None:
+        held.append(Device())
+        if closes:
+            held[0].close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    number = thread.ident
+    thread.join()
+    assert [call for call in driver.contexts if call[0] != "detach"] == [("push", number), ("pop", number)]
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
