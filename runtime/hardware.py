@@ -73,7 +73,7 @@ HARDWARE = {
         shared=False,
         processors=132,
         gigahertz=1.98,
-        source="NVIDIA H100 data sheet, SXM: 1,979 sparse FP16 TFLOPS and 3,958 sparse INT8 TOPS, halved (at 1.83 GHz); "
+        source="NVIDIA H100 data sheet (SXM): 1,979 sparse FP16 TFLOPS, 3,958 sparse INT8 TOPS, halved (at 1.83 GHz); "
         "FP32 at 1.98 GHz",
     ),
     "h200": Hardware(

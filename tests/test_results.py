@@ -27,7 +27,10 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return tables
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/results/reference.md", "benchmarks/results/scales.md", "benchmarks/results/cuda.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "benchmarks/results/reference.md", "benchmarks/results/scales.md", "benchmarks/results/cuda.md"],
+)
 def test_pages_show_the_results_that_are_there(page: str, tables: ModuleType) -> None:
     text = (ROOT / page).read_text("utf-8")
     assert "<!-- results: " in text
