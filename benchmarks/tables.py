@@ -92,6 +92,17 @@ def real_images(figures: Figures) -> list[str]:
     return _table(["image AUROC of the screen", "normal features of the bundle", "enrolled"], rows)
 
 
+def reference_weight(figures: Figures) -> list[str]:
+    columns = ["image AUROC, weight of references", *map(str, figures["weights"])]
+    reached = figures["image_auroc"]
+    means = [sum(each) / len(reached) for each in zip(*reached.values(), strict=True)]
+    rows = [
+        [name.replace("_", " "), *(f"{auroc:.3f}" for auroc in each)]
+        for name, each in (reached | {"mean": means}).items()
+    ]
+    return _table(columns, rows)
+
+
 def answer_modes(figures: Figures) -> list[str]:
     modes = figures["modes"]
     rows = [
@@ -195,7 +206,17 @@ def _megabytes(sizes: dict[str, int]) -> str:
 TABLES: dict[str, Callable[[Figures], list[str]]] = {
     **{
         function.__name__: function
-        for function in (bench, chain, real_images, answer_modes, similarity, similarity_cuda, musc, clip_large)
+        for function in (
+            bench,
+            chain,
+            real_images,
+            reference_weight,
+            answer_modes,
+            similarity,
+            similarity_cuda,
+            musc,
+            clip_large,
+        )
     },
     "chain_edge": chain,
     "edge": scale,
