@@ -63,7 +63,7 @@ def main() -> None:
     for ltc, dssl in product((False, True), repeat=2):
         name = " + ".join(part for part, on in (("LTC", ltc), ("DSSL", dssl)) if on) or "neither"
         out = args.out / name.replace(" ", "")
-        sizes = {"see-samples": args.samples, "segment-samples": 0, "mask-samples": 0, "batch": 32, "processes": 1}
+        sizes = {"see-samples": args.samples, "segment-samples": 0, "mask-samples": 0, "batch": 15, "processes": 2}
         command = ["--out", str(out), *(word for name, size in sizes.items() for word in (f"--{name}", str(size)))]
         command += [word for part, on in (("ltc", ltc), ("dssl", dssl)) if not on for word in ("--without", part)]
         train(arguments().parse_args(command))

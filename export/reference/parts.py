@@ -65,6 +65,8 @@ PLACES = (
 
 Image: TypeAlias = NDArray[np.uint8]
 Mask: TypeAlias = NDArray[np.bool_]
+SYMMETRIES = 8
+"""Of the frame: see `turned`."""
 SMALLEST = 0.003
 """A defect whose mask is a smaller share of the frame fell off the part: another part is drawn."""
 
@@ -115,6 +117,15 @@ def turned(part: Part, way: int) -> Part:
         for picture in (part.image, part.kinds)
     )
     return replace(part, image=image, kinds=kinds, place=None if part.kind is None else place(kinds > 0))
+
+
+def resized(part: Part, size: int) -> Part:
+    """The part in a photograph of `size` pixels."""
+    if part.image.shape[0] == size:
+        return part
+    image = cv2.resize(part.image, (size, size), interpolation=cv2.INTER_AREA)
+    kinds = cv2.resize(part.kinds, (size, size), interpolation=cv2.INTER_NEAREST)
+    return replace(part, image=np.asarray(image, np.uint8), kinds=np.asarray(kinds, np.uint8))
 
 
 def random_kind(rng: Rng) -> Kind:

@@ -23,7 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import takewhile
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 import cv2
@@ -42,14 +42,15 @@ from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.reference.evaluate import thresholds, unseen
 from vmad_edge.export.reference.model import CLIP, DEVICE, Batch, ReferenceModel
 from vmad_edge.export.reference.muon import Muon
-from vmad_edge.export.reference.parts import ODDITY, Kind, Part, draw, random_kind, turned
+from vmad_edge.export.reference.parts import ODDITY, SYMMETRIES, Kind, Part, draw, random_kind, resized, turned
 from vmad_edge.export.reference.teacher import Teacher, installed
 from vmad_edge.export.reference.text import Reader, answer, load_tokenizer, make_tokenizer, question, what_to_call
 from vmad_edge.runtime.files import whole_folder
 
 # bf16 where it is computed: a processor without it imitates it, a hundred times as slowly.
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-TURNS = 8  # batches that a drawn part is in, in each of its symmetries once: drawing takes 10 ms, turning 0.3
+SIDE = 256  # of the parts, in pixels
+SHELF = 64
 SAVE_EVERY = 60  # seconds
 # AdamW's peak learning rates: of the LLM (at 1e-3 its loss was seen to jump) and of all else.
 PEAKS = {"see": (7e-4, 1e-3), "segment": (0.0, 7e-4), "mask": (3e-4, 5e-4)}
@@ -80,30 +81,51 @@ def collate(parts: list[Part], reader: Reader, rng: np.random.Generator) -> Batc
 
 
 class Stream(IterableDataset[Batch]):
-    """Groups of batches of the seed's endless stream of parts, by number; a loader's workers draw them in turn.
+    """The seed's endless stream of parts, in threes: a good one, one with one defect, one with two or three.
 
-    A group's TURNS batches show the same `size` parts. A third of them is good, a third has one defect; the last third
-    has two or three, or one where each must be `told`. Missing features come about twice as often as the other kinds:
-    nothing there looks wrong by itself. Oddities come among several defects alone.
+    A worker keeps SHELF threes. A batch shows some of them, at random and in another of the frame's symmetries each
+    time; when a three was shown in all of them, the next is drawn. Missing features come about twice as often as the
+    other kinds: nothing there looks wrong by itself. Oddities come among several defects alone.
+
+    Args:
+        first: number of the first three.
+        size: of the batches, in parts.
+        told: whether the third of the three has one defect too, so that all have an answer.
+        share: (i, n): every n-th three from the i-th on, among the loader's workers.
     """
 
-    def __init__(self, reader: Reader, seed: int, numbers: range, size: int, told: bool = False) -> None:
-        self.reader, self.seed, self.numbers, self.size, self.told = reader, seed, numbers, size, told
+    def __init__(
+        self, reader: Reader, seed: int, first: int, size: int, told: bool = False, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.reader, self.seed, self.first, self.size, self.told, self.share = reader, seed, first, size, told, share
 
     def __iter__(self) -> Iterator[Batch]:
         cv2.setNumThreads(1)
         _keep_memory()
-        worker = get_worker_info()
-        for number in self.numbers if worker is None else self.numbers[worker.id :: worker.num_workers]:
-            rng = np.random.default_rng([self.seed, number])
-            side, parts = int(rng.choice([256] * 7 + [352])), []
-            for i in range(self.size):
-                count = (0, 1, 1 if self.told else int(rng.integers(2, 4)))[3 * i // self.size]
-                kinds = [ODDITY if count > 1 and rng.random() < 0.3 else _kind(rng) for _ in range(count)]
-                parts.append(draw(rng, None, kinds, side))
-            ways = np.stack([rng.permutation(TURNS) for _ in parts], 1)
-            for turn in ways:
-                yield collate([turned(part, way) for part, way in zip(parts, turn, strict=True)], self.reader, rng)
+        worker, (own, shares) = get_worker_info(), self.share
+        if worker is not None:
+            own, shares = own * worker.num_workers + worker.id, shares * worker.num_workers
+        numbers = count(self.first + own, shares)
+        rng = np.random.default_rng([self.seed, next(numbers)])
+        shelf = [self._shown(number) for number in islice(numbers, SHELF)]
+        while True:
+            threes = []
+            for place in rng.choice(SHELF, self.size // 3, replace=False):
+                three = next(shelf[place], None)
+                if three is None:
+                    shelf[place] = self._shown(next(numbers))
+                    three = next(shelf[place])
+                threes.append(three)
+            yield collate([part for alike in zip(*threes, strict=True) for part in alike], self.reader, rng)
+
+    def _shown(self, number: int) -> Iterator[list[Part]]:
+        """A three in each of the symmetries."""
+        rng, three = np.random.default_rng([self.seed, number]), []
+        for defects in (0, 1, 1 if self.told else int(rng.integers(2, 4))):
+            kinds = [ODDITY if defects > 1 and rng.random() < 0.3 else _kind(rng) for _ in range(defects)]
+            three.append(resized(draw(rng, None, kinds, int(rng.choice([SIDE] * 7 + [352]))), SIDE))
+        for ways in zip(*(rng.permutation(SYMMETRIES) for _ in three), strict=True):
+            yield [turned(part, way) for part, way in zip(three, ways, strict=True)]
 
 
 def _keep_memory() -> None:
@@ -135,12 +157,11 @@ def train_stage(
     start = _resume(saved, model, optimizers, named) if saved.exists() else 0
     if start >= steps:
         return
-    groups = range((first + start) // TURNS * processes + rank, (first + steps) * processes, processes)
+    began_with = (first + start) * size * processes // (3 * SYMMETRIES)  # of the threes, so many were shown by then
     batches = DataLoader(
-        Stream(model.reader, seed, groups, size, told=stage == "mask"),
+        Stream(model.reader, seed, began_with, size, stage == "mask", (rank, processes)),
         batch_size=None,
         num_workers=max(1, len(os.sched_getaffinity(0)) * 7 // 8 // processes),
-        prefetch_factor=TURNS,  # the next group is drawn while this one is learnt from
         multiprocessing_context="fork",
     )
     model.train()
@@ -264,7 +285,7 @@ def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
         if steps == 0:
             continue
         if stage == "segment" and not args.start:
-            model.lend_vision(next(iter(Stream(reader, args.seed, range(1), 16))).clip_pixels.to(DEVICE))
+            model.lend_vision(next(iter(Stream(reader, args.seed, 0, 15))).clip_pixels.to(DEVICE))
         if stage == "mask":
             model.adapt()
         train_stage(model, stage, args.out / f"{stage}.safetensors", steps, first, args)
@@ -300,7 +321,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder for states, curve and checkpoint")
     for stage, samples in SAMPLES.items():
         parser.add_argument(f"--{stage}-samples", type=int, default=samples)
-    parser.add_argument("--batch", type=int, default=128 if DEVICE.type == "cuda" else 16, help="of a process")
+    parser.add_argument("--batch", type=int, default=126 if DEVICE.type == "cuda" else 15, help="of a process; threes")
     parser.add_argument("--processes", type=int, default=1 if DEVICE.type == "cuda" else 2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1.0, help="times the learning rates")
@@ -310,4 +331,8 @@ def arguments() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    train(arguments().parse_args())
+    parser = arguments()
+    asked = parser.parse_args()
+    if asked.batch % 3 or asked.batch > 3 * SHELF:
+        parser.error(f"--batch: expected a multiple of 3, {3 * SHELF} at most, got {asked.batch}")
+    train(asked)

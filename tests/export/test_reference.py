@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from vmad_edge.export.reference import train
 from vmad_edge.export.reference.evaluate import Evaluation, auroc
 from vmad_edge.export.reference.model import CLIP, SAM, Batch, ReferenceModel
 from vmad_edge.export.reference.muon import Muon
-from vmad_edge.export.reference.parts import KINDS, LABELS, ODDITY, Kind, Part, draw, place
+from vmad_edge.export.reference.parts import KINDS, LABELS, ODDITY, Kind, Part, draw, place, resized
 from vmad_edge.export.reference.text import (
     ANSWERS,
     PARAPHRASES,
@@ -322,22 +323,30 @@ def test_muon_is_torchs(dtype: torch.dtype) -> None:
         assert (mine - theirs).norm() < 0.02 * theirs.norm()  # bf16's own error
 
 
-@pytest.fixture(scope="module")
-def group(reader: Reader) -> list[Batch]:
-    return list(train.Stream(reader, 0, range(1), 6))
+def shown(batches: Iterable[Batch]) -> list[bytes]:
+    """Each part's image with its labels."""
+    pictures = (np.concatenate([batch.images, batch.kinds[..., None]], -1) for batch in batches)
+    return [picture.tobytes() for each in pictures for picture in each]
 
 
-def test_a_groups_batches_show_its_parts_in_every_symmetry(group: list[Batch]) -> None:
-    turns = np.stack([np.concatenate([batch.images, batch.kinds[..., None]], -1) for batch in group])
-    for shown in turns.swapaxes(0, 1):
-        mirrored = [np.flip(shown[0], 1), shown[0]]
-        assert {turn.tobytes() for turn in shown} == {np.rot90(p, k).tobytes() for p in mirrored for k in range(4)}
-    assert len(group) == 8
+def test_a_part_is_shown_in_every_symmetry_before_the_next_is_drawn(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shelf of two threes, both in each batch: in eight batches all of six parts' eight symmetries."""
+    monkeypatch.setattr(train, "SHELF", 2)
+    stream = iter(train.Stream(reader, 0, 0, 6))
+    found = shown(islice(stream, 8))
+    assert len(set(found)) == 48
+    sides = [np.frombuffer(picture, np.uint8).reshape(256, 256, 4) for picture in found]
+    for picture in sides[:6]:
+        mirrored = [np.flip(picture, 1), picture]
+        assert {np.rot90(p, k).tobytes() for p in mirrored for k in range(4)} <= set(found)
+    assert not set(found) & set(shown(islice(stream, 1)))
 
 
-def test_a_batch_tells_the_parts_with_at_most_one_defect_as_they_are_turned(reader: Reader, group: list[Batch]) -> None:
+def test_a_batch_tells_the_parts_with_at_most_one_defect_as_they_are_turned(reader: Reader) -> None:
     places = set()
-    for batch in group:
+    for batch in islice(train.Stream(reader, 0, 0, 6), 8):
         assert len(batch.images) == 6 and len(batch.before) == len(batch.after) == len(batch.answer) == 4
         texts = [reader.tokenizer.decode(ids[said]) for ids, said in zip(batch.after, batch.answer, strict=True)]
         assert all(text.startswith("No. ") for text in texts[:2])
@@ -358,21 +367,44 @@ def test_a_third_of_a_stream_is_good_a_third_has_one_defect_and_a_third_several(
         return draw(rng, family, kinds, side // 4)
 
     monkeypatch.setattr(train, "draw", small)
-    batches = list(train.Stream(reader, 1, range(8), 6, told))
-    assert all(len(batch.after) == (6 if told else 4) for batch in batches)
-    counts = np.array([len(kinds) for kinds in drawn]).reshape(8, 6)
-    assert (counts[:, :4] == [0, 0, 1, 1]).all() and set(counts[:, 4:].flat) == ({1} if told else {2, 3})
+    monkeypatch.setattr(train, "SIDE", 64)
+    monkeypatch.setattr(train, "SHELF", 16)
+    batches = list(islice(train.Stream(reader, 1, 0, 48, told), 1))
+    assert all(len(batch.after) == (48 if told else 32) for batch in batches)
+    counts = np.array([len(kinds) for kinds in drawn]).reshape(16, 3)
+    assert (counts[:, :2] == [0, 1]).all() and set(counts[:, 2]) == ({1} if told else {2, 3})
     odd = [kinds for kinds in drawn if ODDITY in kinds]
     assert not odd if told else 1 < len(odd) < 16 and min(map(len, odd)) > 1
     assert {kind for kinds in drawn for kind in kinds} <= {*KINDS, ODDITY}
 
 
-def test_a_group_depends_on_its_number_alone(reader: Reader) -> None:
-    straight = list(train.Stream(reader, 0, range(2), 2))
-    resumed = list(train.Stream(reader, 0, range(1, 4, 2), 2))[:8]
-    for batch, again in zip(straight[8:], resumed, strict=True):
-        assert all(torch.equal(tensor, getattr(again, name)) for name, tensor in vars(batch).items())
-    assert not any(torch.equal(a.images, b.images) for a, b in zip(straight[:8], resumed, strict=True))
+def test_processes_share_the_threes_by_number(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "SHELF", 1)
+    numbers: list[list[int]] = []
+    for share in ((0, 2), (1, 2)):
+        seen: list[int] = []
+        monkeypatch.setattr(train.Stream, "_shown", lambda self, number, seen=seen: (seen.append(number), iter(()))[1])
+        with pytest.raises(RuntimeError):  # nothing is shown: all asked for is drawn
+            next(iter(train.Stream(reader, 0, 10, 3, share=share)))
+        numbers.append(seen)
+    assert numbers == [[12, 14], [13, 15]]  # 10 and 11 go to their choices
+
+
+def test_parts_follow_from_seed_and_number(reader: Reader) -> None:
+    again, other = (shown(islice(train.Stream(reader, seed, 7, 3), 1)) for seed in (0, 1))
+    assert again == shown(islice(train.Stream(reader, 0, 7, 3), 1))
+    assert not set(again) & set(other)
+
+
+def test_a_resized_part_keeps_what_it_shows() -> None:
+    part = draw(np.random.default_rng(5), "plate", ["stain"], 352)
+    small = resized(part, 256)
+    assert small.image.shape == (256, 256, 3) and small.kinds.shape == (256, 256)
+    assert (small.object, small.kind, small.place) == (part.object, part.kind, part.place)
+    assert set(np.unique(small.kinds)) == set(np.unique(part.kinds))
+    assert small.mask.mean() == pytest.approx(part.mask.mean(), rel=0.05)
+    assert small.image.mean() == pytest.approx(part.image.mean(), abs=0.5)
+    assert resized(small, 256) is small
 
 
 def test_learning_rate_rises_then_falls() -> None:

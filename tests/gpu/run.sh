@@ -3,7 +3,8 @@
 #
 # Installs the package in .venv-gpu, or takes what PYTHON names with all that is installed there. Then tests/gpu; the
 # kernels' tests again under each tool of compute-sanitizer; benchmarks/similarity.py --device cuda, into
-# benchmarks/results. A step that fails does not keep the next from its turn; the exit status is their number.
+# benchmarks/results. A step that fails, or takes LIMIT seconds, does not keep the next from its turn; the
+# exit status is their number.
 # Needs an NVIDIA driver, the CUDA toolkit (nvcc, compute-sanitizer) and, without PYTHON, Python >= 3.10 and an index.
 set -u
 cd "$(dirname "$0")/../.." || exit 1
@@ -27,7 +28,7 @@ fi
 failed=0
 step() {
     echo "== $*"
-    "$@" || { failed=$((failed + 1)); echo "== failed: $*"; return 1; }
+    timeout -k 9 "${LIMIT:-1800}" "$@" || { failed=$((failed + 1)); echo "== failed: $*"; return 1; }
 }
 step $PYTHON -c '
 from vmad_edge.kernels import cuda
