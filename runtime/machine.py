@@ -92,6 +92,11 @@ class RunInProgress:
         )
 
 
+def lacks_vnni(root: Path = Path("/")) -> bool:
+    """An x86 processor that adds products of bytes in 16 bits, where they may saturate; or that tells nothing."""
+    return platform.machine() in ("x86_64", "AMD64") and not {"avx512_vnni", "avx_vnni"} & _flags(root)
+
+
 def busy_elsewhere(run: Run) -> str | None:
     """A warning for people; None if the machine was as good as quiet, or does not tell."""
     if run.others is None or run.others < 0.05:
@@ -144,8 +149,13 @@ def _processor(root: Path) -> str:
     # ARM's cpuinfo has no names; a board's device tree has.
     board = _text(root / "proc/device-tree/model").rstrip("\0")
     name = board or _field(cpuinfo, "model name") or platform.processor() or platform.machine()
-    flags = (_field(cpuinfo, "flags") or _field(cpuinfo, "Features") or "").split()
+    flags = _flags(root)
     return ", ".join([name, *[simd for flag, simd in _SIMD.items() if flag in flags][:1]])
+
+
+def _flags(root: Path) -> set[str]:
+    cpuinfo = root / "proc/cpuinfo"
+    return set((_field(cpuinfo, "flags") or _field(cpuinfo, "Features") or "").split())
 
 
 def _memory_gib(root: Path) -> float | None:

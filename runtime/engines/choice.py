@@ -1,7 +1,8 @@
 """What runs a bundle's graphs on this machine, and why: TensorRT, else CUDA, else OpenVINO, else the CPU.
 
 OpenVINO's gain is bf16: an FP32 graph costs it the processor time that it costs ONNX Runtime (reference model, SAM's
-encoder 10.4 and 10.3 ms, CLIP's 11.1 and 11.3). So "auto" leaves a bundle that is FP32 throughout to ONNX Runtime.
+encoder 10.4 and 10.3 ms, CLIP's 11.1 and 11.3). So "auto" leaves a bundle that is FP32 throughout to ONNX Runtime; and
+one with INT8 graphs where OpenVINO cannot compute them as such.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from vmad_edge.runtime.engines.gpu import gpu
 from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.engines.tensorrt import TensorRtEngine, open_plan, why_not
 from vmad_edge.runtime.errors import VmadError
+from vmad_edge.runtime.machine import lacks_vnni
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,13 @@ def _why_not(device: Device, bundle: Bundle, plans: Plans | None) -> str | None:
 
 def _no_gain(device: Device, bundle: Bundle) -> str | None:
     """Why "auto" passes over a device that could be had."""
-    exact = all(precision == "fp32" for precision in bundle.manifest.precision.values())
-    if device == "openvino" and exact and find_spec("onnxruntime"):
+    if device != "openvino" or not find_spec("onnxruntime"):
+        return None
+    precisions = set(bundle.manifest.precision.values())
+    if precisions <= {"fp32"}:
         return "this bundle's graphs are FP32, which it computes no faster than ONNX Runtime"
+    if "int8" in precisions and lacks_vnni():
+        return "this processor has no VNNI, without which it computes INT8 graphs in FP32"
     return None
 
 

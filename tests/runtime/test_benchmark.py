@@ -32,7 +32,7 @@ from vmad_edge.runtime.bundle import Bundle, Manifest, ScreenManifest, seal
 from vmad_edge.runtime.cli import main
 from vmad_edge.runtime.files import sha256
 from vmad_edge.runtime.inspector import Inspector
-from vmad_edge.runtime.machine import Clock, RunInProgress, busy_elsewhere, describe_machine
+from vmad_edge.runtime.machine import Clock, RunInProgress, busy_elsewhere, describe_machine, lacks_vnni
 from vmad_edge.runtime.stages.language import LanguageModel
 
 
@@ -285,6 +285,25 @@ def test_a_jetson_tells_its_mode_and_clocks(tmp_path: Path, monkeypatch: pytest.
         "policy0": Clock(now=2201.6, lowest=729.6, highest=2201.6),
         "17000000.gpu": Clock(now=1300.5, lowest=1300.5, highest=1300.5),
     }
+
+
+@pytest.mark.parametrize(
+    "machine,cpuinfo,lacks",
+    [
+        ("x86_64", "flags\t: fma avx2\n", True),  # Zen 3
+        ("x86_64", "flags\t: fma avx2 avx_vnni\n", False),  # Alder Lake
+        ("x86_64", "flags\t: avx2 avx512f avx512_vnni\n", False),
+        ("AMD64", "", True),  # it does not tell
+        ("aarch64", "Features\t: fp asimd\n", False),
+    ],
+)
+def test_which_processors_lack_vnni(
+    machine: str, cpuinfo: str, lacks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
+    assert lacks_vnni(tmp_path) is lacks
 
 
 def test_what_a_machine_does_not_tell_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from vmad_edge.export.precision import write_fp16
-from vmad_edge.runtime.bundle import Bundle, Precision
+from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.engines import Arrays, Device, choice, gpu, onnxruntime, ran_out_of_memory, tensorrt
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.engines.gpu import Gpu
@@ -103,6 +103,9 @@ def no_gpu() -> Gpu:
         (False, no_gpu, {"onnxruntime", "openvino"}, "fp32", "cpu", {"tensorrt", "cuda", "openvino"}),
         # OpenVINO alone
         (False, no_gpu, {"openvino"}, "fp32", "openvino", {"tensorrt", "cuda"}),
+        # INT8 on a processor that can, and on one that cannot compute it
+        (False, no_gpu, {"onnxruntime", "openvino"}, "int8", "openvino", {"tensorrt", "cuda"}),
+        (False, no_gpu, {"onnxruntime", "openvino"}, "int8 without VNNI", "cpu", {"tensorrt", "cuda", "openvino"}),
         # the least there can be
         (False, no_gpu, {"onnxruntime"}, "fp16", "cpu", {"tensorrt", "cuda", "openvino"}),
     ],
@@ -111,7 +114,7 @@ def test_auto_takes_the_best_and_says_why(
     cuda: bool,
     found_gpu: Callable[[], Gpu],
     installed: set[str],
-    precision: Precision,
+    precision: str,
     expected: str,
     passed_over: set[str],
     demo: Bundle,
@@ -120,7 +123,8 @@ def test_auto_takes_the_best_and_says_why(
     monkeypatch.setattr(choice, "gpu", found_gpu)
     monkeypatch.setattr(choice, "find_spec", lambda name: name in installed)
     monkeypatch.setattr(ort, "get_available_providers", lambda: [*["CUDAExecutionProvider"] * cuda, CPU])
-    of: dict[str, Precision] = {"clip_encoder": "fp32", "sam_encoder": precision}
+    monkeypatch.setattr(choice, "lacks_vnni", lambda: "without" in precision)
+    of = {"clip_encoder": "fp32", "sam_encoder": precision.split()[0]}
     bundle = replace(demo, manifest=demo.manifest.model_copy(update={"precision": of}))
     engines = Engines.choose(bundle, "auto")
     assert engines.device == expected
