@@ -66,6 +66,8 @@ SAM = SamInput(size=256)
 
 @dataclass
 class Batch:
+    """What a step learns from."""
+
     images: Tensor
     """[B,S,S,3] u8, RGB."""
     kinds: Tensor

@@ -50,7 +50,7 @@ from vmad_edge.runtime.files import whole_folder
 # bf16 where it is computed: a processor without it imitates it, a hundred times as slowly.
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 SIDE = 256  # of the parts, in pixels
-SHELF = 64
+SHELF = 64  # threes that a worker keeps
 SAVE_EVERY = 60  # seconds
 # AdamW's peak learning rates: of the LLM (at 1e-3 its loss was seen to jump) and of all else.
 PEAKS = {"see": (7e-4, 1e-3), "segment": (0.0, 7e-4), "mask": (3e-4, 5e-4)}
