@@ -1,8 +1,8 @@
 """VMAD's ablation at our size: LTC on/off × DSSL on/off, each row from the same seed on the same samples.
 
-`python -m vmad_edge.export.reference.ablation --out DIR [--samples 20000]`: stage "see" alone, there is no mask branch.
-Prints JSON, a row a variant, measured on parts of the trained families that none of them saw. A row that is done is not
-trained again.
+`python -m vmad_edge.export.reference.ablation --out DIR [--samples 20000]`: half of the samples go to stage "see", half
+to "read"; there is no mask branch. Prints JSON, a row a variant, measured on parts of the trained families that none
+of them saw. A row that is done is not trained again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from vmad_edge.export.reference.evaluate import auroc, batches, unseen
-from vmad_edge.export.reference.model import CLIP, DEVICE, ReferenceModel
+from vmad_edge.export.reference.model import CLIP, ReferenceModel
 from vmad_edge.export.reference.text import QUESTION, Reader, load_tokenizer
 from vmad_edge.export.reference.train import arguments, train
 from vmad_edge.runtime.frame import Frame
@@ -34,13 +34,12 @@ def figures(model: ReferenceModel, count: int) -> dict[str, float]:
     defective, p_yes, score, maps = [], [], [], []
     for parts in batches(unseen(count, first=0)):
         seen = [clip_pixels(Frame(part.image, part.object), CLIP) for part in parts]
-        patches, visual_tokens = model.see(torch.from_numpy(np.concatenate([pixels for pixels, _ in seen])).to(DEVICE))
-        chunks = [embed(torch.tensor([ids], device=DEVICE)).expand(len(parts), -1, -1) for ids in (before, after)]
+        patches, visual_tokens = model.see(torch.from_numpy(np.concatenate([pixels for pixels, _ in seen])))
+        chunks = [embed(torch.tensor([ids])).expand(len(parts), -1, -1) for ids in (before, after)]
         states = model.language.model(inputs_embeds=torch.cat([chunks[0], visual_tokens, chunks[1]], 1))
         logits = model.language.lm_head(states.last_hidden_state[:, -1])[:, [model.reader.yes_id, model.reader.no_id]]
         p_yes += logits.softmax(-1)[:, 0].tolist()
-        odds = model.patch_logits(patches).sigmoid().cpu().numpy()
-        for part, (_, view), scores in zip(parts, seen, odds, strict=True):
+        for part, (_, view), scores in zip(parts, seen, model.patch_logits(patches).sigmoid().numpy(), strict=True):
             defective.append(part.kind is not None)
             score.append(image_score(scores, similarity))
             maps.append(pixel_scores(anomaly_map(scores, view, similarity, CLIP.size, part.mask.shape), part.mask)[0])
@@ -63,16 +62,17 @@ def main() -> None:
     for ltc, dssl in product((False, True), repeat=2):
         name = " + ".join(part for part, on in (("LTC", ltc), ("DSSL", dssl)) if on) or "neither"
         out = args.out / name.replace(" ", "")
-        sizes = {"see-samples": args.samples, "segment-samples": 0, "mask-samples": 0, "batch": 15, "processes": 2}
-        command = ["--out", str(out), *(word for name, size in sizes.items() for word in (f"--{name}", str(size)))]
+        half = str(args.samples // 2)
+        command = ["--out", str(out), "--see-samples", half, "--read-samples", half]
+        command += ["--segment-samples", "0", "--mask-samples", "0"]
         command += [word for part, on in (("ltc", ltc), ("dssl", dssl)) if not on for word in ("--without", part)]
         train(arguments().parse_args(command))
         reader = Reader(load_tokenizer(out / "tokenizer"))
         model = ReferenceModel(reader, 0, ltc, dssl).eval()
-        with safe_open(out / "see.safetensors", "pt") as file:
+        with safe_open(out / "read1.safetensors", "pt") as file:
             names = [key for key in file.keys() if key.startswith("model.")]  # noqa: SIM118
             model.load_state_dict({key.removeprefix("model."): file.get_tensor(key) for key in names})
-        rows[name] = figures(model.to(DEVICE), args.parts)
+        rows[name] = figures(model, args.parts)
     print(json.dumps(rows, indent=2))
 
 

@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -36,10 +36,10 @@ from transformers import (
     SamVisionConfig,
 )
 
-from vmad_edge.export.checkpoint import Checkpoint, Config, LtcConfig
+from vmad_edge.export.checkpoint import Config, LtcConfig
 from vmad_edge.export.models.ltc import LtcProjector
 from vmad_edge.export.models.seg_projection import SegProjection
-from vmad_edge.export.reference.parts import KINDS, LABELS
+from vmad_edge.export.reference.parts import KINDS
 from vmad_edge.export.reference.teacher import WIDTH as TAUGHT
 from vmad_edge.export.reference.teacher import Teacher
 from vmad_edge.export.reference.text import QUESTION, SEG, TEMPLATE, YES, Reader
@@ -49,9 +49,8 @@ WIDTH, LANGUAGE_WIDTH, PROMPT_WIDTH = 192, 256, 256
 GRID, SCALE = 16, 2
 FEATURES = 64
 QUEUE = 4096
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # On a CPU torch's fused attention is slower: CLIP's whole step took 1.4 times as long.
-ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa" if DEVICE.type == "cuda" else "eager"}
+ATTENTION: dict[str, Any] = {"attn_implementation": "eager"}
 CLIP = ClipInput(
     size=14 * GRID,
     resize="exact",
@@ -66,49 +65,27 @@ SAM = SamInput(size=256)
 
 @dataclass
 class Batch:
-    """What a step learns from."""
+    """Fields that a stage does not use are empty."""
 
-    images: Tensor
-    """[B,S,S,3] u8, RGB."""
+    clip_pixels: Tensor
+    """[B,3,224,224] f32."""
+    sam_pixels: Tensor
+    """[B,3,256,256] f32."""
     kinds: Tensor
-    """[B,S,S] u8: 0 normal, 1 + index into LABELS on a defect."""
+    """[B,256,256] i64: 0 normal, 1 + index into KINDS on a defect."""
     before: Tensor
-    """[A,T0] i64: ids before the visual tokens, for the first A parts: the others have several defects."""
+    """[B,T0] i64: ids before the visual tokens."""
     after: Tensor
-    """[A,T1] i64: ids after them, question's end and answer, padded with 0."""
+    """[B,T1] i64: ids after them, question's end and answer, padded with 0."""
     answer: Tensor
-    """[A,T1] bool: which of `after` are the answer's."""
+    """[B,T1] bool: which of `after` are the answer's."""
 
     def to(self, device: torch.device) -> Batch:
         return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
-    @property
-    def mask(self) -> Tensor:
-        """[B,S,S] f32: 1 on defects."""
-        return (self.kinds > 0).float()
-
-    @property
-    def clip_pixels(self) -> Tensor:
-        """[B,3,224,224] f32."""
-        mean, std = (255 * torch.tensor(v) for v in (CLIP.mean, CLIP.std))
-        return self._resized(CLIP.size, "bicubic", mean, std)
-
-    @property
-    def sam_pixels(self) -> Tensor:
-        """[B,3,256,256] f32."""
-        return self._resized(SAM.size, "bilinear", torch.tensor(SAM.mean), torch.tensor(SAM.std))
-
-    def _resized(self, size: int, mode: str, mean: Tensor, std: Tensor) -> Tensor:
-        """What `runtime.stages.preprocess` makes of square frames, here and there a byte off, where they lie."""
-        pixels = self.images.movedim(3, 1).float()
-        side = pixels.shape[-1]
-        for shape in ((side, size), (size, size)) if side != size else ():  # Pillow rounds after either
-            pixels = F.interpolate(pixels, shape, mode=mode, antialias=True).round().clamp(0, 255)
-        return (pixels - mean.to(pixels.device)[:, None, None]) / std.to(pixels.device)[:, None, None]
-
 
 class ReferenceModel(nn.Module):
-    """Every part in one module; `losses_see`, `losses_segment`, `losses_mask` are the stages of training.
+    """Every part in one module; `losses_see`, `_read`, `_segment`, `_mask` are the stages of training.
 
     Args:
         ltc: False puts pooled patches through a plain MLP in LTC's place (ablation; cannot be saved).
@@ -168,19 +145,6 @@ class ReferenceModel(nn.Module):
         self.place_head = nn.Linear(LANGUAGE_WIDTH, (GRID // SCALE) ** 2)
         self.sam_head = nn.Conv2d(PROMPT_WIDTH, 1, 1)
 
-    def begin_from(self, checkpoint: Checkpoint) -> None:
-        """Take a checkpoint's parts, LoRA merged. Scaffolds begin at zero: they push nothing before they know."""
-        self.vision.load_state_dict(checkpoint.vision().state_dict())
-        self.projector.load_state_dict(checkpoint.projector().state_dict())
-        self.language.load_state_dict(checkpoint.language().state_dict())
-        self.segmenter.load_state_dict(checkpoint.segmenter().state_dict())
-        self.seg_projection.load_state_dict(checkpoint.seg_projection().state_dict())
-        for name, feature in load_file(checkpoint.path / "similarity.safetensors").items():
-            # Unit length lets the features turn faster than those that the training began with, sqrt(width) long.
-            getattr(self, name).data.copy_(feature * feature.shape[-1] ** 0.5)
-        for head in (self.teacher_head, self.kind_head, self.place_head, self.sam_head):
-            nn.init.zeros_(head.weight)
-
     def adapt(self) -> None:
         """From here on the LLM learns through a LoRA on q_proj and v_proj, beside its embeddings and lm_head."""
         lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
@@ -210,34 +174,39 @@ class ReferenceModel(nn.Module):
         return ((query @ abnormal.T).amax(-1) - nearest_normal) / self.config.similarity.temperature
 
     def read(self, batch: Batch, visual_tokens: Tensor) -> Tensor:
-        """States [A,T1,H] after the final norm, of the steps whose logits emit `batch.after`."""
+        """States [B,T1,H] after the final norm, of the steps whose logits emit `batch.after`."""
         embed = self.language.get_input_embeddings()
         before, after = embed(batch.before), embed(batch.after)
-        inputs = torch.cat([before, visual_tokens[: len(after)].to(before.dtype), after], 1)
+        inputs = torch.cat([before, visual_tokens.to(before.dtype), after], 1)
         states: Tensor = self.language.model(inputs_embeds=inputs).last_hidden_state
         return states[:, -after.shape[1] - 1 : -1]
 
     def losses_see(self, batch: Batch, teacher: Teacher | None) -> dict[str, Tensor]:
-        """Of vision, LTC and LLM: what is wrong with each patch and cell, how parts rank by score, what is said."""
-        mask, shown, count = batch.mask, batch.clip_pixels, len(batch.images)
-        quarter = count // 4
-        if teacher is not None:
-            shown = torch.cat([shown, _blended(shown, quarter)])
-        hidden = self.vision(pixel_values=shown, output_hidden_states=True).hidden_states
-        patches, visual_tokens = self._project(tuple(states[:count] for states in hidden))
-        self._remember(patches, self._pool(mask, GRID // SCALE) == 0)
-        cover = self._pool(mask, GRID)
+        """Of vision and LTC: what is wrong with each patch and each visual token's cell; how parts rank by score."""
+        patches, visual_tokens = self.see(batch.clip_pixels)
+        cell = self._pool(_mask(batch), GRID // SCALE)
+        self._remember(patches, cell == 0)
+        cover = self._pool(_mask(batch), GRID)
         odds = self.patch_logits(patches if self.dssl else patches.detach())
         losses = {"patch": _defects(odds, cover > 0.1)}
         drawn = self.queue[torch.randint(QUEUE, (512,), device=patches.device)]
         losses["queue"] = 0.2 * (1 - (drawn @ F.normalize(self.visual_normal, dim=-1).T).amax(-1)).mean()
         losses["image"] = 0.5 * _ranking(odds.topk(odds.shape[1] // 100).values.mean(1), cover.amax(1) > 0)
-        losses |= self._cells(batch.kinds, visual_tokens, odds)
-        losses |= self._text(batch, self.read(batch, visual_tokens))
-        if teacher is not None:  # on some parts and all blends: its time is a fifth of a step's
-            seen = self.teacher_head(hidden[self.config.patches_level][-2 * quarter :, 1:])
-            losses["teacher"] = F.mse_loss(seen.float(), _taught(teacher, shown[-2 * quarter :]))
+        losses |= self._cells(batch, visual_tokens, odds)
+        if teacher is not None:
+            half = batch.clip_pixels[: len(patches) // 2]  # the teacher's time is a fifth of a step's
+            losses["teacher"] = 0.5 * F.mse_loss(
+                self.teacher_head(patches[: len(half)]).float(), _taught(teacher, half)
+            )
         return losses
+
+    def losses_read(self, batch: Batch) -> dict[str, Tensor]:
+        """The LLM's text and LTC's dense losses, with vision at rest."""
+        with torch.no_grad():
+            hidden = self.vision(pixel_values=batch.clip_pixels, output_hidden_states=True).hidden_states
+        patches, visual_tokens = self._project(hidden)
+        text = self._text(batch, self.read(batch, visual_tokens))
+        return text | self._cells(batch, visual_tokens, self.patch_logits(patches))
 
     def _remember(self, patches: Tensor, normal: Tensor) -> None:
         """Put the pooled patches [B,N,D] of normal cells [B,K] into the queue, before the oldest."""
@@ -246,25 +215,23 @@ class ReferenceModel(nn.Module):
         new = F.normalize(pooled[torch.randperm(len(pooled), device=pooled.device)[:256]], dim=-1)
         self.queue = torch.cat([new, self.queue])[:QUEUE]
 
-    def _cells(self, kinds: Tensor, visual_tokens: Tensor, odds: Tensor) -> dict[str, Tensor]:
+    def _cells(self, batch: Batch, visual_tokens: Tensor, odds: Tensor) -> dict[str, Tensor]:
         """DSSL in the LLM's space, and the scaffolds that make the visual tokens say what is where."""
-        cell = self._pool((kinds > 0).float(), GRID // SCALE) > 0.05
+        cell = self._pool(_mask(batch), GRID // SCALE) > 0.05
         tokens = visual_tokens if self.dssl else visual_tokens.detach()
         cosine = F.cosine_similarity(tokens.float(), self.semantic_normal, dim=-1)
         spoken = -cosine / self.config.similarity.temperature
         seen = F.adaptive_max_pool2d(odds.detach().reshape(-1, GRID, GRID), GRID // SCALE).flatten(1)
         align = F.kl_div(spoken.log_softmax(-1), seen.log_softmax(-1), reduction="batchmean", log_target=True)
-        area = F.one_hot(kinds[:, 2::4, 2::4].long(), 1 + len(LABELS)).movedim(3, 1)[:, 1 : 1 + len(KINDS)].float()
-        area = F.adaptive_avg_pool2d(area, GRID // SCALE).flatten(2)
-        kind = (1 + area.argmax(1)) * cell
-        kind = kind.masked_fill(cell & (area.amax(1) == 0), -100)  # there is no word for it
+        area = F.one_hot(batch.kinds[:, 2::4, 2::4], 1 + len(KINDS)).movedim(3, 1)[:, 1:].float()
+        kind = 1 + F.adaptive_avg_pool2d(area, GRID // SCALE).argmax(1).flatten(1)
         weight = torch.tensor([0.15] + [1.0] * len(KINDS), device=cell.device)
         named = self.kind_head(visual_tokens).float().flatten(0, 1)
         where = self.place_head(visual_tokens).float().flatten(0, 1)
         return {
             "semantic": _defects(spoken, cell),
             "align": 0.1 * align,
-            "kind": F.cross_entropy(named, kind.flatten(), weight),
+            "kind": F.cross_entropy(named, (kind * cell.long()).flatten(), weight),
             # So that the visual tokens keep where they are, for the LLM to say.
             "place": 0.3 * F.cross_entropy(where, torch.arange(cell.shape[1], device=cell.device).repeat(len(cell))),
         }
@@ -305,7 +272,7 @@ class ReferenceModel(nn.Module):
     def losses_segment(self, batch: Batch) -> dict[str, Tensor]:
         """The mask branch by itself: every defect of the frame, from a prompt that says nothing (h_seg = 0)."""
         silent = torch.zeros(len(batch.kinds), LANGUAGE_WIDTH, device=batch.kinds.device)
-        return self._masks(batch.sam_pixels, batch.mask, silent)
+        return self._masks(batch.sam_pixels, _mask(batch), silent)
 
     def losses_mask(self, batch: Batch, short: Tensor) -> dict[str, Tensor]:
         """Text through the LoRA, and the mask branch on the defective parts.
@@ -316,7 +283,7 @@ class ReferenceModel(nn.Module):
         with torch.no_grad():
             _, visual_tokens = self.see(batch.clip_pixels)
         states = self.read(batch, visual_tokens)
-        mask = batch.mask
+        mask = _mask(batch)
         bad = mask.amax((1, 2)) > 0
         position = torch.where(short, batch.answer.int().argmax(1) + 1, self._last(batch))
         h_seg = states[torch.arange(len(position), device=position.device), position][bad]
@@ -358,12 +325,12 @@ class ReferenceModel(nn.Module):
         return masks[:, 0].float(), iou[:, 0].float()
 
     def _text(self, batch: Batch, states: Tensor) -> dict[str, Tensor]:
-        logits = self.language.lm_head(states).float()
-        token = F.cross_entropy(logits.flatten(0, 1), batch.after.flatten(), reduction="none").view_as(batch.after)
-        first = batch.answer.int().argmax(1, keepdim=True)
+        logits = self.language.lm_head(states[batch.answer]).float()
+        token = F.cross_entropy(logits, batch.after[batch.answer], reduction="none")
+        columns = torch.arange(batch.answer.shape[1], device=batch.answer.device)
+        first = columns == batch.answer.int().argmax(1, keepdim=True)
         # Most tokens of an answer follow from the ones before; kind and place are one or two of twenty-five.
-        text = 6 * (token * batch.answer).sum() / batch.answer.sum()
-        return {"text": text, "decision": token.gather(1, first).mean()}
+        return {"text": 6 * token.mean(), "decision": token[first[batch.answer]].mean()}
 
     @staticmethod
     def _last(batch: Batch) -> Tensor:
@@ -424,17 +391,11 @@ def _defects(odds: Tensor, there: Tensor) -> Tensor:
 
 def _ranking(score: Tensor, bad: Tensor) -> Tensor:
     """A smooth count of the pairs that AUROC counts: a good part that scores higher than a bad one."""
-    pairs = ~bad[:, None] & bad
-    return (F.softplus(score[:, None] - score) * pairs).sum() / pairs.sum().clamp(min=1)
+    return F.softplus(score[~bad, None] - score[bad]).mean()
 
 
-def _blended(clip_pixels: Tensor, count: int) -> Tensor:
-    """[count,3,S,S]: a part over a piece of another, magnified and of other colours: stuff that no part is made of."""
-    size = clip_pixels.shape[-1]
-    side = int(torch.randint(size // 3, size, ()))
-    other = clip_pixels[count : 2 * count, torch.randperm(3), :side, :side]
-    other = F.interpolate(other, (size, size), mode="bilinear")
-    return torch.lerp(clip_pixels[:count], other, 0.2 + 0.6 * torch.rand(count, 1, 1, 1, device=other.device))
+def _mask(batch: Batch) -> Tensor:
+    return (batch.kinds > 0).float()
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ and put into the frame by its pose.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
 import cv2
@@ -39,24 +39,11 @@ from vmad_edge.export.reference.drawing import (
 )
 
 Kind = Literal[
-    "scratch",
-    "stain",
-    "pit",
-    "crack",
-    "missing feature",
-    "fibre",
-    "dent",
-    "chipped edge",
-    "bubble",
-    "burn mark",
-    "oddity",
+    "scratch", "stain", "pit", "crack", "missing feature", "fibre", "dent", "chipped edge", "bubble", "burn mark"
 ]
 KINDS: tuple[Kind, ...] = ("scratch", "stain", "pit", "crack", "missing feature", "fibre", "dent", "chipped edge")
 UNSEEN_KINDS: tuple[Kind, ...] = ("bubble", "burn mark")
 """Never trained on."""
-ODDITY: Kind = "oddity"
-"""Anything else that does not belong; trained on, without a word for it."""
-LABELS = (*KINDS, *UNSEEN_KINDS, ODDITY)
 PLACES = (
     ("upper left", "upper centre", "upper right"),
     ("centre left", "centre", "centre right"),
@@ -65,8 +52,6 @@ PLACES = (
 
 Image: TypeAlias = NDArray[np.uint8]
 Mask: TypeAlias = NDArray[np.bool_]
-SYMMETRIES = 8
-"""Of the frame: see `turned`."""
 SMALLEST = 0.003
 """A defect whose mask is a smaller share of the frame fell off the part: another part is drawn."""
 
@@ -76,7 +61,7 @@ class Part:
     image: Image
     """[S,S,3], RGB."""
     kinds: NDArray[np.uint8]
-    """[S,S]: 0 normal, else 1 + the defect's index in LABELS."""
+    """[S,S]: 0 normal, else 1 + the defect's index in (*KINDS, *UNSEEN_KINDS)."""
     object: str
     kind: Kind | None
     """Of a part with exactly one defect."""
@@ -110,24 +95,6 @@ def draw(rng: Rng, family: str | None = None, defects: Sequence[Kind] = (), size
     return Part(image, canvas.kinds, name, defects[0], place(canvas.kinds > 0))
 
 
-def turned(part: Part, way: int) -> Part:
-    """The part in one of the frame's eight symmetries: mirrored if `way` ≥ 4, then `way` % 4 quarter turns."""
-    image, kinds = (
-        np.ascontiguousarray(np.rot90(picture[:, ::-1] if way >= 4 else picture, way))
-        for picture in (part.image, part.kinds)
-    )
-    return replace(part, image=image, kinds=kinds, place=None if part.kind is None else place(kinds > 0))
-
-
-def resized(part: Part, size: int) -> Part:
-    """The part in a photograph of `size` pixels."""
-    if part.image.shape[0] == size:
-        return part
-    image = cv2.resize(part.image, (size, size), interpolation=cv2.INTER_AREA)
-    kinds = cv2.resize(part.kinds, (size, size), interpolation=cv2.INTER_NEAREST)
-    return replace(part, image=np.asarray(image, np.uint8), kinds=np.asarray(kinds, np.uint8))
-
-
 def random_kind(rng: Rng) -> Kind:
     return cast(Kind, str(rng.choice(KINDS)))
 
@@ -140,7 +107,7 @@ def place(mask: Mask) -> str:
 
 
 def _label(kind: Kind) -> int:
-    return 1 + LABELS.index(kind)
+    return 1 + (*KINDS, *UNSEEN_KINDS).index(kind)
 
 
 # --- grounds and surfaces
@@ -831,30 +798,6 @@ def _burn_mark(rng: Rng, canvas: Canvas) -> Coverage:
     return halo
 
 
-def _oddity(rng: Rng, canvas: Canvas) -> Coverage:
-    """As DRAEM makes anomalies up (Zavrtanik et al. 2021): smooth noise says where other stuff is blended in."""
-    size, at = canvas.size, _spot(rng, canvas) * canvas.size
-    rough = noise(rng, size, rng.uniform(0.1, 0.35), 2)
-    _, labels, stats, centres = cv2.connectedComponentsWithStats(
-        (rough > np.quantile(rough, 1 - between(rng, 0.005, 0.1))).view(np.uint8)
-    )
-    largest = 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
-    move = np.column_stack([np.eye(2), at - centres[largest]])
-    coverage = cv2.warpAffine((labels == largest).view(np.uint8) * np.uint8(255), move, (size, size)) * canvas.part
-    stuff = against(rng, _local(canvas, at / size)[0], 10, 240, 60, 45).astype(np.float32)[:, None, None]
-    stuff = stuff + np.float32(between(rng, 5, 30)) * noise(rng, size, between(rng, 0.01, 0.2), 3)
-    filling = (
-        stuff,
-        canvas.colour * np.float32(rng.choice([rng.uniform(0.5, 0.85), rng.uniform(1.15, 1.6)])),
-        np.stack([cv2.GaussianBlur(plane, (0, 0), between(rng, 0.008, 0.03) * size) for plane in canvas.colour]),
-        np.roll(canvas.colour[:, ::-1], rng.integers(size, size=2), (1, 2)),
-    )[rng.integers(4)]
-    if np.average(np.abs(filling - canvas.colour).mean(0), weights=coverage + 1e-9) < 25:  # nobody would see it
-        filling = stuff
-    canvas.paint(np.asarray(coverage, np.uint8), np.clip(filling, 0, 255), rng.uniform(0.5, 1))
-    return np.asarray(coverage, np.uint8)
-
-
 _DEFECTS: dict[Kind, Callable[[Rng, Canvas], Coverage]] = {
     "scratch": _scratch,
     "stain": _stain,
@@ -865,7 +808,6 @@ _DEFECTS: dict[Kind, Callable[[Rng, Canvas], Coverage]] = {
     "chipped edge": _chipped_edge,
     "bubble": _bubble,
     "burn mark": _burn_mark,
-    "oddity": _oddity,
 }
 
 

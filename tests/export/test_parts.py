@@ -8,24 +8,20 @@ import cv2
 import numpy as np
 import pytest
 
-from vmad_edge.export.reference.drawing import Canvas
 from vmad_edge.export.reference.parts import (
     FAMILIES,
     KINDS,
-    ODDITY,
     PLACES,
     UNSEEN_FAMILIES,
     UNSEEN_KINDS,
     Kind,
     Part,
-    _oddity,
     draw,
     place,
     random_kind,
-    turned,
 )
 
-ALL_FAMILIES, ALL_KINDS = (*FAMILIES, *UNSEEN_FAMILIES), (*KINDS, *UNSEEN_KINDS, ODDITY)
+ALL_FAMILIES, ALL_KINDS = (*FAMILIES, *UNSEEN_FAMILIES), (*KINDS, *UNSEEN_KINDS)
 
 
 def part(seed: int, family: str | None = None, *defects: Kind, size: int = 128) -> Part:
@@ -33,7 +29,7 @@ def part(seed: int, family: str | None = None, *defects: Kind, size: int = 128) 
 
 
 def test_every_kind_is_either_trained_or_unseen() -> None:
-    assert sorted(ALL_KINDS) == sorted(get_args(Kind)) and len(set(ALL_KINDS)) == 11
+    assert sorted(ALL_KINDS) == sorted(get_args(Kind)) and len(set(ALL_KINDS)) == 10
     assert len(set(ALL_FAMILIES)) == 12
 
 
@@ -118,18 +114,8 @@ def test_a_missing_feature_looks_unlike_its_neighbours(family: str) -> None:
     assert plainer >= 6
 
 
-def test_an_oddity_is_painted_on_the_part_alone() -> None:
-    for seed in range(20):
-        canvas = Canvas(rng := np.random.default_rng(seed), 96)
-        canvas.colour += np.float32(100)
-        canvas.part[:, :48] = 1
-        coverage = _oddity(rng, canvas)
-        painted = (canvas.colour != 100).any(0)
-        assert painted.any() and not painted[:, 48:].any() and coverage[painted].all()
-
-
 def test_several_defects_on_one_part() -> None:
-    wanted: tuple[Kind, ...] = ("missing feature", "stain", "scratch", "oddity", "bubble")
+    wanted: tuple[Kind, ...] = ("missing feature", "stain", "scratch", "bubble")
     for seed in range(4):
         drawn = part(seed, None, *wanted)
         assert set(np.unique(drawn.kinds)) == {0, *(1 + ALL_KINDS.index(kind) for kind in wanted)}
@@ -154,32 +140,3 @@ def test_place_of_one_pixel(row: int, column: int, expected: str) -> None:
     mask = np.zeros((30, 30), bool)
     mask[row, column] = True
     assert place(mask) == expected
-
-
-@pytest.mark.parametrize(
-    ("way", "corner"),
-    [
-        (0, "upper left"),
-        (1, "lower left"),
-        (2, "lower right"),
-        (3, "upper right"),
-        (4, "upper right"),
-        (5, "upper left"),
-        (6, "lower left"),
-        (7, "lower right"),
-    ],
-)
-def test_a_turned_parts_labels_go_with_its_image(way: int, corner: str) -> None:
-    drawn = next(p for seed in range(100) if (p := part(seed, "tile", "pit", size=64)).place == "upper left")
-    there = turned(drawn, way)
-    for before, after in ((drawn.image, there.image), (drawn.kinds, there.kinds)):
-        assert (after == np.rot90(np.flip(before, 1) if way >= 4 else before, way % 4)).all()
-    assert (there.object, there.kind, there.place) == ("tile", "pit", corner) and place(there.mask) == corner
-
-
-def test_the_eight_ways_differ_and_give_no_place_where_there_was_none() -> None:
-    good, several = part(0, size=64), part(0, None, "pit", "stain", size=64)
-    for drawn in (good, several):
-        ways = [turned(drawn, way) for way in range(8)]
-        assert len({p.image.tobytes() for p in ways}) == 8
-        assert not any(p.kind or p.place for p in ways)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,9 @@ from torch import nn
 from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.reference import train
 from vmad_edge.export.reference.evaluate import Evaluation, auroc
-from vmad_edge.export.reference.model import CLIP, SAM, Batch, ReferenceModel
+from vmad_edge.export.reference.model import Batch, ReferenceModel
 from vmad_edge.export.reference.muon import Muon
-from vmad_edge.export.reference.parts import KINDS, LABELS, ODDITY, Kind, Part, draw, place, resized
+from vmad_edge.export.reference.parts import KINDS, Kind, draw
 from vmad_edge.export.reference.text import (
     ANSWERS,
     PARAPHRASES,
@@ -29,8 +28,6 @@ from vmad_edge.export.reference.text import (
     load_tokenizer,
     make_tokenizer,
 )
-from vmad_edge.runtime.frame import Frame
-from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
 
 # --- texts
 
@@ -87,43 +84,19 @@ def model(reader: Reader) -> ReferenceModel:
 def batch(reader: Reader) -> Batch:
     """Two defective parts and a good one; the answers differ in length."""
     rng = np.random.default_rng(3)
-    parts = [draw(rng, "gear", ["crack"]), draw(rng, "tile", ["pit"]), draw(rng, "plate")]
-    return train.collate(parts, reader, rng)
-
-
-@pytest.mark.parametrize("size", [256, 352])
-def test_pixels_are_the_runtimes(reader: Reader, size: int) -> None:
-    """To within one step of a byte, but for a few beside what is clipped: Pillow clips between its two passes."""
-    rng = np.random.default_rng(4)
-    parts = [draw(rng, family, [], size) for family in ("fabric", "circuit board", "plate")]
-    batch, frames = train.collate(parts, reader, rng), [Frame(part.image, part.object) for part in parts]
-    clip = np.concatenate([clip_pixels(frame, CLIP)[0] for frame in frames])
-    sam = np.concatenate([sam_pixels(frame, SAM)[0] for frame in frames])
-    for found, expected, step in (
-        (batch.clip_pixels, clip, 1 / (255 * np.array(CLIP.std))),
-        (batch.sam_pixels, sam, 1 / np.array(SAM.std)),
-    ):
-        apart = (found.numpy() - expected) / step[:, None, None]
-        np.testing.assert_allclose(apart, apart.round(), atol=1e-3)
-        assert np.quantile(abs(apart), 0.9999) < 1.01 and abs(apart).mean() < 0.2 and abs(apart.mean()) < 0.02
-    if size == SAM.size:
-        assert (batch.sam_pixels.numpy() == sam).all()
+    parts = [draw(rng, "gear", ["crack"]), draw(rng, "tile", ["pit"], 352), draw(rng, "plate")]
+    return train.collate("mask", parts, reader, rng)
 
 
 @torch.no_grad()
-def test_text_loss_is_transformers_own(model: ReferenceModel, reader: Reader) -> None:
-    """The third part has two defects: nothing is said of it."""
-    rng = np.random.default_rng(3)
-    parts = [draw(rng, "plate"), draw(rng, "gear", ["crack"]), draw(rng, "tile", ["pit", ODDITY])]
-    batch = train.collate(parts, reader, rng)
-    assert len(batch.before) == len(batch.after) == len(batch.answer) == 2
+def test_text_loss_is_transformers_own(model: ReferenceModel, batch: Batch) -> None:
     _, visual_tokens = model.see(batch.clip_pixels)
     embed = model.language.get_input_embeddings()
-    inputs = torch.cat([embed(batch.before), visual_tokens[:2], embed(batch.after)], 1)
+    inputs = torch.cat([embed(batch.before), visual_tokens, embed(batch.after)], 1)
     labels = torch.full(inputs.shape[:2], -100)
     labels[:, -batch.after.shape[1] :][batch.answer] = batch.after[batch.answer]
     expected = model.language(inputs_embeds=inputs, labels=labels).loss
-    torch.testing.assert_close(model.losses_see(batch, None)["text"] / 6, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.losses_read(batch)["text"] / 6, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -168,36 +141,8 @@ def test_alignment_is_the_divergence_of_the_two_similarity_distributions(model: 
     spoken = -(unit @ torch.nn.functional.normalize(model.semantic_normal, dim=-1)[0]) / 0.07
     kinds = [torch.distributions.Categorical(logits=logits) for logits in (cells, spoken)]
     expected = torch.distributions.kl_divergence(*kinds).mean()
-    found = model._cells(batch.kinds, visual_tokens, odds)["align"] / 0.1
+    found = model._cells(batch, visual_tokens, odds)["align"] / 0.1
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("cell", [32, 44])
-def test_a_cell_is_taught_the_kind_that_covers_most_of_it_and_of_an_oddity_none(
-    model: ReferenceModel, cell: int
-) -> None:
-    """Each of four cells by its left third and the rest of it; the cell of oddity alone counts as if it were not."""
-    cells: dict[int, tuple[Kind, Kind, Kind | None]] = {
-        9: ("stain", "stain", "stain"),
-        20: ("crack", "pit", "pit"),
-        35: ("dent", ODDITY, "dent"),
-        54: (ODDITY, ODDITY, None),
-    }
-    kinds = torch.zeros(1, 8 * cell, 8 * cell, dtype=torch.uint8)
-    target: dict[int, int] = dict.fromkeys(range(64), 0)
-    for at, (left, right, taught) in cells.items():
-        y, x = at // 8 * cell, at % 8 * cell
-        kinds[0, y : y + cell, x : x + cell] = 1 + LABELS.index(right)
-        kinds[0, y : y + cell, x : x + cell // 3] = 1 + LABELS.index(left)
-        del target[at]
-        if taught:
-            target[at] = 1 + KINDS.index(taught)
-    tokens = torch.randn(1, 64, 256, generator=torch.Generator().manual_seed(0))
-    p = model.kind_head(tokens)[0].double().softmax(-1).numpy()
-    said = [(1.0 if kind else 0.15, -np.log(p[at, kind])) for at, kind in target.items()]
-    expected = sum(weight * loss for weight, loss in said) / sum(weight for weight, _ in said)
-    assert float(model._cells(kinds, tokens, torch.zeros(1, 256))["kind"]) == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
@@ -323,88 +268,13 @@ def test_muon_is_torchs(dtype: torch.dtype) -> None:
         assert (mine - theirs).norm() < 0.02 * theirs.norm()  # bf16's own error
 
 
-def shown(batches: Iterable[Batch]) -> list[bytes]:
-    """Each part's image with its labels."""
-    pictures = (np.concatenate([batch.images, batch.kinds[..., None]], -1) for batch in batches)
-    return [picture.tobytes() for each in pictures for picture in each]
-
-
-def test_a_part_is_shown_in_every_symmetry_before_the_next_is_drawn(
-    reader: Reader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A shelf of two threes, both in each batch: in eight batches all of six parts' eight symmetries."""
-    monkeypatch.setattr(train, "SHELF", 2)
-    stream = iter(train.Stream(reader, 0, 0, 6))
-    found = shown(islice(stream, 8))
-    assert len(set(found)) == 48
-    sides = [np.frombuffer(picture, np.uint8).reshape(256, 256, 4) for picture in found]
-    for picture in sides[:6]:
-        mirrored = [np.flip(picture, 1), picture]
-        assert {np.rot90(p, k).tobytes() for p in mirrored for k in range(4)} <= set(found)
-    assert not set(found) & set(shown(islice(stream, 1)))
-
-
-def test_a_batch_tells_the_parts_with_at_most_one_defect_as_they_are_turned(reader: Reader) -> None:
-    places = set()
-    for batch in islice(train.Stream(reader, 0, 0, 6), 8):
-        assert len(batch.images) == 6 and len(batch.before) == len(batch.after) == len(batch.answer) == 4
-        texts = [reader.tokenizer.decode(ids[said]) for ids, said in zip(batch.after, batch.answer, strict=True)]
-        assert all(text.startswith("No. ") for text in texts[:2])
-        for text, kinds in zip(texts[2:], batch.kinds[2:].numpy(), strict=False):
-            places.add(where := place(kinds > 0))
-            assert text.startswith(f"Yes. There is a {LABELS[kinds.max() - 1]} at the {where} of the ")
-    assert len(places) > 1
-
-
-@pytest.mark.parametrize("told", [False, True])
-def test_a_third_of_a_stream_is_good_a_third_has_one_defect_and_a_third_several(
-    reader: Reader, told: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[tuple[Kind, ...]] = []
-
-    def small(rng: np.random.Generator, family: str | None, kinds: list[Kind], side: int) -> Part:
-        drawn.append(tuple(kinds))
-        return draw(rng, family, kinds, side // 4)
-
-    monkeypatch.setattr(train, "draw", small)
-    monkeypatch.setattr(train, "SIDE", 64)
-    monkeypatch.setattr(train, "SHELF", 16)
-    batches = list(islice(train.Stream(reader, 1, 0, 48, told), 1))
-    assert all(len(batch.after) == (48 if told else 32) for batch in batches)
-    counts = np.array([len(kinds) for kinds in drawn]).reshape(16, 3)
-    assert (counts[:, :2] == [0, 1]).all() and set(counts[:, 2]) == ({1} if told else {2, 3})
-    odd = [kinds for kinds in drawn if ODDITY in kinds]
-    assert not odd if told else 1 < len(odd) < 16 and min(map(len, odd)) > 1
-    assert {kind for kinds in drawn for kind in kinds} <= {*KINDS, ODDITY}
-
-
-def test_processes_share_the_threes_by_number(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "SHELF", 1)
-    numbers: list[list[int]] = []
-    for share in ((0, 2), (1, 2)):
-        seen: list[int] = []
-        monkeypatch.setattr(train.Stream, "_shown", lambda self, number, seen=seen: (seen.append(number), iter(()))[1])
-        with pytest.raises(RuntimeError):  # nothing is shown: all asked for is drawn
-            next(iter(train.Stream(reader, 0, 10, 3, share=share)))
-        numbers.append(seen)
-    assert numbers == [[12, 14], [13, 15]]  # 10 and 11 go to their choices
-
-
-def test_parts_follow_from_seed_and_number(reader: Reader) -> None:
-    again, other = (shown(islice(train.Stream(reader, seed, 7, 3), 1)) for seed in (0, 1))
-    assert again == shown(islice(train.Stream(reader, 0, 7, 3), 1))
-    assert not set(again) & set(other)
-
-
-def test_a_resized_part_keeps_what_it_shows() -> None:
-    part = draw(np.random.default_rng(5), "plate", ["stain"], 352)
-    small = resized(part, 256)
-    assert small.image.shape == (256, 256, 3) and small.kinds.shape == (256, 256)
-    assert (small.object, small.kind, small.place) == (part.object, part.kind, part.place)
-    assert set(np.unique(small.kinds)) == set(np.unique(part.kinds))
-    assert small.mask.mean() == pytest.approx(part.mask.mean(), rel=0.05)
-    assert small.image.mean() == pytest.approx(part.image.mean(), abs=0.5)
-    assert resized(small, 256) is small
+def test_batches_depend_on_their_number_alone(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "BATCH", 2)
+    straight = list(train.Stream("mask", reader, 0, range(3)))
+    resumed = next(iter(train.Stream("mask", reader, 0, range(2, 3))))
+    torch.testing.assert_close(straight[2].sam_pixels, resumed.sam_pixels, rtol=0, atol=0)
+    assert torch.equal(straight[2].after, resumed.after)
+    assert [batch.kinds.amax((1, 2)).gt(0).tolist() for batch in straight] == [[False, True]] * 3
 
 
 def test_learning_rate_rises_then_falls() -> None:
