@@ -36,7 +36,8 @@ bench: .venv/test
 	$(BIN)/pip install --quiet --no-deps faiss-cpu==1.15.1
 	$(BIN)/python benchmarks/similarity.py --frames 0 --save  # MuSc at 200 frames takes 24 minutes
 	$(BIN)/python benchmarks/plans.py demo/bundle > docs/plans.md
-	$(BIN)/python benchmarks/tables.py README.md benchmarks/results/reference.md benchmarks/results/scales.md
+	$(BIN)/python benchmarks/tables.py README.md benchmarks/results/reference.md benchmarks/results/scales.md \
+	    benchmarks/results/cuda.md
 
 .venv/llama:
 	$(PYTHON) -m venv .venv

@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024), its steps scaled as by Liu et al. 2025: torch.optim.Muon, all matrices of a shape at once.
 
 One by one they took 54 of a training step's 130 ms on an H100, and in bf16 alone, which a processor without it computes
-a hundred times as slowly as float32.
+tens of times as slowly as float32.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# bf16 where it is computed: a processor without it imitates it, a hundred times as slowly.
+# bf16 where it is computed: a processor without it imitates it, tens of times as slowly.
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 BATCH = 16  # a process
 SAVE_EVERY = 200  # steps
