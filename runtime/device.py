@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """A C-contiguous array on the device; freed with its last user."""
+    """A C-contiguous array on the device; freed with its last user, or by its device's thread as soon as that can."""
 
     allocation: Any
     shape: tuple[int, ...]
@@ -64,7 +65,8 @@ class Device:
         except self._pycuda.Error as error:
             raise VmadError(f"the NVIDIA driver gives no GPU {number}: {error}") from None
         self._context.push()
-        self._leave = _at_threads_end(self._context.pop)
+        self._thread, self._dropped = threading.get_ident(), deque[Any]()
+        self._leave = _at_threads_end(self._dropped.clear, self._context.pop)
         self._stream = self._pycuda.Stream(_NON_BLOCKING)
         self.name: str = self._context.get_device().name()
 
@@ -79,6 +81,7 @@ class Device:
         Raises:
             VmadError: no memory left for it.
         """
+        self._dropped.clear()
         try:
             allocation = self._pycuda.mem_alloc(max(1, array.nbytes))
         except self._pycuda.MemoryError:
@@ -88,9 +91,15 @@ class Device:
                 "bank_dtype of int8, or export with --precision fp16"
             ) from None
         memory = DeviceMemory(allocation, array.shape, array.dtype)
+        weakref.finalize(memory, self._drop, allocation).atexit = False
         self.write(memory, array)
         self.wait()
         return memory
+
+    def _drop(self, allocation: Any) -> None:
+        """Keep what another thread dropped: pycuda frees nothing outside its context's thread, it warns and leaks."""
+        if threading.get_ident() != self._thread:
+            self._dropped.append(allocation)
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> DeviceMemory:
         """Zeros, as workspaces must be at first."""
@@ -159,14 +168,14 @@ class _Token:
 _OF_THREAD = threading.local()
 
 
-def _at_threads_end(leave: Callable[[], None]) -> Callable[[], object]:
-    """Has `leave` called once: by what this returns, else at the end of this thread or program.
+def _at_threads_end(*leave: Callable[[], None]) -> Callable[[], object]:
+    """Has each of `leave` called once: by what this returns, else at the end of this thread or program.
 
     pycuda aborts the process where a thread ends with a context.
     """
     token = _Token()
     _OF_THREAD.tokens = [*getattr(_OF_THREAD, "tokens", ()), token]
-    return weakref.finalize(token, leave)
+    return weakref.finalize(token, lambda: [call() for call in leave])
 
 
 def _address(memory: DeviceArray) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 MOMENTUM = 0.95
@@ -40,20 +39,10 @@ class Muon(torch.optim.Optimizer):
                 gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
                 buffers = [self._buffer(matrix) for matrix in matrices]
                 torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
-                updates = self._shared(torch.stack(torch._foreach_lerp(gradients, buffers, MOMENTUM)))
+                updates = orthogonalised(torch.stack(torch._foreach_lerp(gradients, buffers, MOMENTUM)), self.dtype)
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 scale = 0.2 * max(rows, columns) ** 0.5
                 torch._foreach_add_(matrices, list(updates.to(matrices[0].dtype)), alpha=-group["lr"] * scale)
-
-    def _shared(self, matrices: Tensor) -> Tensor:
-        """Each process orthogonalises its share: on two CPU cores that is a tenth of a step's time saved."""
-        if not dist.is_initialized():
-            return orthogonalised(matrices, self.dtype)
-        mine = slice(dist.get_rank(), None, dist.get_world_size())
-        updates = torch.zeros_like(matrices, device="cpu")
-        updates[mine] = orthogonalised(matrices[mine], self.dtype).to(updates)
-        dist.all_reduce(updates)
-        return updates.to(matrices.device)
 
     def _buffer(self, matrix: Tensor) -> Tensor:
         state = self.state[matrix]

@@ -19,8 +19,11 @@ THREAD_LOCAL = 1
 
 
 class Allocation:
-    def __init__(self, size: int) -> None:
-        self.bytes = np.zeros(size, np.uint8)
+    def __init__(self, size: int, freed: list[int]) -> None:
+        self.bytes, self.freed = np.zeros(size, np.uint8), freed
+
+    def __del__(self) -> None:
+        self.freed.append(threading.get_ident())
 
     def __int__(self) -> int:
         return self.bytes.ctypes.data
@@ -43,6 +46,8 @@ class Driver:
         self.devices, self.room, self.refuses = devices, room, refuses
         self.calls: list[Any] = []
         self.contexts: list[tuple[str, int]] = []
+        self.freed: list[int] = []
+        """The thread that freed, for each allocation that is gone."""
 
     def init(self) -> None:
         if not self.devices:
@@ -71,7 +76,7 @@ class Driver:
     def mem_alloc(self, size: int) -> Any:
         if size > self.room:
             raise self.MemoryError("cuMemAlloc failed: out of memory")
-        return Allocation(size)
+        return Allocation(size, self.freed)
 
     def memcpy_htod_async(self, to: int, array: Any, stream: Any) -> None:
         ctypes.memmove(to, array.ctypes.data, array.nbytes)
@@ -148,6 +153,31 @@ def test_what_goes_up_comes_back(driver: Driver) -> None:
     here.write(memory, 2 * array.T)
     np.testing.assert_array_equal(here.download(memory), 2 * array.T)
     assert here.upload(np.zeros((0, 4))).shape == (0, 4)
+
+
+def test_memory_is_freed_at_once_where_its_last_user_is_the_devices_thread(driver: Driver) -> None:
+    memory = Device().zeros((3,), np.float32)
+    assert driver.freed == []
+    del memory
+    assert driver.freed == [threading.get_ident()]
+
+
+@pytest.mark.parametrize("then", ["uploads", "closes", "ends"])
+def test_memory_that_another_thread_dropped_is_freed_by_the_devices(driver: Driver, then: str) -> None:
+    """pycuda: "cannot activate out-of-thread context"; the memory would be lost."""
+    thread = DeviceThread()
+    number = thread.call(threading.get_ident)
+    memory = thread.call(thread.device.zeros, (3,), np.float32)
+    del memory
+    assert driver.freed == []
+    if then == "uploads":
+        kept = thread.call(thread.device.zeros, (3,), np.float32)
+        assert kept.shape == (3,)
+    elif then == "closes":
+        thread.call(thread.device.close)
+    else:
+        thread._pool.shutdown()
+    assert driver.freed[0] == number
 
 
 @pytest.mark.parametrize("driver", [Driver(room=100)], indirect=True)
