@@ -28,7 +28,7 @@ _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """A C-contiguous array on the device; freed with its last user, or by its device's thread as soon as that can."""
+    """A C-contiguous array on the device; freed with its last user, in another thread at the next upload."""
 
     allocation: Any
     shape: tuple[int, ...]

@@ -14,7 +14,7 @@ from cuda_contract import *  # noqa: F403  the tests that any machine must pass
 from cuda_contract import TOLERANCE, Operators, bits
 
 from vmad_edge.kernels import cuda
-from vmad_edge.runtime.device import Device
+from vmad_edge.runtime.device import Device, DeviceThread
 from vmad_edge.runtime.errors import VmadError
 
 
@@ -33,6 +33,25 @@ def device() -> Iterator[Device]:
 @pytest.fixture
 def operators(device: Device) -> Operators:
     return Operators(device)
+
+
+@pytest.mark.usefixtures("device")
+def test_memory_that_another_thread_drops_comes_back() -> None:
+    """As the driver counts it, 64 MiB; the 2 MiB are the driver's step."""
+    thread = DeviceThread()
+
+    def free() -> int:
+        import pycuda.driver
+
+        return int(pycuda.driver.mem_get_info()[0])
+
+    before = thread.call(free)
+    memory = thread.call(thread.device.zeros, (64 << 20,), np.uint8)
+    assert thread.call(free) <= before - memory.shape[0]
+    del memory
+    small = thread.call(thread.device.zeros, (1,), np.uint8)
+    assert thread.call(free) >= before - (2 << 20)
+    assert small.shape == (1,)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
