@@ -64,7 +64,7 @@ def main() -> None:
         out = args.out / name.replace(" ", "")
         half = str(args.samples // 2)
         command = ["--out", str(out), "--see-samples", half, "--read-samples", half]
-        command += ["--segment-samples", "0", "--mask-samples", "0"]
+        command += [word for stage in ("join", "segment", "mask") for word in (f"--{stage}-samples", "0")]
         command += [word for part, on in (("ltc", ltc), ("dssl", dssl)) if not on for word in ("--without", part)]
         train(arguments().parse_args(command))
         reader = Reader(load_tokenizer(out / "tokenizer"))

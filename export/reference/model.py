@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -36,7 +36,7 @@ from transformers import (
     SamVisionConfig,
 )
 
-from vmad_edge.export.checkpoint import Config, LtcConfig
+from vmad_edge.export.checkpoint import Checkpoint, Config, LtcConfig
 from vmad_edge.export.models.ltc import LtcProjector
 from vmad_edge.export.models.seg_projection import SegProjection
 from vmad_edge.export.reference.parts import KINDS
@@ -47,6 +47,8 @@ from vmad_edge.runtime.bundle import ClipInput, Conversation, SamInput, Similari
 
 WIDTH, LANGUAGE_WIDTH, PROMPT_WIDTH = 192, 256, 256
 GRID, SCALE = 16, 2
+FINE = 4
+"""Of a cell's side, in the scaffold that makes a visual token say where in its cell the defect is."""
 FEATURES = 64
 QUEUE = 4096
 # On a CPU torch's fused attention is slower: CLIP's whole step took 1.4 times as long.
@@ -74,18 +76,18 @@ class Batch:
     kinds: Tensor
     """[B,256,256] i64: 0 normal, 1 + index into KINDS on a defect."""
     before: Tensor
-    """[B,T0] i64: ids before the visual tokens."""
+    """[A,T0] i64: ids before the visual tokens, of the first A parts: those that have an answer."""
     after: Tensor
-    """[B,T1] i64: ids after them, question's end and answer, padded with 0."""
+    """[A,T1] i64: ids after them, question's end and answer, padded with 0."""
     answer: Tensor
-    """[B,T1] bool: which of `after` are the answer's."""
+    """[A,T1] bool: which of `after` are the answer's."""
 
     def to(self, device: torch.device) -> Batch:
         return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 class ReferenceModel(nn.Module):
-    """Every part in one module; `losses_see`, `_read`, `_segment`, `_mask` are the stages of training.
+    """Every part in one module; `losses_see`, `_read`, `_join`, `_segment`, `_mask` are the stages of training.
 
     Args:
         ltc: False puts pooled patches through a plain MLP in LTC's place (ablation; cannot be saved).
@@ -143,14 +145,33 @@ class ReferenceModel(nn.Module):
         self.teacher_head = nn.Linear(WIDTH, TAUGHT)
         self.kind_head = nn.Linear(LANGUAGE_WIDTH, 1 + len(KINDS))
         self.place_head = nn.Linear(LANGUAGE_WIDTH, (GRID // SCALE) ** 2)
+        self.fine_head = nn.Linear(LANGUAGE_WIDTH, FINE**2)
+        self.centre_head = nn.Linear(LANGUAGE_WIDTH, 2)
         self.sam_head = nn.Conv2d(PROMPT_WIDTH, 1, 1)
+
+    def begin_from(self, checkpoint: Checkpoint) -> None:
+        """Take a checkpoint's parts, its LoRA merged. Scaffolds begin at zero: they push nothing before they know."""
+        self.vision.load_state_dict(checkpoint.vision().state_dict())
+        self.projector.load_state_dict(checkpoint.projector().state_dict())
+        self.language.load_state_dict(checkpoint.language().state_dict())
+        self.segmenter.load_state_dict(checkpoint.segmenter().state_dict())
+        self.seg_projection.load_state_dict(checkpoint.seg_projection().state_dict())
+        for name, feature in load_file(checkpoint.path / "similarity.safetensors").items():
+            # Unit length lets the features turn faster than those that the training began with, sqrt(width) long.
+            getattr(self, name).data.copy_(feature * feature.shape[-1] ** 0.5)
+        for head in self._scaffolds():
+            nn.init.zeros_(head.weight)
+        nn.init.zeros_(self.sam_head.weight)
+
+    def _scaffolds(self) -> tuple[nn.Linear, ...]:
+        return self.teacher_head, self.kind_head, self.place_head, self.fine_head, self.centre_head
 
     def adapt(self) -> None:
         """From here on the LLM learns through a LoRA on q_proj and v_proj, beside its embeddings and lm_head."""
         lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
         # In a tuple, so that nn.Module does not register the same weights twice.
         self.adapted = (cast(PeftModel, get_peft_model(cast(Any, self.language), lora)),)
-        for module in (self.vision, self.projector, self.kind_head, self.place_head, self.teacher_head):
+        for module in (self.vision, self.projector, *self._scaffolds()):
             module.requires_grad_(False)
         for parameter in (self.visual_normal, self.visual_abnormal, self.semantic_normal):
             parameter.requires_grad_(False)
@@ -183,7 +204,15 @@ class ReferenceModel(nn.Module):
 
     def losses_see(self, batch: Batch, teacher: Teacher | None) -> dict[str, Tensor]:
         """Of vision and LTC: what is wrong with each patch and each visual token's cell; how parts rank by score."""
+        return self._seen(batch, teacher, *self.see(batch.clip_pixels))
+
+    def losses_join(self, batch: Batch, teacher: Teacher | None) -> dict[str, Tensor]:
+        """Those of "see", and the text of the first parts, whose gradient goes through LTC into vision."""
         patches, visual_tokens = self.see(batch.clip_pixels)
+        states = self.read(batch, visual_tokens[: len(batch.after)])
+        return self._seen(batch, teacher, patches, visual_tokens) | self._text(batch, states)
+
+    def _seen(self, batch: Batch, teacher: Teacher | None, patches: Tensor, visual_tokens: Tensor) -> dict[str, Tensor]:
         cell = self._pool(_mask(batch), GRID // SCALE)
         self._remember(patches, cell == 0)
         cover = self._pool(_mask(batch), GRID)
@@ -228,10 +257,13 @@ class ReferenceModel(nn.Module):
         weight = torch.tensor([0.15] + [1.0] * len(KINDS), device=cell.device)
         named = self.kind_head(visual_tokens).float().flatten(0, 1)
         where = self.place_head(visual_tokens).float().flatten(0, 1)
+        fine = self.fine_head(visual_tokens).float().unflatten(1, (GRID // SCALE,) * 2).unflatten(3, (FINE, FINE))
+        fine = fine.transpose(2, 3).flatten(1)  # the frame's rows, each of all the cells beside each other
         return {
             "semantic": _defects(spoken, cell),
             "align": 0.1 * align,
             "kind": F.cross_entropy(named, (kind * cell.long()).flatten(), weight),
+            "fine": 0.5 * _defects(fine, self._pool(_mask(batch), FINE * GRID // SCALE) > 0.1),
             # So that the visual tokens keep where they are, for the LLM to say.
             "place": 0.3 * F.cross_entropy(where, torch.arange(cell.shape[1], device=cell.device).repeat(len(cell))),
         }
@@ -329,8 +361,20 @@ class ReferenceModel(nn.Module):
         token = F.cross_entropy(logits, batch.after[batch.answer], reduction="none")
         columns = torch.arange(batch.answer.shape[1], device=batch.answer.device)
         first = columns == batch.answer.int().argmax(1, keepdim=True)
+        mask = _mask(batch)[: len(states)]
+        along = torch.linspace(0, 1, mask.shape[-1], device=mask.device)
+        sums = torch.stack([(mask.sum(1) * along).sum(1), (mask.sum(2) * along).sum(1), mask.sum((1, 2))], 1)
+        sums = sums[batch.answer.nonzero()[:, 0]]
+        bad = sums[:, 2] > 0
+        said = self.centre_head(states[batch.answer][bad]).float()
+        off = F.smooth_l1_loss(said, sums[bad, :2] / sums[bad, 2:], beta=0.05, reduction="sum")
         # Most tokens of an answer follow from the ones before; kind and place are one or two of twenty-five.
-        return {"text": 6 * token.mean(), "decision": token[first[batch.answer]].mean()}
+        return {
+            "text": 6 * token.mean(),
+            "decision": token[first[batch.answer]].mean(),
+            # A field is right or wrong; a centroid is nearly right.
+            "centre": 2 * off / bad.sum().clamp(min=1),
+        }
 
     @staticmethod
     def _last(batch: Batch) -> Tensor:

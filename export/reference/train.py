@@ -1,9 +1,10 @@
 """Train the reference model: `python -m vmad_edge.export.reference.train --out DIR`. Resumes where DIR left off.
 
 Stage "see" trains vision and LTC by dense losses on parts with several defects, "read" the LLM and LTC on one defect a
-part, "segment" SAM by itself (started from CLIP's layers), "mask" SAM and Γ with the LLM learning through its LoRA.
-Each round goes on from the last with the rates raised again, to less each time. Then DIR/checkpoint is written. Batch
-number i always holds the same parts: they and the first weights follow from the seed.
+part, "join" vision, LTC and LLM by the losses of both, "segment" SAM by itself (started from CLIP's layers), "mask" SAM
+and Γ with the LLM learning through its LoRA. Each round goes on from the last with the rates raised again, to less each
+time; "join" keeps its rate and ends with the mean of the weights it passed through. Then DIR/checkpoint is written.
+Batch number i always holds the same parts: they and the first weights follow from the seed.
 With the packages of EfficientNet-lite0 installed (see teacher.py), vision also learns to give its features.
 
 It uses a GPU where torch finds one (not tried yet), else the CPU, as several processes that average their gradients
@@ -56,16 +57,23 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" or torch.ops.mkldnn._is_mkldnn_b
 BATCH = 16  # a process
 SAVE_EVERY = 200  # steps
 # AdamW's peak learning rates: of the LLM (at 1e-3 its loss was seen to jump) and of all else.
-PEAKS = {"see": (0.0, 1e-3), "read": (7e-4, 3e-4), "segment": (0.0, 7e-4), "mask": (3e-4, 5e-4)}
+PEAKS = {"see": (0.0, 1e-3), "read": (7e-4, 3e-4), "join": (8e-4, 8e-4), "segment": (0.0, 7e-4), "mask": (3e-4, 5e-4)}
+# Times PEAKS. A fourth round of 160,000 samples at half of them ended worse than it began.
+ROUNDS = (1.0, 0.71, 0.58, 0.1)
+SCAFFOLDS = 1e-3  # in every round: a run from a checkpoint begins without them
 MUON = 10  # times AdamW's rate; 2, 5 and 12 were tried for 150 steps of "see", each better than the one before
+AVERAGED_EVERY = 100  # steps
 SAMPLES = {
     "see": (112_000, 64_000, 104_000),
     "read": (36_000, 32_000, 40_000),
+    "join": (0, 0, 0, 67_200),
     "segment": (24_000, 24_000, 32_000),
-    "mask": (0, 0, 12_000),
+    "mask": (0, 0, 0, 8_000),
 }
 HIDDEN = re.compile(r"(\.layers\.\d+|^projector|\.final_attn\w*)\..*weight$")
-SEES_CLIP, SEES_SAM, TELLS = ("see", "read", "mask"), ("segment", "mask"), ("read", "mask")
+SEES_CLIP, SEES_SAM = ("see", "read", "join", "mask"), ("segment", "mask")
+TOLD = {"see": 0, "read": BATCH, "join": 9, "segment": 0, "mask": BATCH}
+"""How many parts of a batch, its first, have one defect at most and so an answer."""
 
 
 def collate(stage: str, parts: list[Part], reader: Reader, rng: np.random.Generator) -> Batch:
@@ -73,7 +81,7 @@ def collate(stage: str, parts: list[Part], reader: Reader, rng: np.random.Genera
     frames = [Frame(part.image, part.object) for part in parts]
     none = torch.zeros(0)
     kinds = [cv2.resize(part.kinds, (SAM.size, SAM.size), interpolation=cv2.INTER_NEAREST) for part in parts]
-    before, after, said = _texts(parts, reader, rng) if stage in TELLS else (none, none, none)
+    before, after, said = _texts(parts[: TOLD[stage]], reader, rng) if TOLD[stage] else (none, none, none)
     return Batch(
         torch.from_numpy(np.concatenate([clip_pixels(f, CLIP)[0] for f in frames])) if stage in SEES_CLIP else none,
         torch.from_numpy(np.concatenate([sam_pixels(f, SAM)[0] for f in frames])) if stage in SEES_SAM else none,
@@ -101,7 +109,7 @@ class Stream(IterableDataset[Batch]):
     """Some of the batches of the seed's endless stream of parts, by number; a loader's workers draw them in turn.
 
     A third is good, for a No says the same of all; the others have one defect where a text is told, elsewhere one to
-    three. Missing features come about twice as often as the other kinds: nothing there looks wrong by itself.
+    four. Missing features come about twice as often as the other kinds: nothing there looks wrong by itself.
     """
 
     def __init__(self, stage: str, reader: Reader, seed: int, numbers: range) -> None:
@@ -115,7 +123,7 @@ class Stream(IterableDataset[Batch]):
             rng = np.random.default_rng([self.seed, number])
             parts = []
             for i in range(BATCH):
-                count = i % 3 and (1 if self.stage in TELLS else int(rng.integers(1, 4)))
+                count = i % 3 and (1 if i < TOLD[self.stage] else int(rng.integers(1, 4 + (self.stage == "join"))))
                 kinds = [_kind(rng) for _ in range(count)]
                 parts.append(draw(rng, None, kinds, int(rng.choice([256] * 7 + [352]))))
             yield collate(self.stage, parts, self.reader, rng)
@@ -133,10 +141,10 @@ def _kind(rng: np.random.Generator) -> Kind:
     return "missing feature" if rng.random() < 0.12 else random_kind(rng)
 
 
-def rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int, falls: bool) -> float:
     """Learning rate as a share of its peak: 200 steps of warm-up (or a tenth of all), then half a cosine to 2%."""
     warm = min(1.0, (step + 1) / min(200, steps / 10))
-    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))) if falls else warm
 
 
 def train_stage(model: ReferenceModel, stage: str, saved: Path, steps: int, first: int, peak: float, seed: int) -> None:
@@ -148,7 +156,7 @@ def train_stage(model: ReferenceModel, stage: str, saved: Path, steps: int, firs
     """
     rank, processes = dist.get_rank(), dist.get_world_size()
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizers = _optimizers(named, stage)
+    optimizers = _optimizers(named, stage, peak)
     start = _resume(saved, model, optimizers, named) if saved.exists() else 0
     numbers = range((first + start) * processes + rank, (first + steps) * processes, processes)
     workers = max(1, len(os.sched_getaffinity(0)) // processes - 1)
@@ -157,7 +165,7 @@ def train_stage(model: ReferenceModel, stage: str, saved: Path, steps: int, firs
     )
     model.train()
     model.vision.compile()
-    teacher = Teacher(CLIP.size).to(DEVICE) if stage == "see" and installed() else None
+    teacher = Teacher(CLIP.size).to(DEVICE) if stage in ("see", "join") and installed() else None
     mean: dict[str, float] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=rank > 0) as progress, saved.with_name("curve.jsonl").open("a") as curve:
@@ -167,12 +175,14 @@ def train_stage(model: ReferenceModel, stage: str, saved: Path, steps: int, firs
             batch = drawn.to(DEVICE)
             torch.manual_seed((seed * 1_000_003 + first + step) * processes + rank)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = group["peak"] * peak * rate(step, steps)
+                group["lr"] = group["peak"] * rate(step, steps, falls=stage != "join")
             with torch.autocast(DEVICE.type, DTYPE, enabled=torch.bfloat16 == DTYPE):
                 if stage == "see":
                     losses = model.losses_see(batch, teacher)
                 elif stage == "read":
                     losses = model.losses_read(batch)
+                elif stage == "join":
+                    losses = model.losses_join(batch, teacher)
                 elif stage == "segment":
                     losses = model.losses_segment(batch)
                 else:
@@ -184,28 +194,32 @@ def train_stage(model: ReferenceModel, stage: str, saved: Path, steps: int, firs
                 torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
+            ends = step + 1 == steps
+            if stage == "join" and ((step + 1) % AVERAGED_EVERY == 0 or ends):
+                _average_weights(optimizers, math.ceil((step + 1) / AVERAGED_EVERY), ends)
             if rank > 0:
                 continue
             for name, value in losses.items():
                 mean[name] = 0.97 * mean.get(name, value.item()) + 0.03 * value.item()
             progress.update(bar, advance=1)
-            if (step + 1) % 50 == 0 or step + 1 == steps:
+            if (step + 1) % 50 == 0 or ends:
                 speed = (step + 1 - start) * BATCH * processes / (time.monotonic() - began)
                 row = {"stage": saved.stem, "step": step + 1, "samples_per_s": round(speed, 1)}
                 row |= {name: round(value, 4) for name, value in mean.items()}
                 curve.write(json.dumps(row) + "\n")
                 curve.flush()
-            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            if (step + 1) % SAVE_EVERY == 0 or ends:
                 _save(saved, step + 1, model, optimizers, named)
     dist.barrier()  # the next stage of every process begins from the same files
 
 
-def _optimizers(named: dict[str, torch.nn.Parameter], stage: str) -> list[torch.optim.Optimizer]:
+def _optimizers(named: dict[str, torch.nn.Parameter], stage: str, share: float) -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices, AdamW for all else; one group for each rate, for each steps through a group at once."""
     matrices: dict[float, list[torch.nn.Parameter]] = defaultdict(list)
     others: dict[float, list[torch.nn.Parameter]] = defaultdict(list)
     for name, parameter in named.items():
-        peak = PEAKS[stage][0 if name.startswith("language.") else 1]
+        part = name.split(".")[0]
+        peak = SCAFFOLDS if part.endswith("_head") else share * PEAKS[stage][0 if part == "language" else 1]
         if parameter.ndim == 2 and HIDDEN.search(name) and "lora_" not in name:
             matrices[MUON * peak].append(parameter)
         else:
@@ -215,6 +229,17 @@ def _optimizers(named: dict[str, torch.nn.Parameter], stage: str) -> list[torch.
         torch.optim.AdamW(groups[0], weight_decay=0.05, betas=(0.9, 0.98)),
         Muon(groups[1], lr=0.0, weight_decay=0.05, dtype=DTYPE),
     ]
+
+
+@torch.no_grad()
+def _average_weights(optimizers: list[torch.optim.Optimizer], count: int, ends: bool) -> None:
+    """Take the weights, the `count`-th, into the mean in the optimizers' states; at the stage's end put it in place."""
+    for optimizer in optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            mean = optimizer.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+            mean.lerp_(parameter, 1 / count)
+            if ends:
+                parameter.copy_(mean)
 
 
 def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:
@@ -265,10 +290,12 @@ def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=args.processes)
     reader = Reader(load_tokenizer(args.out / "tokenizer"))
     model = ReferenceModel(reader, args.seed, ltc="ltc" not in args.without, dssl="dssl" not in args.without)
+    if args.start:
+        model.begin_from(Checkpoint.open(args.start))
     model.to(DEVICE)
     first = 0
-    samples = zip_longest(*(getattr(args, f"{stage}_samples") for stage in PEAKS), fillvalue=0)
-    for number, counts in enumerate(samples, 1):
+    rounds = list(enumerate(zip_longest(*(getattr(args, f"{stage}_samples") for stage in PEAKS), fillvalue=0), 1))
+    for number, counts in rounds[-1:] if args.start else rounds:
         for stage, count in zip(PEAKS, counts, strict=True):
             steps = count // (BATCH * args.processes)
             if steps == 0:
@@ -278,7 +305,7 @@ def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
             if stage == "mask":
                 model.adapt()
             saved = args.out / f"{stage}{number}.safetensors"
-            train_stage(model, stage, saved, steps, first, number**-0.5, args.seed)
+            train_stage(model, stage, saved, steps, first, ROUNDS[min(number, len(ROUNDS)) - 1], args.seed)
             first += steps
     dist.destroy_process_group()
     if rank == 0 and model.adapted is not None:
@@ -309,8 +336,8 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for states, curve and checkpoint")
     for stage, samples in SAMPLES.items():
-        said = "of each round" + (", 0 but for the last" if stage == "mask" else "")
-        parser.add_argument(f"--{stage}-samples", type=int, nargs="+", default=samples, help=said)
+        parser.add_argument(f"--{stage}-samples", type=int, nargs="+", default=samples, help="of each round")
+    parser.add_argument("--start", type=Path, help="a checkpoint to run the last round from, its LoRA merged")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--without", choices=["ltc", "dssl"], action="append", default=[], help="for the ablation")

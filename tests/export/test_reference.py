@@ -179,6 +179,49 @@ def test_without_dssl_similarity_moves_neither_vision_nor_tokens(reader: Reader,
 
 
 @torch.no_grad()
+def test_a_visual_token_says_where_in_its_cell_the_defect_is(reader: Reader, batch: Batch) -> None:
+    """Tokens that say it of each cell's 4×4 fields, read off the mask by hand, leave no loss; of another part, much."""
+    model = ReferenceModel(reader, seed=2)
+    _, visual_tokens = model.see(batch.clip_pixels)
+    there = batch.kinds.numpy().reshape(3, 32, 8, 32, 8).astype(bool).mean((2, 4)) > 0.1  # 8×8 pixels a field
+    cells = [there[:, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4].reshape(3, 16) for r in range(8) for c in range(8)]
+    told = torch.zeros_like(visual_tokens)
+    told[..., :16] = torch.from_numpy(np.stack(cells, 1) * 40.0 - 20)
+    model.fine_head.weight.copy_(torch.eye(16, 256))
+    model.fine_head.bias.zero_()
+    odds = model.patch_logits(torch.randn(3, 256, 192))
+    assert float(model._cells(batch, told, odds)["fine"]) < 1e-6
+    assert float(model._cells(batch, told.roll(1, 0), odds)["fine"]) > 0.1
+
+
+@torch.no_grad()
+def test_the_answer_knows_the_defects_centroid(reader: Reader, batch: Batch) -> None:
+    """Of the two bad parts; by hand: the Huber loss of both coordinates, linear beyond a twentieth of the frame."""
+    model = ReferenceModel(reader, seed=2)
+    nn.init.zeros_(model.centre_head.weight)
+    model.centre_head.bias.copy_(torch.tensor([0.3, 0.6]))
+    per_part, tokens = [], batch.answer.sum(1).tolist()
+    for row in range(2):
+        rows, columns = np.nonzero(batch.kinds[row].numpy())
+        off = np.abs([columns.mean() / 255 - 0.3, rows.mean() / 255 - 0.6])
+        per_part.append(2 * np.where(off < 0.05, 10 * off**2, off - 0.025).sum())
+    expected = np.average(per_part, weights=tokens[:2])
+    assert float(model.losses_read(batch)["centre"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_joined_text_teaches_vision_and_only_the_first_parts_are_told(reader: Reader) -> None:
+    batch = next(iter(train.Stream("join", reader, 0, range(1))))
+    assert len(batch.clip_pixels) == 16 and len(batch.after) == len(batch.before) == len(batch.answer) == 9
+    model = ReferenceModel(reader, seed=2)
+    text = model.losses_join(batch, None)["text"]
+    told = Batch(batch.clip_pixels[:9], batch.sam_pixels, batch.kinds[:9], batch.before, batch.after, batch.answer)
+    torch.testing.assert_close(text, model.losses_read(told)["text"])
+    text.backward()  # type: ignore[no-untyped-call]
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"vision", "projector", "language"}
+
+
+@torch.no_grad()
 def test_sam_starts_with_what_clip_sees(reader: Reader, batch: Batch) -> None:
     model = ReferenceModel(reader, seed=2)
     model.lend_vision(batch.clip_pixels)
@@ -216,17 +259,37 @@ def test_checkpoint_opens_and_gives_the_same_answers(reader: Reader, batch: Batc
         expected = logits[:, [reader.yes_id, reader.no_id]].softmax(-1)[:, 0]
         p_yes, _, _, _ = evaluation.answer(visual_tokens, "gear")
     np.testing.assert_allclose(p_yes, expected, atol=2e-3)
+    again = ReferenceModel(reader, seed=3).eval()
+    again.begin_from(checkpoint)
+    with torch.no_grad():
+        patches, visual_tokens = again.see(batch.clip_pixels)
+        states = again.read(batch, visual_tokens)
+        first, tokens = model.see(batch.clip_pixels)
+        for mine, theirs in (
+            (patches, first),
+            (again.language.lm_head(states), model.language.lm_head(model.read(batch, tokens))),
+            (again.patch_logits(patches), model.patch_logits(first)),
+            (
+                again.decode(torch.ones(1, 256, 16, 16), states[:1, -1])[0],
+                model.decode(torch.ones(1, 256, 16, 16), states[:1, -1])[0],
+            ),
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=0.01, atol=0.01)  # the checkpoint is FP16
 
 
 # --- training
 
 
-def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_training_goes_on_where_it_stopped_and_ends_with_the_mean(tmp_path: Path) -> None:
+    passed: list[torch.Tensor] = []
+
     def step(model: nn.Linear, optimizers: list[torch.optim.Optimizer], i: int) -> None:
         model.zero_grad()
         model(torch.full((1, 4), float(i))).pow(2).sum().backward()
         for optimizer in optimizers:
             optimizer.step()
+        passed.append(model.weight.detach().clone())
+        train._average_weights(optimizers, i + 1, ends=i == 3)
 
     def fresh() -> tuple[nn.Linear, list[torch.optim.Optimizer], dict[str, nn.Parameter]]:
         torch.manual_seed(0)
@@ -244,6 +307,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     step(again, others, 3)
     for parameter in ("weight", "bias"):
         torch.testing.assert_close(getattr(again, parameter), getattr(model, parameter), rtol=0, atol=0)
+    torch.testing.assert_close(model.weight.detach(), torch.stack(passed[:4]).mean(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -277,10 +341,11 @@ def test_batches_depend_on_their_number_alone(reader: Reader, monkeypatch: pytes
     assert [batch.kinds.amax((1, 2)).gt(0).tolist() for batch in straight] == [[False, True]] * 3
 
 
-def test_learning_rate_rises_then_falls() -> None:
-    rates = [train.rate(step, 1000) for step in range(1000)]
+def test_learning_rate_rises_then_falls_or_stays() -> None:
+    rates = [train.rate(step, 1000, falls=True) for step in range(1000)]
     assert rates[0] == pytest.approx(0.01, rel=0.02) and max(rates) == max(rates[95:105])
     assert rates[-1] == pytest.approx(0.02, abs=1e-3)
+    assert [train.rate(step, 1000, falls=False) for step in (0, 49, 99, 999)] == [0.01, 0.5, 1, 1]
 
 
 def test_auroc_is_scikit_learns() -> None:
