@@ -3,8 +3,8 @@
 Stage "see" trains vision and LTC by dense losses on parts with several defects, "read" the LLM and LTC on one defect a
 part, "join" vision, LTC and LLM by the losses of both, "segment" SAM by itself (started from CLIP's layers), "mask" SAM
 and Γ with the LLM learning through its LoRA. Each round goes on from the last with the rates raised again, to less each
-time; "join" keeps its rate and ends with the mean of the weights it passed through. Then DIR/checkpoint is written.
-Batch number i always holds the same parts: they and the first weights follow from the seed.
+time; "join" keeps its rate and ends with the mean of the weights on its way. Then DIR/checkpoint is written. Batch
+number i always holds the same parts: they and the first weights follow from the seed.
 With the packages of EfficientNet-lite0 installed (see teacher.py), vision also learns to give its features.
 
 It uses a GPU where torch finds one (not tried yet), else the CPU, as several processes that average their gradients
@@ -142,7 +142,7 @@ def _kind(rng: np.random.Generator) -> Kind:
 
 
 def rate(step: int, steps: int, falls: bool) -> float:
-    """Learning rate as a share of its peak: 200 steps of warm-up (or a tenth of all), then half a cosine to 2%."""
+    """Learning rate as a share of its peak: 200 steps (or a tenth) of warm-up, then half a cosine to 2% or no fall."""
     warm = min(1.0, (step + 1) / min(200, steps / 10))
     return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))) if falls else warm
 
@@ -336,7 +336,8 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for states, curve and checkpoint")
     for stage, samples in SAMPLES.items():
-        parser.add_argument(f"--{stage}-samples", type=int, nargs="+", default=samples, help="of each round")
+        said = "of each round" + (", 0 but for the last" if stage == "mask" else "")
+        parser.add_argument(f"--{stage}-samples", type=int, nargs="+", default=samples, help=said)
     parser.add_argument("--start", type=Path, help="a checkpoint to run the last round from, its LoRA merged")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
