@@ -3,13 +3,13 @@
 Stage "see" trains vision and LTC by dense losses on parts with several defects, "read" the LLM and LTC on one defect a
 part, "join" vision, LTC and LLM by the losses of both, "segment" SAM by itself (started from CLIP's layers), "mask" SAM
 and Γ with the LLM learning through its LoRA. Each round goes on from the last with the rates raised again, to less each
-time; "join" keeps its rate and ends with the mean of the weights on its way. Then DIR/checkpoint is written. Batch
+time; "join" keeps its rate and ends with the mean of its second half's weights. Then DIR/checkpoint is written. Batch
 number i always holds the same parts: they and the first weights follow from the seed.
 With the packages of EfficientNet-lite0 installed (see teacher.py), vision also learns to give its features.
 
-It uses a GPU where torch finds one (not tried yet), else the CPU, as several processes that average their gradients
-once a step: on a CPU that others use too, processes of one thread each were measured four times faster than one whose
-threads wait for one another in every operator.
+It uses a GPU where torch finds one (tried in an earlier form), else the CPU, as several processes that average their
+gradients once a step: on a CPU that others use too, processes of one thread each were measured four times faster than
+one whose threads wait for one another in every operator.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ BATCH = 16  # a process
 SAVE_EVERY = 200  # steps
 # AdamW's peak learning rates: of the LLM (at 1e-3 its loss was seen to jump) and of all else.
 PEAKS = {"see": (0.0, 1e-3), "read": (7e-4, 3e-4), "join": (8e-4, 8e-4), "segment": (0.0, 7e-4), "mask": (3e-4, 5e-4)}
-# Times PEAKS. A fourth round of 160,000 samples at half of them ended worse than it began.
-ROUNDS = (1.0, 0.71, 0.58, 0.1)
+# Times PEAKS.
+ROUNDS = (1.0, 0.71, 0.58, 0.2)
 SCAFFOLDS = 1e-3  # in every round: a run from a checkpoint begins without them
 MUON = 10  # times AdamW's rate; 2, 5 and 12 were tried for 150 steps of "see", each better than the one before
 AVERAGED_EVERY = 100  # steps
 SAMPLES = {
     "see": (112_000, 64_000, 104_000),
     "read": (36_000, 32_000, 40_000),
-    "join": (0, 0, 0, 67_200),
+    "join": (0, 0, 0, 211_200),
     "segment": (24_000, 24_000, 32_000),
     "mask": (0, 0, 0, 8_000),
 }
@@ -147,6 +147,13 @@ def rate(step: int, steps: int, falls: bool) -> float:
     return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))) if falls else warm
 
 
+def averaged(step: int, steps: int) -> int:
+    """The how-manieth of the weights in the mean are this step's, 0 if not in it: the second half's every hundredth."""
+    done = step + 1
+    taken = done > steps // 2 and (done % AVERAGED_EVERY == 0 or done == steps)
+    return math.ceil(done / AVERAGED_EVERY) - steps // 2 // AVERAGED_EVERY if taken else 0
+
+
 def train_stage(model: ReferenceModel, stage: str, saved: Path, steps: int, first: int, peak: float, seed: int) -> None:
     """Run one stage to its end, or on from the state in `saved`.
 
@@ -195,8 +202,8 @@ def train_stage(model: ReferenceModel, stage: str, saved: Path, steps: int, firs
             for optimizer in optimizers:
                 optimizer.step()
             ends = step + 1 == steps
-            if stage == "join" and ((step + 1) % AVERAGED_EVERY == 0 or ends):
-                _average_weights(optimizers, math.ceil((step + 1) / AVERAGED_EVERY), ends)
+            if stage == "join" and (count := averaged(step, steps)):
+                _average_weights(optimizers, count, ends)
             if rank > 0:
                 continue
             for name, value in losses.items():

@@ -15,7 +15,7 @@ from torch import nn
 from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.reference import train
 from vmad_edge.export.reference.evaluate import Evaluation, auroc
-from vmad_edge.export.reference.model import Batch, ReferenceModel
+from vmad_edge.export.reference.model import TEXT_SHARE, Batch, ReferenceModel
 from vmad_edge.export.reference.muon import Muon
 from vmad_edge.export.reference.parts import KINDS, Kind, draw
 from vmad_edge.export.reference.text import (
@@ -216,9 +216,15 @@ def test_joined_text_teaches_vision_and_only_the_first_parts_are_told(reader: Re
     text = model.losses_join(batch, None)["text"]
     told = Batch(batch.clip_pixels[:9], batch.sam_pixels, batch.kinds[:9], batch.before, batch.after, batch.answer)
     torch.testing.assert_close(text, model.losses_read(told)["text"])
-    text.backward()  # type: ignore[no-untyped-call]
-    moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert moved == {"vision", "projector", "language"}
+    shares = []
+    for loss in (text, model._text(told, model.read(told, model.see(told.clip_pixels)[1]))["text"]):
+        model.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        shares.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()})
+    assert {name.split(".")[0] for name in shares[0]} == {"vision", "projector", "language"}
+    for name, whole in shares[1].items():
+        expected = whole if name.startswith("language") else TEXT_SHARE * whole
+        assert (shares[0][name] - expected).norm() < 1e-3 * expected.norm(), name
 
 
 @torch.no_grad()
@@ -308,6 +314,15 @@ def test_training_goes_on_where_it_stopped_and_ends_with_the_mean(tmp_path: Path
     for parameter in ("weight", "bias"):
         torch.testing.assert_close(getattr(again, parameter), getattr(model, parameter), rtol=0, atol=0)
     torch.testing.assert_close(model.weight.detach(), torch.stack(passed[:4]).mean(0))
+
+
+@pytest.mark.parametrize(
+    ("steps", "taken"), [(4, [4]), (200, [200]), (450, [300, 400, 450]), (1000, [600, 700, 800, 900, 1000])]
+)
+def test_the_mean_is_of_the_second_half(steps: int, taken: list[int]) -> None:
+    counts = [train.averaged(step, steps) for step in range(steps)]
+    assert [step + 1 for step, count in enumerate(counts) if count] == taken
+    assert [count for count in counts if count] == list(range(1, len(taken) + 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
