@@ -134,8 +134,7 @@ def limits(manifest: Manifest) -> dict[str, dict[Measure, float]]:
         # Coarser weights may choose another word where two are as good; the report gives the share.
         "answer": equal if language <= 1e-4 else {},
         "low_res_masks": _loose(masks),
-        # Where logits may move by a fifth, a faint mask may come and go: the limit of low_res_masks is what holds.
-        "mask": {"iou": 1 - max(1e-3, 2 * masks)} if masks < 0.2 else {},
+        "mask": {"iou": 1 - min(0.5, max(1e-3, 2 * masks))},
         "score": {"max_relative_error": logit, "max_abs_error": max(cosine, logit / 4)},
         # OpenCV places samples to 1/32 pixel.
         "map": {"max_relative_error": max(logit, 5e-3), "rank_correlation": min(0.999, 1 - vision**2 / 4)},

@@ -50,7 +50,7 @@ GRID, SCALE = 16, 2
 FINE = 4
 """Of a cell's side, in the scaffold that makes a visual token say where in its cell the defect is."""
 TEXT_SHARE = 0.05
-"""Of the text's gradient in what teaches vision and LTC: whole, it is the longest and noisiest and drowns the rest."""
+"""Of the text's gradient in what teaches vision and LTC; with all of it, a round left the screen worse than it was."""
 FEATURES = 64
 QUEUE = 4096
 # On a CPU torch's fused attention is slower: CLIP's whole step took 1.4 times as long.

@@ -408,20 +408,6 @@ def test_int8_may_move_the_state_of_one_undecided_token(
     assert (row.broken is not None) == breaks
 
 
-@pytest.mark.parametrize(
-    ("precision", "shift", "broken"),
-    [("fp16", 0.15, {"mask"}), ("int8", 0.15, set()), ("int8", 4.0, {"low_res_masks"})],
-)
-def test_int8_may_lose_a_faint_mask(bundle: Bundle, precision: str, shift: float, broken: set[str]) -> None:
-    """A part's 25 logits just above zero, where -10 lies all around."""
-    logits = np.full((64, 64), -10.0)
-    logits[30:35, 30:35] = 0.1
-    allowed = limits(bundle.manifest.model_copy(update={"precision": {"sam_encoder": precision}}))
-    sides = {"low_res_masks": (logits, logits - shift), "mask": (logits > 0, logits - shift > 0)}
-    rows = [compare(stage, *both).model_copy(update={"limits": allowed[stage]}) for stage, both in sides.items()]
-    assert {row.stage for row in rows if row.broken} == broken
-
-
 def test_limit_of_the_score_is_what_rounding_can_do(bundle: Bundle) -> None:
     """Patches as far off as FP16 may make them, in no direction: their scores stay within it, and fill some of it."""
     vision = bundle.manifest.vision.model_copy(update={"width": 1024})
