@@ -288,6 +288,7 @@ def measure(
     """Run `checkpoint` in torch on the CPU and `bundle` on `device` on `images`, side by side.
 
     The language model runs with F32 KV and without flash attention, so that its weights alone make the difference.
+    Masks count where the source says Yes: elsewhere the runtime makes none, and the decoder was never taught a shape.
 
     Args:
         each: gets every frame with both sides' arrays.
@@ -314,6 +315,8 @@ def measure(
             if not np.array_equal(theirs["answer"], ours.get("answer", theirs["answer"])):
                 del theirs["h_seg_full"]  # after other words it is another state
             for stage, array in theirs.items():
+                if stage == "mask" and theirs["p_yes"] < 0.5:
+                    continue
                 row = compare(stage, array, ours[stage]) if stage in ours else _nothing(stage, fault)
                 found.setdefault(stage, []).append(row.model_copy(update={"worst_image": Path(path).name}))
             each(frame, theirs, ours)

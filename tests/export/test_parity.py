@@ -278,6 +278,17 @@ def test_planted_fault_is_caught_where_it_sits(
     assert failure.startswith(f"{stage} is the first stage that differs: ")
 
 
+def test_masks_count_where_the_source_says_yes(export: Export, monkeypatch: Patch) -> None:
+    masks_with_align_corners(export, monkeypatch)
+    language = export.manifest.language
+    swapped = {"yes_token_ids": language.no_token_ids, "no_token_ids": language.yes_token_ids}
+    export.edit("language", **swapped)
+    export.edit_checkpoint("config.json", **swapped)
+    found = export.measure()
+    assert found.failure is None
+    assert [row.stage for row in found.stages] == [stage for stage in LADDER if stage != "mask"]
+
+
 def test_token_list_shorter_than_the_embedding_is_refused(export: Export, monkeypatch: Patch) -> None:
     add = gguf.GGUFWriter.add_token_list
     monkeypatch.setattr(gguf.GGUFWriter, "add_token_list", lambda writer, tokens: add(writer, tokens[:-1]))
