@@ -156,6 +156,8 @@ class StageParity(Record):
     stage: str
     equal: float
     """Share of images on which both sides are equal to the last bit: text agreement, verdicts that did not flip."""
+    images: int = 1
+    """How many it was compared on."""
     cosine: float | None = None
     """Of the two flattened arrays."""
     max_abs_error: float | None = None
@@ -233,7 +235,7 @@ class Parity(Record):
         for column in COLUMNS:
             table.add_column(column, justify="right", no_wrap=column != "limit")
         for row in self.stages:
-            table.add_row(row.stage, *row_in_words(row, len(self.images)), style="bold red" if row.broken else None)
+            table.add_row(row.stage, *row_in_words(row), style="bold red" if row.broken else None)
         return table
 
 
@@ -248,7 +250,7 @@ _SHORT: dict[Measure, str] = {
 COLUMNS = (*_SHORT.values(), "limit")
 
 
-def row_in_words(row: StageParity, images: int) -> list[str]:
+def row_in_words(row: StageParity) -> list[str]:
     """`row` in words, a text for each of COLUMNS."""
 
     def number(value: float | None, form: str) -> str:
@@ -256,7 +258,7 @@ def row_in_words(row: StageParity, images: int) -> list[str]:
 
     sign = {measure: "≤" if measure in _ERRORS else "≥" for measure in row.limits}
     return [
-        f"{round(row.equal * images)}/{images}",
+        f"{round(row.equal * row.images)}/{row.images}",
         number(row.cosine, ".7f"),
         number(row.max_abs_error, ".1e"),
         number(row.max_relative_error, ".1e"),
@@ -405,7 +407,7 @@ def _worst(rows: list[StageParity], allowed: dict[Measure, float]) -> StageParit
     def values(measure: str) -> Array:
         return np.array([getattr(row, measure) for row in rows if getattr(row, measure) is not None], float)
 
-    worst: dict[str, float | None] = {"equal": float(values("equal").mean())}
+    worst: dict[str, float | None] = {"equal": float(values("equal").mean()), "images": len(rows)}
     for measure, extreme in (
         ("cosine", np.min),
         ("max_abs_error", np.max),

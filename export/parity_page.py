@@ -43,7 +43,7 @@ class ParityPage:
     def write(self, path: Path, parity: Parity) -> None:
         stages = []
         for row in parity.stages:
-            words = "".join(f"<td>{html.escape(text)}</td>" for text in row_in_words(row, len(parity.images)))
+            words = "".join(f"<td>{html.escape(text)}</td>" for text in row_in_words(row))
             passed = "past its limit" if row.broken else "passed" if row.limits else "no limit"
             kind = ' class="broken"' if row.broken else ""
             stages.append(

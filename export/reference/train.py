@@ -1,10 +1,11 @@
 """Train the reference model: `python -m vmad_edge.export.reference.train --out DIR`. Resumes where DIR left off.
 
-Stage "see" trains vision and LTC by dense losses on parts with several defects, "read" the LLM and LTC on one defect a
-part, "join" vision, LTC and LLM by the losses of both, "segment" SAM by itself (started from CLIP's layers), "mask" SAM
+Stage "see" trains vision and LTC by dense losses on parts with several defects, "join" vision, LTC and LLM on text as
+well, "read" the LLM and LTC on one defect a part, "segment" SAM by itself (started from CLIP's layers), "mask" SAM
 and Γ with the LLM learning through its LoRA. Each round goes on from the last with the rates raised again, to less each
-time; "join" keeps its rate and ends with the mean of its second half's weights. Then DIR/checkpoint is written. Batch
-number i always holds the same parts: they and the first weights follow from the seed.
+time; "join" keeps its rate and ends with the mean of its second half's weights, from a checkpoint (--start) halfway
+between it and that mean. Then DIR/checkpoint is written. Batch number i always holds the same parts: they and the first
+weights follow from the seed.
 With the packages of EfficientNet-lite0 installed (see teacher.py), vision also learns to give its features.
 
 It uses a GPU where torch finds one (tried in an earlier form), else the CPU, as several processes that average their
@@ -57,7 +58,7 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" or torch.ops.mkldnn._is_mkldnn_b
 BATCH = 16  # a process
 SAVE_EVERY = 200  # steps
 # AdamW's peak learning rates: of the LLM (at 1e-3 its loss was seen to jump) and of all else.
-PEAKS = {"see": (0.0, 1e-3), "read": (7e-4, 3e-4), "join": (8e-4, 8e-4), "segment": (0.0, 7e-4), "mask": (3e-4, 5e-4)}
+PEAKS = {"see": (0.0, 1e-3), "join": (8e-4, 8e-4), "read": (7e-4, 3e-4), "segment": (0.0, 7e-4), "mask": (3e-4, 5e-4)}
 # Times PEAKS.
 ROUNDS = (1.0, 0.71, 0.58, 0.2)
 SCAFFOLDS = 1e-3  # in every round: a run from a checkpoint begins without them
@@ -65,8 +66,8 @@ MUON = 10  # times AdamW's rate; 2, 5 and 12 were tried for 150 steps of "see", 
 AVERAGED_EVERY = 100  # steps
 SAMPLES = {
     "see": (112_000, 64_000, 104_000),
-    "read": (36_000, 32_000, 40_000),
     "join": (0, 0, 0, 211_200),
+    "read": (36_000, 32_000, 40_000, 12_800),
     "segment": (24_000, 24_000, 32_000),
     "mask": (0, 0, 0, 8_000),
 }
@@ -249,6 +250,17 @@ def _average_weights(optimizers: list[torch.optim.Optimizer], count: int, ends: 
                 parameter.copy_(mean)
 
 
+@torch.no_grad()
+def go_half_back(model: torch.nn.Module, begun: dict[str, Tensor]) -> None:
+    """Put the weights halfway between those that a run began with and its own (WiSE-FT, Wortsman et al. 2022).
+
+    The scaffolds stay: they began from nothing.
+    """
+    for name, parameter in model.named_parameters():
+        if not name.split(".")[0].endswith("_head"):
+            parameter.lerp_(begun[name], 0.5)
+
+
 def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients]).cpu()
@@ -300,6 +312,7 @@ def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
     if args.start:
         model.begin_from(Checkpoint.open(args.start))
     model.to(DEVICE)
+    begun = {name: parameter.detach().clone() for name, parameter in model.named_parameters()} if args.start else {}
     first = 0
     rounds = list(enumerate(zip_longest(*(getattr(args, f"{stage}_samples") for stage in PEAKS), fillvalue=0), 1))
     for number, counts in rounds[-1:] if args.start else rounds:
@@ -314,6 +327,8 @@ def run(rank: int, meeting: str, args: argparse.Namespace) -> None:
             saved = args.out / f"{stage}{number}.safetensors"
             train_stage(model, stage, saved, steps, first, ROUNDS[min(number, len(ROUNDS)) - 1], args.seed)
             first += steps
+            if stage == "join" and begun:
+                go_half_back(model, begun)
     dist.destroy_process_group()
     if rank == 0 and model.adapted is not None:
         write_checkpoint(model, args.out / "checkpoint")

@@ -99,7 +99,7 @@ def test_exported_bundle_says_what_was_measured(bundle: Bundle) -> None:
     found = Parity.model_validate_json(bundle.file("parity.json").read_bytes())
     assert found.images == ("high.png", "wide.png")
     assert [row.stage for row in found.stages] == list(LADDER)
-    assert all(row.limits and row.worst_image in found.images for row in found.stages)
+    assert all(row.limits and row.worst_image in found.images and row.images == 2 for row in found.stages)
     assert found.tensor_types == {"F32": 21}
     page = bundle.file("parity.html").read_text()
     assert all(f"<th>{stage}</th>" in page for stage in LADDER)

@@ -329,6 +329,16 @@ def test_the_mean_is_of_the_second_half(steps: int, taken: list[int]) -> None:
     assert [count for count in counts if count] == list(range(1, len(taken) + 1))
 
 
+def test_half_the_way_back_but_for_scaffolds() -> None:
+    model = nn.ModuleDict({"vision": nn.Linear(2, 2), "kind_head": nn.Linear(2, 2)})
+    begun = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    reached = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train.go_half_back(model, begun)
+    for name, parameter in model.named_parameters():
+        share = 1.0 if "head" in name else 0.5
+        torch.testing.assert_close(parameter.detach(), share * reached[name], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_muon_is_torchs(dtype: torch.dtype) -> None:
     """Tall, wide and square matrices, two of one shape, of which one has no gradient in the second step."""
