@@ -1,7 +1,7 @@
 """How good a checkpoint, and the bundles made of it, are on drawn parts that it never saw.
 
-`python -m vmad_edge.export.reference.evaluate CHECKPOINT [BUNDLE …] [--parts N]`. A checkpoint runs in torch at FP32, a
-bundle in its runtime: greedy answers, the screen's score and map, masks from h_seg.
+`python -m vmad_edge.export.reference.evaluate CHECKPOINT [BUNDLE …] [--parts N] [--first I]`. A checkpoint runs in
+torch at FP32, a bundle in its runtime: greedy answers, the screen's score and map, masks from h_seg.
 """
 
 from __future__ import annotations
@@ -193,9 +193,9 @@ def thresholds(checkpoint: Checkpoint, count: int = 300) -> Thresholds:
 
 
 @torch.no_grad()
-def evaluate(find: Find, bounds: Thresholds | None, count: int, group: Group) -> dict[str, float]:
+def evaluate(find: Find, bounds: Thresholds | None, count: int, group: Group, first: int = 0) -> dict[str, float]:
     """Figures on `count` unseen parts of `group`, half of them defective."""
-    parts = sorted(unseen(count, first=0, group=group), key=lambda part: part.object)
+    parts = sorted(unseen(count, first, group), key=lambda part: part.object)
     groups = [(name, batch) for name, members in groupby(parts, lambda part: part.object) for batch in batches(members)]
     defects, kind, place, forms = [], [], [], []
     p_yes, score, overlap = [], [], []
@@ -261,6 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, nargs="+", help="checkpoints and bundles")
     parser.add_argument("--parts", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first part (default: 0)")
     parser.add_argument("--group", choices=get_args(Group), action="append", help="default: all three")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -274,7 +275,7 @@ def main() -> None:
             checkpoint = Checkpoint.open(path)
             find, bounds = Evaluation(checkpoint).find, checkpoint.config.similarity.thresholds
         for group in args.group or get_args(Group):
-            figures.setdefault(group, {})[str(path)] = evaluate(find, bounds, args.parts, group)
+            figures.setdefault(group, {})[str(path)] = evaluate(find, bounds, args.parts, group, args.first)
     print(json.dumps(figures, indent=2))
 
 
