@@ -290,7 +290,7 @@ def measure(
     """Run `checkpoint` in torch on the CPU and `bundle` on `device` on `images`, side by side.
 
     The language model runs with F32 KV and without flash attention, so that its weights alone make the difference.
-    Masks count where the source says Yes: elsewhere the runtime makes none, and the decoder was never taught a shape.
+    Masks count where the source says Yes: elsewhere the runtime makes none. If it never does, they have no row.
 
     Args:
         each: gets every frame with both sides' arrays.

@@ -194,7 +194,7 @@ def thresholds(checkpoint: Checkpoint, count: int = 300) -> Thresholds:
 
 @torch.no_grad()
 def evaluate(find: Find, bounds: Thresholds | None, count: int, group: Group, first: int = 0) -> dict[str, float]:
-    """Figures on `count` unseen parts of `group`, half of them defective."""
+    """Figures on `count` unseen parts of `group` from number `first` on, half of them defective."""
     parts = sorted(unseen(count, first, group), key=lambda part: part.object)
     groups = [(name, batch) for name, members in groupby(parts, lambda part: part.object) for batch in batches(members)]
     defects, kind, place, forms = [], [], [], []
