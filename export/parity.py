@@ -32,8 +32,7 @@ from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import CheckpointError
 from vmad_edge.runtime.frame import Frame
-from vmad_edge.runtime.inspection import Verdict
-from vmad_edge.runtime.inspector import verdict_of
+from vmad_edge.runtime.inspection import Verdict, verdict_of
 from vmad_edge.runtime.stages.language import LanguageModel
 from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
 from vmad_edge.runtime.stages.segmentation import mask_logits

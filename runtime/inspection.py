@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 from typing import Any, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from vmad_edge.runtime.bundle import Thresholds
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages.preprocess import View
 
@@ -22,6 +27,42 @@ class Verdict(str, Enum):
     DEFECT = "DEFECT"
     UNCERTAIN = "UNCERTAIN"
     NOT_INSPECTED = "NOT_INSPECTED"
+
+
+class Reason(str, Enum):
+    """Why a frame was not inspected, or what became of its review; the sentence beside it is for people."""
+
+    UNREADABLE = "unreadable"
+    UNFIT_DARK = "unfit_dark"
+    UNFIT_BRIGHT = "unfit_bright"
+    UNFIT_CONSTANT = "unfit_constant"
+    UNFIT_BLURRED = "unfit_blurred"
+    UNFIT_TORN = "unfit_torn"
+    UNFIT_SIZE = "unfit_size"
+    OUT_OF_SCOPE = "out_of_scope"
+    NOT_RELEASED = "not_released"
+    NOTHING_TO_COMPARE = "nothing_to_compare"
+    SCREEN_LATE = "screen_late"
+    SCREEN_FAULT = "screen_fault"
+    REVIEW_SHED = "review_shed"
+    REVIEW_LATE = "review_late"
+    REVIEW_FAULT = "review_fault"
+    REVIEW_CANCELLED = "review_cancelled"
+    FRAME_MISSING = "frame_missing"
+    FRAME_LATE = "frame_late"
+    FRAME_INCOMPLETE = "frame_incomplete"
+    FRAME_FROZEN = "frame_frozen"
+    CRASHED = "crashed"
+    NOT_TOLD = "not_told"
+
+
+def verdict_of(score: float, thresholds: Thresholds | None) -> Verdict:
+    """What the screen's score means."""
+    if thresholds is None:
+        return Verdict.UNCERTAIN
+    if score < thresholds.good_below:
+        return Verdict.GOOD
+    return Verdict.DEFECT if score >= thresholds.defect_above else Verdict.UNCERTAIN
 
 
 @dataclass(frozen=True)
@@ -47,8 +88,20 @@ class NearestNormal:
     """The patch in that frame's pixels."""
     similarity: float
     """Cosine."""
-    picture: NDArray[np.uint8] = field(repr=False)
-    """[s,s,3] RGB: the patch and what lies around it."""
+    jpeg: bytes = field(repr=False)
+    """What CLIP saw of that frame."""
+    cell: tuple[int, int]
+    """The patch's row and column."""
+    grid: int
+
+    @cached_property
+    def picture(self) -> NDArray[np.uint8]:
+        """[s,s,3] RGB: the patch and what lies around it. Made when it is asked for."""
+        whole = np.asarray(Image.open(io.BytesIO(self.jpeg)).convert("RGB"))
+        side = whole.shape[0] / self.grid
+        top, left = (max(0, round((place - 1) * side)) for place in self.cell)
+        bottom, right = (round((place + 2) * side) for place in self.cell)
+        return whole[top:bottom, left:right]
 
 
 @dataclass(frozen=True)
@@ -79,6 +132,7 @@ class Inspection:
     decided_by: Literal["screen", "review"] = "screen"
     reason: str | None = None
     """Why it was not inspected, or what kept the review from its end."""
+    reason_code: Reason | None = None
     score: float | None = None
     """The screen's image score; None if NOT_INSPECTED."""
     compared_with: str | None = None
@@ -91,8 +145,7 @@ class Inspection:
     p_yes: float | None = None
     mask: NDArray[np.bool_] | None = field(default=None, repr=False)
     """[h,w] in the frame's pixels; None without a review, or if P(yes) < 0.5."""
-    language_map: NDArray[np.float32] | None = field(default=None, repr=False)
-    """[h,w], like `map`: DSSL's second similarity, of the review's visual tokens. None without a review."""
+    draw_language_map: Callable[[], NDArray[np.float32]] | None = field(default=None, repr=False, compare=False)
     explanation: str | None = None
     seg_forced: bool = False
     """The answer reached its token limit and `<seg>` was forced."""
@@ -102,6 +155,14 @@ class Inspection:
     features: Features | None = field(default=None, repr=False)
     """Kept until a review has used them."""
 
+    @cached_property
+    def language_map(self) -> NDArray[np.float32] | None:
+        """[h,w], like `map`: DSSL's second similarity, of the review's visual tokens. None without a review.
+
+        Made when it is asked for.
+        """
+        return None if self.draw_language_map is None else self.draw_language_map()
+
     def without_arrays(self) -> Inspection:
         """The same result without pixels, maps, mask and pictures: what a long run keeps of each frame."""
         return replace(
@@ -109,7 +170,7 @@ class Inspection:
             frame=replace(self.frame, pixels=np.zeros((0, 0, 3), np.uint8)),
             map=None,
             mask=None,
-            language_map=None,
+            draw_language_map=None,
             nearest_normal=None,
             features=None,
         )
@@ -118,6 +179,8 @@ class Inspection:
         """The fields that `vmad inspect --json` prints."""
         return {
             "path": self.frame.path or self.frame.id,
+            "frame_id": self.frame.id,
+            "time": self.frame.time,
             "object": self.object,
             "verdict": self.verdict.value,
             "score": self.score,
@@ -133,6 +196,7 @@ class Inspection:
             ],
             "explanation": self.explanation,
             "reason": self.reason,
+            "reason_code": None if self.reason_code is None else self.reason_code.value,
             "decided_by": self.decided_by,
             "compared_with": self.compared_with,
             "seg_forced": self.seg_forced,

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
-from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, Thresholds
+from vmad_edge.runtime.bundle import Answer, Bundle, Manifest
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.frame import Frame, FrameSource
-from vmad_edge.runtime.inspection import Inspection, Region, Screening, Verdict, find_regions
-from vmad_edge.runtime.review import Milestone, PendingReview, ReviewProcess
+from vmad_edge.runtime.inspection import Inspection, Reason, Region, Screening, Verdict, find_regions, verdict_of
+from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, ReviewProcess
 from vmad_edge.runtime.stages.language import check_vocabulary
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
@@ -29,9 +31,18 @@ from vmad_edge.runtime.station import Station
 from vmad_edge.runtime.systems.vmad import Finding, Screen, SimilaritySource
 from vmad_edge.runtime.timing import Stopwatch
 
+_LIMITS = ReviewLimits()
+_LEFT_OUT = {
+    Reason.REVIEW_FAULT: "review failed",
+    Reason.REVIEW_SHED: "review left out",
+    Reason.REVIEW_LATE: "review left out",
+    Reason.REVIEW_CANCELLED: "review left out",
+    None: "review failed",
+}
+
 
 class ReviewHandle:
-    """A review on its way, and the Inspection that it makes of the screen's."""
+    """A review on its way, and the Inspection that it makes of the screen's. Any thread may wait for it."""
 
     def __init__(self, inspection: Inspection, pending: PendingReview, manifest: Manifest) -> None:
         self._inspection = inspection
@@ -40,16 +51,17 @@ class ReviewHandle:
 
     def wait(self, timeout: float | None = None) -> Inspection:
         """The Inspection after the review; after `timeout` seconds without its end, with what it said until then."""
-        ended = self._pending.wait(timeout)
+        ended = self._pending.wait(None if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX))
         finding = self._pending.finding if ended else self._pending.so_far
-        reason = None
+        reason, code = None, None
         if not ended:
-            reason = "the review did not end in time"
+            reason, code = "the review did not end in time", Reason.REVIEW_LATE
         elif finding is None:
-            reason = f"review failed: {self._pending.fault}"
+            reason, code = f"{_LEFT_OUT[self._pending.fault_code]}: {self._pending.fault}", self._pending.fault_code
         elif finding.stopped is not None:
             reason = f"the review was stopped: {finding.stopped}"
-        after = replace(self._inspection, reason=reason)
+            code = Reason.REVIEW_LATE if finding.stopped == "deadline" else Reason.REVIEW_CANCELLED
+        after = replace(self._inspection, reason=reason, reason_code=code)
         return after if finding is None else _reviewed(after, finding, self._pending.timings_ms, self._manifest)
 
     @property
@@ -69,11 +81,20 @@ class ReviewHandle:
 class Inspector:
     """Inspects frames with one bundle. Use it as a context manager.
 
-    Thread-safe: several threads may inspect at once; their reviews queue for the one review process.
+    Thread-safe. One thread a camera is a good beginning: a screen uses all processors by itself, so more threads gain
+    little but the decoding of files. Reviews queue for the one review process. `inspect` of a suspect waits for its
+    review; a line that must not wait calls `inspect(…, review=False)` and hands `review(inspection, deadline_ms=…)` to
+    another thread, or asks its handle later. Nothing that a review does delays another thread's screen.
     """
 
     def __init__(
-        self, bundle: Bundle, station: Station, device: Device, calibrated: bool = True, stream: int = 0
+        self,
+        bundle: Bundle,
+        station: Station,
+        device: Device,
+        calibrated: bool = True,
+        stream: int = 0,
+        reviews: ReviewLimits = _LIMITS,
     ) -> None:
         self.bundle = bundle
         self.station = station
@@ -81,8 +102,10 @@ class Inspector:
         self._normal = _normal_features(bundle)
         self._calibrated, self._stream = calibrated, stream
         self._sources: dict[str, SimilaritySource] = {}
+        self._loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
-        self._reviews = ReviewProcess(bundle.path, self._screen.engines.device, station.plans)
+        self._closed = False
+        self._reviews = ReviewProcess(bundle.path, self._screen.engines.device, station.plans, reviews)
 
     @staticmethod
     def open(
@@ -91,6 +114,7 @@ class Inspector:
         device: Device = "auto",
         calibrated: bool = True,
         stream: int = 0,
+        reviews: ReviewLimits = _LIMITS,
     ) -> Inspector:
         """Verify the bundle and make its screen ready; the review's models load when they are first needed.
 
@@ -98,6 +122,7 @@ class Inspector:
             station: the device's own folder; None takes the user's data folder.
             calibrated: use the station's calibrations; False leaves the bundle's and the references' thresholds.
             stream: compare each frame with this many of its object's last frames too (see `Stream`); 0: do not.
+            reviews: how many may wait, and for how long their process may stand still.
 
         Raises:
             VmadError: a stream of too few frames.
@@ -108,9 +133,8 @@ class Inspector:
         opened = Bundle.open(bundle)
         if isinstance(opened.manifest, Manifest):  # else the review alone would find out, frame by frame
             check_vocabulary(opened.file("llm.gguf"), opened.manifest.language)
-        return Inspector(
-            opened, Station(None if station is None else Path(station), opened), device, calibrated, stream
-        )
+        kept = Station(None if station is None else Path(station), opened)
+        return Inspector(opened, kept, device, calibrated, stream, reviews)
 
     def __enter__(self) -> Inspector:
         return self
@@ -121,7 +145,8 @@ class Inspector:
         self.close()
 
     def close(self) -> None:
-        """End the review process; free what the screen has on a GPU."""
+        """End the review process; free what the screen has on a GPU. Whatever is asked for afterwards raises."""
+        self._closed = True
         self._reviews.close()
         self._screen.close()
 
@@ -155,6 +180,7 @@ class Inspector:
         review: bool = True,
         deadline_ms: float | None = None,
         bit_depth: int | None = None,
+        frame_id: str | None = None,
     ) -> Inspection:
         """Screen one frame and, if it is suspect, review it.
 
@@ -163,6 +189,7 @@ class Inspector:
         Raises:
             BundleError: the object's references or calibration in the station must not be used, or there is nothing to
                 compare with.
+            VmadError: the inspector is closed.
 
         Args:
             frame: an RGB array [h,w,3] uint8 (or grey, or RGBA), a path, an encoded image, or a Frame.
@@ -172,21 +199,19 @@ class Inspector:
             review: False gives the screen alone, as does a bundle that screens only; `review(inspection)` can follow.
             bit_depth: of 16-bit frames, see `Frame.read`.
             deadline_ms: from now. A screen that misses it is NOT_INSPECTED; a review that misses it is left out.
+            frame_id: the Inspection's `frame.id`, for frames without a path: a trigger's number, a serial.
         """
-        deadline = None if deadline_ms is None else time.monotonic() + deadline_ms / 1e3
+        self._must_be_open()
+        deadline = _deadline(deadline_ms)
         review = review and isinstance(self.bundle.manifest, Manifest)
         if review:
             self._reviews.start()
-        inspection = self._screened(frame, self._object(object), deadline, bit_depth)
+        inspection = self._screened(frame, self._object(object), deadline, bit_depth, frame_id)
         suspect = inspection.verdict in (Verdict.DEFECT, Verdict.UNCERTAIN)
         if not (review and suspect):
             return inspection
-        handle = self.review(inspection, question=question, answer=answer, deadline=deadline)
-        return handle.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-
-    def inspect_batch(self, frames: Iterable[FrameSource], **options: Any) -> Iterator[Inspection]:
-        """`inspect` for each frame, in order, one at a time in memory. Options are those of `inspect`."""
-        return (self.inspect(frame, **options) for frame in frames)
+        handle = self._review(inspection, question, answer, deadline)
+        return handle.wait(None if deadline is None else deadline - time.monotonic())
 
     def review(
         self,
@@ -194,17 +219,24 @@ class Inspector:
         *,
         question: str | None = None,
         answer: Answer | None = None,
-        deadline: float | None = None,
+        deadline_ms: float | None = None,
     ) -> ReviewHandle:
-        """Start the review of a screened frame.
+        """Start the review of a screened frame. With a full queue it waits for room, unless it has a deadline.
 
         Args:
-            deadline: a time.monotonic() value at which the review stops by itself.
+            deadline_ms: from now; the review stops by itself then. With a full queue it is left out at once.
 
         Raises:
-            VmadError: the inspection has no features: it was not inspected, or reviewed already.
+            VmadError: the inspection has no features: it was not inspected, or reviewed already; the inspector is
+                closed.
             BundleError: the bundle screens only.
         """
+        self._must_be_open()
+        return self._review(inspection, question, answer, _deadline(deadline_ms))
+
+    def _review(
+        self, inspection: Inspection, question: str | None, answer: Answer | None, deadline: float | None
+    ) -> ReviewHandle:
         if inspection.features is None:
             raise VmadError("expected an Inspection from inspect(…, review=False), found one without features")
         manifest = self.bundle.for_review
@@ -230,6 +262,7 @@ class Inspector:
         Raises:
             FrameError: no frames, or one that cannot be read; nothing is changed then.
         """
+        self._must_be_open()
         name = self._object(object)
         references = self._screen.enroll((Frame.read(frame, bit_depth) for frame in frames), self._normal)
         if keep:
@@ -249,6 +282,7 @@ class Inspector:
         Raises:
             FrameError: too few frames that can be read, see `Unlabelled`.
         """
+        self._must_be_open()
         source = self._screen.unlabelled(_readable(frames, bit_depth))
         with self._lock:
             self._sources[self._object(object)] = source
@@ -262,54 +296,76 @@ class Inspector:
     def _object(self, object: str | None) -> str:
         return self.bundle.manifest.object if object is None else object
 
+    def _must_be_open(self) -> None:
+        if self._closed:
+            raise VmadError("this inspector is closed; open another one")
+
     def _source(self, object: str) -> SimilaritySource:
         with self._lock:
-            if object not in self._sources:
-                source = self.station.load_references(object, self._normal) or copy(self._normal)
-                if source is None:
-                    raise BundleError(
-                        f"bundle {self.bundle.path} has no normal features to compare with, and {object!r} is not "
-                        "enrolled: `vmad enroll` normal parts, or name a folder of them with --references"
-                    )
-                calibration = self.station.load_calibration(object) if self._calibrated else None
-                if calibration is not None:
-                    source.thresholds = calibration.thresholds
-                self._sources[object] = self._with_stream(source)
-            return self._sources[object]
+            known, loading = self._sources.get(object), self._loading[object]
+        if known is not None:
+            return known
+        with loading:  # this object's alone: others go on meanwhile
+            with self._lock:
+                known = self._sources.get(object)
+            if known is None:
+                known = self._loaded(object)
+                with self._lock:
+                    known = self._sources.setdefault(object, known)  # enrolled meanwhile: that is the newer one
+        return known
+
+    def _loaded(self, object: str) -> SimilaritySource:
+        source = self.station.load_references(object, self._normal) or copy(self._normal)
+        if source is None:
+            raise BundleError(
+                f"bundle {self.bundle.path} has no normal features to compare with, and {object!r} is not "
+                "enrolled: `vmad enroll` normal parts, or name a folder of them with --references"
+            )
+        calibration = self.station.load_calibration(object) if self._calibrated else None
+        if calibration is not None:
+            source.thresholds = calibration.thresholds
+        return self._with_stream(source)
 
     def _with_stream(self, source: NormalFeatures | References) -> SimilaritySource:
         return Stream(source, self.bundle.manifest.similarity, self._stream) if self._stream else source
 
-    def _screened(self, source: FrameSource, object: str, deadline: float | None, bit_depth: int | None) -> Inspection:
+    def _screened(
+        self, source: FrameSource, object: str, deadline: float | None, bit_depth: int | None, frame_id: str | None
+    ) -> Inspection:
         watch = Stopwatch()
         compared_with = self._source(object)
+        path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+        name = source.id if isinstance(source, Frame) else path or "frame"
+        frame = Frame(np.zeros((0, 0, 3), np.uint8), frame_id or name, path)
+        reason, code, met = None, None, None
         try:
             with watch("screen"):
                 with watch("read"):
                     frame = Frame.read(source, bit_depth)
+                    frame = frame if frame_id is None else replace(frame, id=frame_id)
                 screening = self._screen.run(frame, compared_with, watch)
+            met = None if deadline is None else time.monotonic() <= deadline
+            if not np.isfinite(screening.score):
+                reason, code = "the encoder or the similarity gave NaN", Reason.SCREEN_FAULT
+            elif met is False:
+                reason = f"the screen took {watch.timings_ms['screen']:.0f} ms and missed the deadline"
+                code = Reason.SCREEN_LATE
+            else:
+                return self._inspection(frame, object, screening, compared_with, watch, met)
+        except FrameError as error:
+            reason, code = str(error), Reason.UNREADABLE
         except Exception as error:  # whatever went wrong in the screen is a reason, never a verdict
-            path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
-            name = source.id if isinstance(source, Frame) else path or "frame"
-            nothing = Frame(np.zeros((0, 0, 3), np.uint8), name, path)
             reason = str(error) if isinstance(error, VmadError) else f"{type(error).__name__}: {error}"
-            return Inspection(nothing, object, Verdict.NOT_INSPECTED, reason=reason)
-        met = None if deadline is None else time.monotonic() <= deadline
-        fault = None
-        if not np.isfinite(screening.score):
-            fault = "the encoder or the similarity gave NaN"
-        elif met is False:
-            fault = f"the screen took {watch.timings_ms['screen']:.0f} ms and missed the deadline"
-        if fault is not None:
-            return Inspection(
-                frame,
-                object,
-                Verdict.NOT_INSPECTED,
-                reason=fault,
-                timings_ms=watch.timings_ms,
-                deadline_met=met,
-            )
-        return self._inspection(frame, object, screening, compared_with, watch, met)
+            code = Reason.SCREEN_FAULT
+        return Inspection(
+            frame,
+            object,
+            Verdict.NOT_INSPECTED,
+            reason=reason,
+            reason_code=code,
+            timings_ms=watch.timings_ms,
+            deadline_met=met,
+        )
 
     def _inspection(
         self,
@@ -360,12 +416,11 @@ def _normal_features(bundle: Bundle) -> NormalFeatures | None:
     return NormalFeatures(bundle.file(name), bundle.manifest.similarity) if name in bundle.manifest.files else None
 
 
-def verdict_of(score: float, thresholds: Thresholds | None) -> Verdict:
-    if thresholds is None:
-        return Verdict.UNCERTAIN
-    if score < thresholds.good_below:
-        return Verdict.GOOD
-    return Verdict.DEFECT if score >= thresholds.defect_above else Verdict.UNCERTAIN
+def _deadline(deadline_ms: float | None) -> float | None:
+    """As a time.monotonic() value; what is no number has passed."""
+    if deadline_ms is None:
+        return None
+    return time.monotonic() + (-1.0 if math.isnan(deadline_ms) else deadline_ms / 1e3)
 
 
 def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, float], manifest: Manifest) -> Inspection:
@@ -384,8 +439,8 @@ def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, fl
     if finding.token_scores is not None and inspection.features is not None:
         size = inspection.frame.pixels.shape[0], inspection.frame.pixels.shape[1]
         scores, view = finding.token_scores, inspection.features.view
-        language_map = anomaly_map(scores, view, manifest.similarity, manifest.clip.size, size)
-        after = replace(after, language_map=language_map)
+        draw = partial(anomaly_map, scores, view, manifest.similarity, manifest.clip.size, size)
+        after = replace(after, draw_language_map=draw)
     if finding.mask is not None and inspection.map is not None:
         regions = find_regions(finding.mask, inspection.map) or inspection.regions
         after = replace(after, mask=finding.mask, regions=regions)

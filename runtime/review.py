@@ -4,7 +4,11 @@ The process is started as `python -m vmad_edge.runtime.review BUNDLE DEVICE PLAN
 input and output. A message is one line of JSON, {"kind", …, "arrays": {name: [dtype, shape]}}, then the arrays' bytes.
 
     to the process    review (id, question, mode, deadline, view; pixels, patches, patches_multi)   cancel (id)
-    from the process  p_yes (id, p_yes)   text (id, text)   finding (id, …; token_scores, mask)   fault (id, reason)
+    from the process  alive (loaded, steps)   broken (reason)
+                      p_yes (id, p_yes)   text (id, text)   finding (id, …; token_scores, mask)   fault (id, reason)
+
+The inspector's side has three threads. One starts the process and writes to it, one reads from it, one watches over it.
+Whoever asks for a review only puts it into a queue: no lock is held while anything is written, loaded or waited for.
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, astuple, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -31,7 +36,8 @@ from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame
-from vmad_edge.runtime.inspection import Features
+from vmad_edge.runtime.inspection import Features, Reason
+from vmad_edge.runtime.stages.language import Stopped
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.systems.vmad import Finding, Review
 from vmad_edge.runtime.timing import Stopwatch
@@ -40,6 +46,22 @@ Message = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 Milestone = Literal["P(yes)", "last word", "mask"]
 _NICENESS = 10
 _END_OF_TEXT = None
+_HEARTBEAT_S = 1.0
+_SILENCE_S = 5.0
+_LONGEST_BACK_OFF_S = 30.0
+_WHY = {"cancelled": Reason.REVIEW_CANCELLED, "deadline": Reason.REVIEW_LATE}
+
+
+@dataclass(frozen=True)
+class ReviewLimits:
+    """How much a review may wait, and how long its process may stand still before it is replaced."""
+
+    queue: int = 4
+    """Reviews that wait behind the running one. One more with a deadline is shed, one without waits for room."""
+    stall_s: float = 120.0
+    """Without a step: an encoder's run, a batch of the prompt, a token."""
+    loading_s: float = 900.0
+    """For loading the models."""
 
 
 class PendingReview:
@@ -48,6 +70,7 @@ class PendingReview:
     def __init__(self, cancel: Callable[[], None]) -> None:
         self.finding: Finding | None = None
         self.fault: str | None = None
+        self.fault_code: Reason | None = None
         self.so_far: Finding | None = None
         self.timings_ms: dict[str, float] = {}
         self.reached_ms: dict[Milestone, float] = {}
@@ -62,7 +85,7 @@ class PendingReview:
         return self._ended.wait(timeout)
 
     def cancel(self) -> None:
-        """Ask it to stop before its next decode step; its finding then says `stopped`."""
+        """Ask it to stop before its next step; it then ends with a finding that says `stopped`, or a fault."""
         self._cancel()
 
     def text(self) -> Iterator[str]:
@@ -70,19 +93,27 @@ class PendingReview:
         while (piece := self._texts.get()) is not _END_OF_TEXT:
             yield piece
 
+    def _fail(self, code: Reason, fault: str) -> None:
+        self.fault, self.fault_code = fault, code
+        self._end()
+
+    def _end(self) -> None:
+        self._texts.put(_END_OF_TEXT)
+        self._ended.set()
+
     def _receive(self, head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         now = (time.perf_counter() - self._start) * 1e3
         if head["kind"] == "p_yes":
             self.reached_ms["P(yes)"] = now
             self.so_far = Finding(head["p_yes"], "", None, seg_forced=False, stopped="deadline")
-            return
-        if head["kind"] == "text":
+        elif head["kind"] == "text":
             self.reached_ms["last word"] = now
             if self.so_far is not None:
                 self.so_far = replace(self.so_far, text=self.so_far.text + head["text"])
             self._texts.put(head["text"])
-            return
-        if head["kind"] == "finding":
+        elif head["kind"] == "fault":
+            self._fail(_WHY.get(head["reason"], Reason.REVIEW_FAULT), head["reason"])
+        else:
             mask = arrays.get("mask")
             if mask is not None:
                 self.reached_ms["mask"] = now
@@ -95,89 +126,259 @@ class PendingReview:
                 head["stopped"],
                 arrays["token_scores"],
             )
-        else:
-            self.fault = head["reason"]
-        self._texts.put(_END_OF_TEXT)
-        self._ended.set()
+            self._end()
+
+
+@dataclass(frozen=True)
+class _Job:
+    number: int
+    pending: PendingReview
+    deadline: float | None
+    message: Message
+
+    @property
+    def expired(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+
+@dataclass
+class _Child:
+    """One life of the process, as the inspector's side knows it."""
+
+    process: subprocess.Popen[bytes]
+    sent: dict[int, PendingReview] = field(default_factory=dict)
+    heard: int = 0
+    """Messages until now."""
+    steps: int = 0
+    """The last that it told of its own."""
+    loaded: bool = False
+    reason: str = "the review process ended"
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def kill(self, reason: str) -> None:
+        self.reason = reason
+        self.process.kill()  # it holds nothing to save, and a stopped process heeds no SIGTERM
 
 
 class ReviewProcess:
     """The inspector's side: starts the process, sends it reviews, hands its messages to their PendingReview.
 
-    Thread-safe. A process that died faults its pending reviews; the next review starts a new one.
+    Thread-safe, and no call but `submit` of a review without a deadline waits for anything. A process that ended or
+    stands still faults the reviews that it was sent; the next one starts after a pause that doubles with each failure.
     """
 
-    def __init__(self, bundle: Path, device: Device, plans: Plans) -> None:
+    def __init__(self, bundle: Path, device: Device, plans: Plans, limits: ReviewLimits) -> None:
         self._command = [sys.executable, "-m", "vmad_edge.runtime.review", str(bundle), device, str(plans.folder)]
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pending: dict[int, PendingReview] = {}
-        self._next_id = 0
+        self._limits = limits
+        self._changed = threading.Condition()
+        self._waiting: deque[_Job] = deque()
+        self._cancels: deque[int] = deque()
+        self._child: _Child | None = None
+        self._wanted = self._closed = False
+        self._writer: threading.Thread | None = None
+        self._next_id = self._failures = 0
+
+    @property
+    def pid(self) -> int | None:
+        """None while there is no process."""
+        child = self._child
+        return None if child is None else child.process.pid
 
     def start(self) -> None:
-        """Start loading the models, if that has not begun; returns at once."""
-        with self._lock:
-            self._running()
+        """Have the models loaded, if that has not begun; returns at once."""
+        with self._changed:
+            self._wanted = True
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write, daemon=True, name="review writer")
+                self._writer.start()
+            self._changed.notify_all()
 
     def submit(
         self, frame: Frame, features: Features, question: str, mode: Answer, deadline: float | None
     ) -> PendingReview:
-        """Queue one review. `deadline` is a time.monotonic() value at which it stops by itself."""
-        with self._lock:
-            process = self._running()
+        """Queue one review. With a full queue it is shed if it has a deadline, else this waits for room.
+
+        Args:
+            deadline: a time.monotonic() value at which it stops by itself.
+
+        Raises:
+            VmadError: closed.
+        """
+        self.start()
+        head: dict[str, Any] = {"kind": "review", "question": question, "mode": mode, "deadline": deadline}
+        head["view"] = astuple(features.view)
+        arrays: dict[str, NDArray[Any]] = {
+            "pixels": frame.pixels,
+            "patches": features.patches,
+            "patches_multi": features.patches_multi,
+        }
+        with self._changed:
             number = self._next_id = self._next_id + 1
-            pending = self._pending[number] = PendingReview(lambda: self._send_cancel(number))
-            head = {"kind": "review", "id": number, "question": question, "mode": mode, "deadline": deadline}
-            head["view"] = astuple(features.view)
-            arrays: dict[str, NDArray[Any]] = {
-                "pixels": frame.pixels,
-                "patches": features.patches,
-                "patches_multi": features.patches_multi,
-            }
-            with suppress(OSError):  # it just died: the listener faults everything pending
-                _send(cast(IO[bytes], process.stdin), head, arrays)
+            pending = PendingReview(lambda: self._cancel(number))
+            while not self._closed and self._behind() >= self._limits.queue:
+                if deadline is not None:
+                    pending._fail(Reason.REVIEW_SHED, f"{self._limits.queue} reviews wait already")
+                    return pending
+                self._changed.wait()
+            if self._closed:
+                raise VmadError("this inspector is closed")
+            self._waiting.append(_Job(number, pending, deadline, ({**head, "id": number}, arrays)))
+            self._changed.notify_all()
         return pending
 
-    @property
-    def pid(self) -> int | None:
-        """None before the first start."""
-        return None if self._process is None else self._process.pid
-
     def close(self) -> None:
-        """End the process; pending reviews get a fault."""
-        if self._process is not None:
-            self._process.kill()  # it holds nothing to save, and a stopped process heeds no SIGTERM
-            self._process.wait()
+        """End the process; reviews on their way get a fault."""
+        with self._changed:
+            self._closed = True
+            left = self._take_waiting(lambda job: True)
+            child = self._child
+            self._changed.notify_all()
+        if child is not None:
+            child.kill("the inspector was closed")
+            child.process.wait()
+        for job in left:
+            job.pending._fail(Reason.REVIEW_CANCELLED, "the inspector was closed")
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            self._pending = {}
-            threading.Thread(target=self._listen, args=(self._process, self._pending), daemon=True).start()
-        return self._process
+    # ------------------------------------------------------------------------ under the lock, and quick
 
-    def _listen(self, process: subprocess.Popen[bytes], pending: dict[int, PendingReview]) -> None:
-        reason = "the review process ended"
-        while (message := _receive(cast(IO[bytes], process.stdout))) is not None:
-            head, arrays = message
-            if head["kind"] == "broken":
-                reason = head["reason"]
-                break
-            with self._lock:
-                ended = head["kind"] in ("finding", "fault")
-                review = pending.pop(head["id"]) if ended else pending[head["id"]]
+    def _behind(self) -> int:
+        """Reviews that wait behind the running one; those whose time is up make room."""
+        for job in self._take_waiting(lambda job: job.expired):
+            job.pending._fail(Reason.REVIEW_LATE, "deadline")
+        sent = 0 if self._child is None else len(self._child.sent)
+        return max(0, len(self._waiting) + sent - 1)
+
+    def _take_waiting(self, which: Callable[[_Job], bool]) -> list[_Job]:
+        taken = [job for job in self._waiting if which(job)]
+        self._waiting = deque(job for job in self._waiting if not which(job))
+        return taken
+
+    # ------------------------------------------------------------------------ threads
+
+    def _cancel(self, number: int) -> None:
+        with self._changed:
+            waiting = self._take_waiting(lambda job: job.number == number)
+            if not waiting:
+                self._cancels.append(number)
+            self._changed.notify_all()
+        for job in waiting:
+            job.pending._fail(Reason.REVIEW_CANCELLED, "cancelled")
+
+    def _write(self) -> None:
+        """Start the process when it is wanted, and write to it. It has one review ahead of the running one."""
+        while True:
+            cancels: list[int] = []
+            job = None
+            with self._changed:
+                while not (self._closed or self._to_do()):
+                    self._changed.wait()
+                if self._closed:
+                    return
+                child = self._child
+                if child is not None:
+                    cancels = [number for number in self._cancels if number in child.sent]
+                    self._cancels.clear()
+                    if self._waiting and len(child.sent) < 2:
+                        job = self._waiting.popleft()
+                        child.sent[job.number] = job.pending
+            if child is None:
+                self._begin()
+                continue
+            stream = cast(IO[bytes], child.process.stdin)
+            with suppress(OSError, ValueError):  # it just ended: its reader faults what it was sent
+                for number in cancels:
+                    _send(stream, {"kind": "cancel", "id": number}, {})
+                if job is not None:
+                    _send(stream, *job.message)
+
+    def _to_do(self) -> bool:
+        if self._child is None:
+            return self._wanted or bool(self._waiting)
+        return bool(self._cancels) or (bool(self._waiting) and len(self._child.sent) < 2)
+
+    def _begin(self) -> None:
+        """Start the process, after a pause if the last ones failed."""
+        pause = min(_LONGEST_BACK_OFF_S, 0.5 * 2 ** (self._failures - 1)) if self._failures else 0.0
+        until = time.monotonic() + pause
+        with self._changed:
+            while not self._closed and (left := until - time.monotonic()) > 0:
+                self._changed.wait(left)
+            if self._closed:
+                return
+        try:
+            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except OSError as error:
+            self._ended(None, f"the review process cannot be started ({error.strerror})")
+            return
+        child = _Child(process)
+        with self._changed:
+            self._child, self._wanted, closed = child, False, self._closed
+        threading.Thread(target=self._read, args=(child,), daemon=True, name="review reader").start()
+        threading.Thread(target=self._watch, args=(child,), daemon=True, name="review watch").start()
+        if closed:
+            child.kill("the inspector was closed")
+
+    def _read(self, child: _Child) -> None:
+        try:
+            while (message := _receive(cast(IO[bytes], child.process.stdout))) is not None:
+                self._heard(child, *message)
+        except Exception as error:  # a message that is none: whatever sent it is not to be trusted with the next one
+            child.kill(f"the review process sent what cannot be read: {type(error).__name__}: {error}")
+        child.process.kill()
+        child.process.wait()
+        child.ended.set()
+        with suppress(OSError):
+            cast(IO[bytes], child.process.stdin).close()
+        self._ended(child, f"{child.reason} (exit status {child.process.returncode})")
+
+    def _heard(self, child: _Child, head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+        child.heard += 1
+        if head["kind"] == "alive":
+            child.steps, child.loaded = head["steps"], head["loaded"]
+        elif head["kind"] == "broken":
+            child.reason = head["reason"]
+        else:
+            review = child.sent[head["id"]]
             review._receive(head, arrays)
-        process.wait()
-        with self._lock:
-            left = list(pending.values())
-            pending.clear()
-        for review in left:
-            review._receive({"kind": "fault", "reason": f"{reason} (exit status {process.returncode})"}, {})
+            if head["kind"] in ("finding", "fault"):
+                with self._changed:
+                    del child.sent[head["id"]]
+                    self._failures = 0
+                    self._changed.notify_all()
 
-    def _send_cancel(self, number: int) -> None:
-        with self._lock, suppress(OSError):
-            if number in self._pending and self._process is not None:
-                _send(cast(IO[bytes], self._process.stdin), {"kind": "cancel", "id": number}, {})
+    def _ended(self, child: _Child | None, reason: str) -> None:
+        """After a process that closed, died, was killed or never came: all that was sent to it failed.
+
+        What could not even be started, or broke while it loaded, fails what waits too: the next one would do the same.
+        """
+        with self._changed:
+            left = [] if child is None else list(child.sent.values())
+            if child is None or not child.loaded:
+                left += [job.pending for job in self._take_waiting(lambda job: True)]
+            self._child, self._wanted = None, False
+            self._failures += 1
+            self._changed.notify_all()
+        for review in left:
+            review._fail(Reason.REVIEW_CANCELLED if self._closed else Reason.REVIEW_FAULT, reason)
+
+    def _watch(self, child: _Child) -> None:
+        """Kill a process that shows no sign of life, or takes no step.
+
+        Time is counted in turns of this thread: where the whole machine stood still, nobody is to blame.
+        """
+        turn = 0.5
+        silent = still = 0.0
+        heard, steps, busy = 0, 0, True
+        while not child.ended.wait(turn):
+            silent = 0.0 if child.heard != heard or not child.heard else silent + turn  # its imports come first
+            moved = child.steps != steps or busy != (busy := bool(child.sent) or not child.loaded)
+            still = 0.0 if moved or not busy else still + turn
+            heard, steps = child.heard, child.steps
+            limit = self._limits.stall_s if child.loaded else self._limits.loading_s
+            if silent >= _SILENCE_S:
+                child.kill(f"the review process gave no sign of life for {_SILENCE_S:g} s and was ended")
+            elif still >= limit:
+                child.kill(f"the review process took no step for {limit:g} s and was ended")
 
 
 def _send(stream: IO[bytes], head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
@@ -196,84 +397,106 @@ def _receive(stream: IO[bytes]) -> Message | None:
     head = json.loads(line)
     arrays = {}
     for name, (dtype, shape) in head.pop("arrays").items():
-        array = np.frombuffer(stream.read(math.prod(shape) * np.dtype(dtype).itemsize), dtype)
-        if array.size != math.prod(shape):
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        data = stream.read(size)
+        if len(data) != size:
             return None
-        arrays[name] = array.reshape(shape)
+        arrays[name] = np.frombuffer(data, dtype).reshape(shape)
     return head, arrays
 
 
-def _serve(bundle: Path, device: Device, plans: Plans) -> None:
-    """The process's side: load the models, then review one message after the other until the input closes."""
-    # Standard output carries messages alone; whatever a library prints goes to standard error.
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    os.nice(_NICENESS)
-    try:
-        review = Review(Bundle.open(bundle), device, plans)
-    except VmadError as error:
-        _send(out, {"kind": "broken", "reason": str(error)}, {})
-        return
-    work: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-    cancelled: set[int] = set()
+class _Server:
+    """The process's side: it listens and shows that it lives from the start, loads the models, then reviews in turn."""
 
-    def listen() -> None:
-        while (message := _receive(sys.stdin.buffer)) is not None:
-            if message[0]["kind"] == "cancel":
-                cancelled.add(message[0]["id"])
-            else:
-                work.put(message)
-        os._exit(0)  # the inspector is gone: nobody waits for what runs now
+    def __init__(self) -> None:
+        # Standard output carries messages alone; whatever a library prints goes to standard error.
+        self._out = os.fdopen(os.dup(1), "wb")
+        os.dup2(2, 1)
+        self._sending = threading.Lock()
+        self._work: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._cancelled: set[int] = set()
+        self._steps, self._loaded = 0, False
 
-    threading.Thread(target=listen, daemon=True).start()
-    while True:
-        head, arrays = cast(Message, work.get())
+    def serve(self, bundle: Path, device: Device, plans: Plans) -> None:
+        os.nice(_NICENESS)
+        for thread in (self._listen, self._live):
+            threading.Thread(target=thread, daemon=True).start()
+        try:
+            review = Review(Bundle.open(bundle), device, plans)
+        except Exception as error:
+            self._send({"kind": "broken", "reason": _in_words(error)})
+            return
+        self._loaded = True
+        self._show_life()
+        while True:
+            head, arrays = self._work.get()
+            try:
+                self._review(review, head, arrays)
+            except Stopped as stopped:
+                self._send({"kind": "fault", "id": head["id"], "reason": str(stopped)})
+            except Exception as error:  # a fault in one review must not end the next ones
+                self._send({"kind": "fault", "id": head["id"], "reason": _in_words(error)})
+            self._cancelled.discard(head["id"])
+
+    def _listen(self) -> None:
+        try:
+            while (message := _receive(sys.stdin.buffer)) is not None:
+                if message[0]["kind"] == "cancel":
+                    self._cancelled.add(message[0]["id"])
+                else:
+                    self._work.put(message)
+        finally:
+            os._exit(0)  # the inspector is gone: nobody waits for what runs now
+
+    def _live(self) -> None:
+        while True:
+            self._show_life()
+            time.sleep(_HEARTBEAT_S)
+
+    def _show_life(self) -> None:
+        self._send({"kind": "alive", "loaded": self._loaded, "steps": self._steps})
+
+    def _send(self, head: dict[str, Any], arrays: dict[str, NDArray[Any]] | None = None) -> None:
+        with self._sending:
+            _send(self._out, head, arrays or {})
+
+    def _review(self, review: Review, head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         number, deadline = head["id"], head["deadline"]
 
-        def stop(number: int = number, deadline: float | None = deadline) -> str | None:
-            if number in cancelled:
+        def stop() -> str | None:
+            if number in self._cancelled:
                 return "cancelled"
             return "deadline" if deadline is not None and time.monotonic() >= deadline else None
 
-        def tell(kind: str, value: float | str, number: int = number) -> None:
-            _send(out, {"kind": kind, "id": number, kind: value}, {})
+        def step() -> None:
+            self._steps += 1
 
-        try:
-            finding, timings = _review(review, head, arrays, tell, stop)
-            fields = asdict(finding)
-            arrays = {"token_scores": fields.pop("token_scores")}
-            if (mask := fields.pop("mask")) is not None:
-                arrays["mask"] = mask.astype(np.uint8)
-            del fields["mask_logits"]
-            _send(out, {"kind": "finding", "id": number, **fields, "timings_ms": timings}, arrays)
-        except Exception as error:  # a fault in one review must not end the next ones
-            _send(out, {"kind": "fault", "id": number, "reason": f"{type(error).__name__}: {error}"}, {})
-        cancelled.discard(number)
+        step()
+        if reason := stop():
+            raise Stopped(reason)
+        watch = Stopwatch()
+        with watch("review"):
+            finding = review.run(
+                Frame(arrays["pixels"], str(number)),
+                Features(arrays["patches"], arrays["patches_multi"], View(*head["view"])),
+                head["question"],
+                head["mode"],
+                lambda p_yes: self._send({"kind": "p_yes", "id": number, "p_yes": p_yes}),
+                lambda text: self._send({"kind": "text", "id": number, "text": text}),
+                stop,
+                watch,
+                step,
+            )
+        said = {name: getattr(finding, name) for name in ("p_yes", "text", "seg_forced", "stopped")}
+        found: dict[str, NDArray[Any]] = {"token_scores": cast(NDArray[np.float32], finding.token_scores)}
+        if finding.mask is not None:
+            found["mask"] = finding.mask.view(np.uint8)
+        self._send({"kind": "finding", "id": number, **said, "timings_ms": watch.timings_ms}, found)
 
 
-def _review(
-    review: Review,
-    head: dict[str, Any],
-    arrays: dict[str, NDArray[Any]],
-    tell: Callable[[str, float | str], None],
-    stop: Callable[[], str | None],
-) -> tuple[Finding, dict[str, float]]:
-    watch = Stopwatch()
-    features = Features(arrays["patches"], arrays["patches_multi"], View(*head["view"]))
-    frame = Frame(arrays["pixels"], str(head["id"]))
-    with watch("review"):
-        finding = review.run(
-            frame,
-            features,
-            head["question"],
-            head["mode"],
-            lambda p_yes: tell("p_yes", p_yes),
-            lambda text: tell("text", text),
-            stop,
-            watch,
-        )
-    return finding, watch.timings_ms
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, VmadError) else f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), cast(Device, sys.argv[2]), Plans(Path(sys.argv[3])))
+    _Server().serve(Path(sys.argv[1]), cast(Device, sys.argv[2]), Plans(Path(sys.argv[3])))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
@@ -15,13 +17,48 @@ Device = Literal["auto", "tensorrt", "cuda", "openvino", "cpu"]
 """What runs a bundle's graphs; "auto" takes the first of the others that this machine and this bundle have."""
 
 
+class GiveUp:
+    """Lets one thread end another's run of an engine: called, it ends the run that was given it, and every later one.
+
+    Such a run raises whatever its library does then. As a context manager it is called at the end.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._called = False
+        self._ends: list[Callable[[], None]] = []
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._called, ends, self._ends = True, self._ends, []
+        for end in ends:
+            end()
+
+    def __enter__(self) -> GiveUp:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self()
+
+    def on_call(self, end: Callable[[], None]) -> None:
+        """What ends a run that begins now; called at once where it was given up already."""
+        with self._lock:
+            if not self._called:
+                self._ends.append(end)
+                return
+        end()
+
+
 class Engine(Protocol):
     """What a stage needs of a network; input and output names are those of the design's artifacts."""
 
     provider: str
     """What runs it, for people."""
 
-    def run(self, inputs: Arrays) -> Arrays: ...
+    def run(self, inputs: Arrays, give_up: GiveUp | None = None) -> Arrays:
+        """On a GPU a run that is given up goes on to its end; nobody waits for it."""
 
 
 class DeviceEngine(Engine, Protocol):

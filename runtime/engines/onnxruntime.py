@@ -16,7 +16,7 @@ import onnxruntime as ort
 from vmad_edge.kernels import paths
 from vmad_edge.kernels.cuda import DeviceArray
 from vmad_edge.runtime.device import DeviceThread
-from vmad_edge.runtime.engines import Arrays, ran_out_of_memory
+from vmad_edge.runtime.engines import Arrays, GiveUp, ran_out_of_memory
 from vmad_edge.runtime.errors import BundleError, VmadError
 
 _PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
@@ -87,10 +87,13 @@ class OnnxRuntimeEngine:
         assert self._thread is not None  # of an engine that was opened with one
         return self._thread
 
-    def run(self, inputs: Arrays) -> Arrays:
+    def run(self, inputs: Arrays, give_up: GiveUp | None = None) -> Arrays:
         """Outputs by name; arrays stay what the graph declares (float32 in every graph of a bundle)."""
         names = [output.name for output in self._session.get_outputs()]
-        run = partial(self._session.run, names, inputs)
+        options = ort.RunOptions()
+        if give_up is not None:
+            give_up.on_call(lambda: setattr(options, "terminate", True))
+        run = partial(self._session.run, names, inputs, options)
         return dict(
             zip(names, self._run(run if self._thread is None else partial(self._thread.call, run)), strict=True)
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import openvino
 
 from vmad_edge.runtime.bundle import Precision
-from vmad_edge.runtime.engines import Arrays
+from vmad_edge.runtime.engines import Arrays, GiveUp
 from vmad_edge.runtime.errors import BundleError
 from vmad_edge.runtime.machine import lacks_vnni
 
@@ -51,14 +51,18 @@ class OpenVinoEngine:
         version = openvino.__version__.split("-")[0]
         self.provider = f"OpenVINO {version}, CPU, {computes}"
 
-    def run(self, inputs: Arrays) -> Arrays:
+    def run(self, inputs: Arrays, give_up: GiveUp | None = None) -> Arrays:
         """Outputs by name, float32."""
         shapes = frozenset((name, array.shape) for name, array in inputs.items())
         requests = self._mine.__dict__.setdefault("requests", {})
         if shapes not in requests:
             requests[shapes] = self._compile(shapes).create_infer_request()
-        found = requests[shapes].infer(inputs, share_inputs=True)
-        return {output.any_name: array for output, array in found.items()}
+        request = requests[shapes]
+        request.start_async(inputs, share_inputs=True)
+        if give_up is not None:
+            give_up.on_call(request.cancel)
+        request.wait()
+        return {output.any_name: array.copy() for output, array in request.results.items()}  # the request's own memory
 
     def _compile(self, shapes: _Shapes) -> openvino.CompiledModel:
         with self._lock:

@@ -20,7 +20,7 @@ import numpy as np
 from vmad_edge.kernels.cuda import DeviceArray
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.device import DeviceMemory, DeviceThread
-from vmad_edge.runtime.engines import Arrays, ran_out_of_memory
+from vmad_edge.runtime.engines import Arrays, GiveUp, ran_out_of_memory
 from vmad_edge.runtime.engines.gpu import Gpu
 from vmad_edge.runtime.engines.plans import PlanKey, Plans, graph_hash
 from vmad_edge.runtime.errors import BundleError, VmadError
@@ -151,7 +151,7 @@ class TensorRtEngine:
         self.thread = thread or DeviceThread()
         self.thread.call(self._open, trt, plan)
 
-    def run(self, inputs: Arrays) -> Arrays:
+    def run(self, inputs: Arrays, give_up: GiveUp | None = None) -> Arrays:
         """Outputs by name, float32.
 
         Raises:

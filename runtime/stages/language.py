@@ -30,6 +30,8 @@ from vmad_edge.runtime.errors import BundleError, VmadError
 
 Array = NDArray[np.float32]
 
+_PREFILL_BATCH = 128
+"""Tokens: between two batches of a prompt a deadline is heeded."""
 _KEPT, _WORKING = 0, 1  # llama.cpp sequences: the prompt's part before <image>, and the answer at hand
 _KV_TYPES = {"f32": llama.GGML_TYPE_F32, "f16": llama.GGML_TYPE_F16, "q8_0": llama.GGML_TYPE_Q8_0}
 _FLASH_ATTENTION = {
@@ -66,6 +68,10 @@ def llama_messages() -> str:
     text = "; ".join(_messages)
     _messages.clear()
     return text
+
+
+class Stopped(Exception):
+    """`stop` gave this reason before there was a P(yes)."""
 
 
 @dataclass(frozen=True)
@@ -303,9 +309,10 @@ class LanguageModel:
             mask_from: the P(yes) from which there is a mask, and so an h_seg; parity wants one on every image.
             on_p_yes: gets P(yes) after the prefill.
             on_text: gets the answer's text in pieces as it grows; together they are `Answer.text`.
-            stop: asked before each step after the prefill; a reason ends the answer there.
+            stop: asked before each step; a reason ends the answer there.
 
         Raises:
+            Stopped: `stop` gave a reason before P(yes) was known.
             VmadError: the question is refused (see prompt_ids) or too long for the context.
             BundleError: the model's numbers are not finite.
             ValueError: visual_tokens of another shape, or not finite.
@@ -313,7 +320,7 @@ class LanguageModel:
         start = time.perf_counter()
         before, after = self.prompt_ids(question)
         visual = self._check_visual(visual_tokens)
-        position = self._prefill(before, visual, after)
+        position = self._prefill(before, visual, after, stop)
         p_yes = self._p_yes()
         prefilled = time.perf_counter()
         on_p_yes(p_yes)
@@ -366,7 +373,7 @@ class LanguageModel:
 
     # ------------------------------------------------------------------------------------------ prompt
 
-    def _prefill(self, before: list[int], visual: Array, after: list[int]) -> int:
+    def _prefill(self, before: list[int], visual: Array, after: list[int], stop: Callable[[], str | None]) -> int:
         """Decode the prompt, with outputs at its last position alone. Returns the next position.
 
         The prompt of the answer before is there but for that position: a full answer may follow a short one.
@@ -380,12 +387,12 @@ class LanguageModel:
             self._prompt = None
             if before != self._kept:
                 self._forget()
-                self._decode(before, 0, outputs=False, sequence=_KEPT)
+                self._decode_in_batches(before, 0, stop, _KEPT)
                 self._kept = before
             llama.llama_memory_seq_rm(memory, _WORKING, -1, -1)
             llama.llama_memory_seq_cp(memory, _KEPT, _WORKING, 0, len(before))
-            position = self._decode(visual if after else visual[:-1], len(before), outputs=False)
-            self._decode(after[:-1], position, outputs=False)
+            position = self._decode_in_batches(visual if after else visual[:-1], len(before), stop)
+            self._decode_in_batches(after[:-1], position, stop)
             self._prompt = prompt
         return self._decode(after[-1:] or visual[-1:], last, outputs=True)
 
@@ -487,6 +494,17 @@ class LanguageModel:
         finally:
             llama.llama_batch_free(batch)
         return position + n
+
+    def _decode_in_batches(
+        self, part: list[int] | Array, position: int, stop: Callable[[], str | None], sequence: int = _WORKING
+    ) -> int:
+        """As _decode, without outputs; `stop` is asked before each batch."""
+        for start in range(0, len(part), _PREFILL_BATCH):
+            if reason := stop():
+                raise Stopped(reason)
+            batch = part[start : start + _PREFILL_BATCH]
+            position = self._decode(batch, position, outputs=False, sequence=sequence)
+        return position
 
     def _forget(self) -> None:
         self._kept = self._prompt = None

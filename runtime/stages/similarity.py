@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.numpy import load_file
 
 from vmad_edge.kernels import Dtype, ReferenceBank, max_cosine, segmented_max_cosine
@@ -133,7 +131,7 @@ class References:
         return References(self.features[rows], self.patch[rows], frames, self.thresholds, self.beside, self.dtype)
 
     def nearest(self, row: int, similarity: float, grid: int) -> NearestNormal:
-        """The place of bank row `row`, with a picture of three patches around it."""
+        """The place of bank row `row`."""
         frame = next(f for f in self.frames if f.start <= row < f.stop)
         y, x = divmod(int(self.patch[row]), grid)
         view, (height, width) = frame.view, frame.size
@@ -144,11 +142,7 @@ class References:
             min(width, round(view.left + (x + 1) * step_x)),
             min(height, round(view.top + (y + 1) * step_y)),
         )
-        picture = np.asarray(Image.open(io.BytesIO(frame.jpeg)).convert("RGB"))
-        cell = picture.shape[0] / grid
-        top, left = (max(0, round((place - 1) * cell)) for place in (y, x))
-        bottom, right = (round((place + 2) * cell) for place in (y, x))
-        return NearestNormal(frame.id, box, similarity, picture[top:bottom, left:right])
+        return NearestNormal(frame.id, box, similarity, frame.jpeg, (y, x), grid)
 
 
 def token_scores(visual_tokens: Floats, semantic_normal: Floats, spec: Similarity) -> Floats:

@@ -7,8 +7,9 @@ review: patches → ltc_projector → visual_tokens → LLM → P(yes), answer, 
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,7 +21,7 @@ from safetensors.numpy import load_file
 
 from vmad_edge.runtime.bundle import Answer, Bundle, SamInput, ScreenManifest, Thresholds
 from vmad_edge.runtime.device import DeviceThread
-from vmad_edge.runtime.engines import Device, Engine
+from vmad_edge.runtime.engines import Device, Engine, GiveUp
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import FrameError, VmadError
@@ -199,48 +200,72 @@ class Review:
         on_text: Callable[[str], None],
         stop: Callable[[], str | None],
         watch: Stopwatch,
+        on_step: Callable[[], None] = lambda: None,
     ) -> Finding:
-        """Answer `question` about the frame; SAM's encoder runs beside the language model.
+        """Answer `question` about the frame; SAM's encoder runs beside the language model, and is given up without use.
 
         Args:
             on_p_yes: called with P(yes) as soon as it is known.
             on_text: called with each piece of the answer as it is decoded.
-            stop: asked between decode steps; a reason ends the review.
+            stop: asked between steps; a reason ends the review.
+            on_step: called after each step: an encoder's run, a batch of the prompt, a token.
+
+        Raises:
+            Stopped: `stop` gave a reason before P(yes) was known.
         """
-        embedded = self._beside.submit(self._embed, frame, watch)
-        with watch("ltc_projector"):
-            projected = self._ltc_projector.run(
-                {"patches": features.patches[None], "patches_multi": features.patches_multi[None]}
+        with GiveUp() as give_up:
+            embedding = self._beside.submit(self._embed, frame, give_up)
+
+            def told(p_yes: float) -> None:
+                if p_yes < 0.5:  # there will be no mask
+                    give_up()
+                on_p_yes(p_yes)
+
+            def stepped() -> str | None:
+                on_step()
+                return stop()
+
+            with watch("ltc_projector"):
+                projected = self._ltc_projector.run(
+                    {"patches": features.patches[None], "patches_multi": features.patches_multi[None]}
+                )
+            answer = self._language.answer(
+                projected["visual_tokens"][0], question, mode=mode, on_p_yes=told, on_text=on_text, stop=stepped
             )
-        answer = self._language.answer(
-            projected["visual_tokens"][0], question, mode=mode, on_p_yes=on_p_yes, on_text=on_text, stop=stop
-        )
-        watch.add(answer.timings_ms)
-        logits = None
-        if answer.h_seg is not None:
-            image_embeddings, covered = embedded.result()
-            with watch("mask_decoder"):
-                decoded = self._mask_decoder.run({"image_embeddings": image_embeddings, "h_seg": answer.h_seg})
-                size = frame.pixels.shape[0], frame.pixels.shape[1]
-                logits = mask_logits(decoded["low_res_masks"][0, 0], covered, self._manifest.sam.size, size)
+            watch.add(answer.timings_ms)
+            logits, stopped = None, answer.stopped
+            if answer.h_seg is not None:
+                on_step()
+                while not embedding.done() and stopped is None:
+                    wait([embedding], 0.02)
+                    stopped = stop()
+            if answer.h_seg is not None and stopped is None:
+                image_embeddings, covered, took_ms = embedding.result()
+                watch.add({"sam_encoder": took_ms})
+                with watch("mask_decoder"):
+                    decoded = self._mask_decoder.run({"image_embeddings": image_embeddings, "h_seg": answer.h_seg})
+                    size = frame.pixels.shape[0], frame.pixels.shape[1]
+                    logits = mask_logits(decoded["low_res_masks"][0, 0], covered, self._manifest.sam.size, size)
         mask = None if logits is None else logits > 0
         scores = token_scores(projected["visual_tokens"][0], self._semantic_normal, self._manifest.similarity)
-        return Finding(answer.p_yes, answer.text, mask, answer.seg_forced, answer.stopped, scores, logits)
+        return Finding(answer.p_yes, answer.text, mask, answer.seg_forced, stopped, scores, logits)
 
-    def _embed(self, frame: Frame, watch: Stopwatch) -> tuple[NDArray[np.float32], tuple[int, int]]:
-        with watch("sam_encoder"):
-            covered = sam_covered(frame.pixels.shape[0], frame.pixels.shape[1], self._manifest.sam)
-            return self._sam_encoder(frame), covered
+    def _embed(self, frame: Frame, give_up: GiveUp) -> tuple[NDArray[np.float32], tuple[int, int], float]:
+        """`image_embeddings`, what of them the frame covers, and milliseconds."""
+        start = time.perf_counter()
+        covered = sam_covered(frame.pixels.shape[0], frame.pixels.shape[1], self._manifest.sam)
+        return self._sam_encoder(frame, give_up), covered, (time.perf_counter() - start) * 1e3
 
     def close(self) -> None:
         self._beside.shutdown()
         self._language.close()
 
 
-def _sam_encoder(engines: Engines, spec: SamInput) -> Callable[[Frame], NDArray[np.float32]]:
-    """A frame to its `image_embeddings`: on the GPU, where that can be, as a whole."""
+def _sam_encoder(engines: Engines, spec: SamInput) -> Callable[[Frame, GiveUp], NDArray[np.float32]]:
+    """A frame to its `image_embeddings`: on the GPU, where that can be, as a whole (and then to the end)."""
     if engines.on_gpu:
         with suppress(VmadError, RuntimeError):  # `_opened` has said so of the screen
-            return CudaSamEncoder(engines.open_on("sam_encoder", DeviceThread()), spec).run
+            on_gpu = CudaSamEncoder(engines.open_on("sam_encoder", DeviceThread()), spec)
+            return lambda frame, give_up: on_gpu.run(frame)
     encoder = engines.open("sam_encoder")
-    return lambda frame: encoder.run({"sam_pixels": sam_pixels(frame, spec)[0]})["image_embeddings"]
+    return lambda frame, give_up: encoder.run({"sam_pixels": sam_pixels(frame, spec)[0]}, give_up)["image_embeddings"]

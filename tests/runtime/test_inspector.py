@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ from PIL import Image
 from vmad_edge.runtime.bundle import BundleError
 from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.frame import Frame
-from vmad_edge.runtime.inspection import Verdict
+from vmad_edge.runtime.inspection import Reason, Verdict
 from vmad_edge.runtime.inspector import Inspector
+from vmad_edge.runtime.stages.similarity import NormalFeatures, References
 
 
 def image(seed: int, height: int = 60, width: int = 80) -> NDArray[np.uint8]:
@@ -93,32 +96,20 @@ def test_cancelled_review_keeps_the_screens_verdict(inspector: Inspector) -> Non
     second = inspector.review(inspector.inspect(image(0), review=False), answer="full")
     second.cancel()  # while the first is being reviewed, or soon after
     assert first.wait(60).p_yes is not None
-    assert second.wait(60).reason in ("the review was stopped: cancelled", None)
+    assert second.wait(60).reason_code in (Reason.REVIEW_CANCELLED, None)
 
 
 def test_review_process_that_dies_is_replaced(inspector: Inspector) -> None:
     inspector.inspect(image(0))
-    process = inspector._reviews._process
-    assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)  # so that the review is surely pending
+    pid = inspector.review_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)  # so that the review is surely pending
     handle = inspector.review(inspector.inspect(image(0), review=False))
-    process.kill()
+    os.kill(pid, signal.SIGKILL)
     failed = handle.wait(60)
     assert failed.verdict is Verdict.UNCERTAIN
     assert failed.reason == "review failed: the review process ended (exit status -9)"
     assert inspector.inspect(image(0)).p_yes is not None
-
-
-def test_late_review_is_left_out(inspector: Inspector) -> None:
-    inspector.inspect(image(0))
-    process = inspector._reviews._process
-    assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)
-    start = time.monotonic()
-    result = inspector.inspect(image(0), deadline_ms=1500)
-    assert time.monotonic() - start < 30
-    assert result.verdict is Verdict.UNCERTAIN and result.deadline_met is True
-    assert result.reason == "the review did not end in time"
 
 
 @pytest.mark.parametrize("source", [b"no image", "missing.png", np.zeros((3, 3), np.uint8), np.zeros((9, 9), float)])
@@ -180,18 +171,66 @@ def test_a_few_frames_give_no_thresholds(inspector: Inspector) -> None:
     assert not inspector.station.path.exists()
 
 
-def test_batch_is_inspected_one_at_a_time(inspector: Inspector) -> None:
-    asked: list[int] = []
+@pytest.mark.parametrize("deadline_ms", [float("nan"), float("-inf"), -1.0, 0.0, 5e-324])
+def test_a_deadline_that_has_passed_is_missed(inspector: Inspector, deadline_ms: float) -> None:
+    assert inspector.inspect(image(0), deadline_ms=deadline_ms).reason_code is Reason.SCREEN_LATE
 
-    def frames() -> Iterator[NDArray[np.uint8]]:
-        for seed in range(3):
-            asked.append(seed)
-            yield image(seed)
 
-    results = inspector.inspect_batch(frames(), review=False)
-    first = next(results)
-    assert asked == [0] and first.score is not None
-    assert len(list(results)) == 2
+@pytest.mark.parametrize("deadline_ms", [float("inf"), 1e300, 1e9])
+def test_a_deadline_far_off_is_met(inspector: Inspector, deadline_ms: float) -> None:
+    result = inspector.inspect(image(0), deadline_ms=deadline_ms)
+    assert result.deadline_met is True and result.p_yes is not None
+
+
+def test_frames_have_the_given_id(inspector: Inspector) -> None:
+    result = inspector.inspect(image(0), review=False, frame_id="trigger 17")
+    assert result.to_json()["frame_id"] == result.frame.id == "trigger 17"
+    assert inspector.inspect(b"broken", frame_id="trigger 18").frame.id == "trigger 18"
+
+
+def test_a_closed_inspector_says_so(tiny_bundle: Path, tmp_path: Path) -> None:
+    with Inspector.open(tiny_bundle, tmp_path, "cpu") as inspector:
+        screened = inspector.inspect(image(0), review=False)
+    asked: list[Callable[[], object]] = [
+        lambda: inspector.inspect(image(0)),
+        lambda: inspector.review(screened),
+        lambda: inspector.enroll([image(0)]),
+        lambda: inspector.compare_unlabelled([image(0)]),
+    ]
+    for ask in asked:
+        with pytest.raises(VmadError, match="closed"):
+            ask()
+
+
+def test_a_bank_that_loads_delays_no_other_object(inspector: Inspector, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    load = inspector.station.load_references
+
+    def slow(object: str, beside: NormalFeatures | None) -> References | None:
+        if object == "large":
+            begun.set()
+            assert go_on.wait(60)
+        return load(object, beside)
+
+    monkeypatch.setattr(inspector.station, "load_references", slow)
+    with ThreadPoolExecutor() as pool:
+        large = [pool.submit(inspector.inspect, image(0), object="large", review=False) for _ in range(2)]
+        assert begun.wait(60)
+        assert inspector.inspect(image(1), object="small", review=False).score is not None
+        assert not any(waiting.done() for waiting in large)
+        go_on.set()
+        assert len({waiting.result(60).score for waiting in large}) == 1
+
+
+def test_pictures_for_people_are_made_when_somebody_looks(inspector: Inspector) -> None:
+    inspector.enroll([image(seed) for seed in range(4)])
+    source = inspector._sources[inspector.bundle.manifest.object]
+    assert isinstance(source, References)
+    source.frames = tuple(replace(frame, jpeg=b"no picture") for frame in source.frames)
+    result = inspector.inspect(image(9), review=False)
+    assert result.nearest_normal is not None  # nothing decoded it yet
+    with pytest.raises(OSError):
+        _ = result.nearest_normal.picture
 
 
 def test_not_a_bundle(tmp_path: Path) -> None:

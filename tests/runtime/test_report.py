@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from browser import needs_browser, opened
@@ -22,7 +23,8 @@ def inspections() -> list[Inspection]:
     pixels = rng.integers(0, 256, (48, 64, 3), np.uint8)
     heat_map = rng.random((48, 64), np.float32)
     heat_map[:, :9] = np.nan
-    nearest = NearestNormal("reference.png", (0, 0, 8, 8), 0.9, pixels[:8, :8])
+    jpeg = cv2.imencode(".jpg", pixels[:32, :32])[1].tobytes()
+    nearest = NearestNormal("reference.png", (0, 0, 8, 8), 0.9, jpeg, (0, 0), 4)
     made = [
         Inspection(
             Frame(pixels, name, name),

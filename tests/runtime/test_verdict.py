@@ -8,8 +8,8 @@ from examples import MANIFEST as FIELDS
 
 from vmad_edge.runtime.bundle import Manifest, Thresholds
 from vmad_edge.runtime.frame import Frame
-from vmad_edge.runtime.inspection import Inspection, Verdict
-from vmad_edge.runtime.inspector import ReviewHandle, verdict_of
+from vmad_edge.runtime.inspection import Inspection, Verdict, verdict_of
+from vmad_edge.runtime.inspector import ReviewHandle
 from vmad_edge.runtime.review import PendingReview
 from vmad_edge.runtime.systems.vmad import Finding
 
