@@ -25,7 +25,7 @@ from vmad_edge.runtime.review import Milestone, PendingReview, ReviewProcess
 from vmad_edge.runtime.stages.language import check_vocabulary
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
-from vmad_edge.runtime.station import Station
+from vmad_edge.runtime.station import Fallback, Station
 from vmad_edge.runtime.systems.vmad import Finding, Screen, SimilaritySource
 from vmad_edge.runtime.timing import Stopwatch
 
@@ -73,13 +73,19 @@ class Inspector:
     """
 
     def __init__(
-        self, bundle: Bundle, station: Station, device: Device, calibrated: bool = True, stream: int = 0
+        self,
+        bundle: Bundle,
+        station: Station,
+        device: Device,
+        calibrated: bool = True,
+        stream: int = 0,
+        fallback: Fallback | None = None,
     ) -> None:
         self.bundle = bundle
         self.station = station
         self._screen = Screen(bundle, device, station.plans)
         self._normal = _normal_features(bundle)
-        self._calibrated, self._stream = calibrated, stream
+        self._calibrated, self._stream, self._fallback = calibrated, stream, fallback
         self._sources: dict[str, SimilaritySource] = {}
         self._lock = threading.Lock()
         self._reviews = ReviewProcess(bundle.path, self._screen.engines.device, station.plans)
@@ -91,6 +97,7 @@ class Inspector:
         device: Device = "auto",
         calibrated: bool = True,
         stream: int = 0,
+        fallback: Fallback | None = None,
     ) -> Inspector:
         """Verify the bundle and make its screen ready; the review's models load when they are first needed.
 
@@ -98,19 +105,22 @@ class Inspector:
             station: the device's own folder; None takes the user's data folder.
             calibrated: use the station's calibrations; False leaves the bundle's and the references' thresholds.
             stream: compare each frame with this many of its object's last frames too (see `Stream`); 0: do not.
+            fallback: "bundle" compares an object that the station does not know with the bundle's own features, even
+                if it knows others; None takes its name for a mistake (see `Station.check_known`).
 
         Raises:
-            VmadError: a stream of too few frames.
+            VmadError: a stream of too few frames, an unknown fallback.
             BundleError: the bundle must not be used.
         """
         if stream and stream < LEAST_STREAM:
             raise VmadError(f"stream: expected 0 or at least {LEAST_STREAM} frames, got {stream}")
+        if fallback not in (None, "bundle"):
+            raise VmadError(f'fallback: expected "bundle" or None, got {fallback!r}')
         opened = Bundle.open(bundle)
         if isinstance(opened.manifest, Manifest):  # else the review alone would find out, frame by frame
             check_vocabulary(opened.file("llm.gguf"), opened.manifest.language)
-        return Inspector(
-            opened, Station(None if station is None else Path(station), opened), device, calibrated, stream
-        )
+        own = Station(None if station is None else Path(station), opened)
+        return Inspector(opened, own, device, calibrated, stream, fallback)
 
     def __enter__(self) -> Inspector:
         return self
@@ -161,8 +171,8 @@ class Inspector:
         Never raises for what is wrong with the frame or the screen: that is NOT_INSPECTED with its reason.
 
         Raises:
-            BundleError: the object's references or calibration in the station must not be used, or there is nothing to
-                compare with.
+            BundleError: the object's references or calibration in the station must not be used, there is nothing to
+                compare with, or the station knows other objects but not this one (see `fallback` of `open`).
 
         Args:
             frame: an RGB array [h,w,3] uint8 (or grey, or RGBA), a path, an encoded image, or a Frame.
@@ -265,6 +275,8 @@ class Inspector:
     def _source(self, object: str) -> SimilaritySource:
         with self._lock:
             if object not in self._sources:
+                if self._fallback is None:
+                    self.station.check_known(object, self._held())
                 source = self.station.load_references(object, self._normal) or copy(self._normal)
                 if source is None:
                     raise BundleError(
@@ -276,6 +288,10 @@ class Inspector:
                     source.thresholds = calibration.thresholds
                 self._sources[object] = self._with_stream(source)
             return self._sources[object]
+
+    def _held(self) -> list[str]:
+        """The objects that were enrolled here, kept or not."""
+        return [name for name, source in self._sources.items() if not isinstance(_beside(source), NormalFeatures)]
 
     def _with_stream(self, source: NormalFeatures | References) -> SimilaritySource:
         return Stream(source, self.bundle.manifest.similarity, self._stream) if self._stream else source
