@@ -18,7 +18,7 @@ endif
 .PHONY: demo test bench clean
 
 demo: .venv/cpu
-	$(BIN)/vmad inspect demo/bundle demo/parts --report demo/report || [ $$? -eq 1 ]
+	$(BIN)/vmad inspect demo/bundle demo/parts --station build/demo_station --report demo/report || [ $$? -eq 1 ]
 	@echo "Pictures: demo/report"
 
 test: .venv/test

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from vmad_edge.runtime.bundle import Answer, Bundle, ClipInput, Manifest, Record
+from vmad_edge.runtime.bundle import Answer, Bundle, ClipInput, Manifest, Record, first_fault
 from vmad_edge.runtime.engines import Device, Engine
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame, FrameSource
@@ -32,7 +32,7 @@ from vmad_edge.runtime.machine import Run, RunInProgress, peak_mib
 from vmad_edge.runtime.stages.language import prompt_lengths
 from vmad_edge.runtime.stages.preprocess import clip_pixels
 from vmad_edge.runtime.stages.similarity import References
-from vmad_edge.runtime.station import Station
+from vmad_edge.runtime.station import Fallback, Station
 
 Times = dict[str, float]
 """Milliseconds of one run: `WHOLE`, each stage, and what was reached when: "to P(yes)", …"""
@@ -202,6 +202,7 @@ def benchmark(
     *,
     run: RunInProgress,
     object: str | None = None,
+    fallback: Fallback | None = None,
     review: bool = True,
     answer: Answer | None = None,
     repeats: int = 100,
@@ -216,12 +217,14 @@ def benchmark(
         station: where `object`'s references are, if it has any. Nothing is written to it.
         frames: taken in turn, paths read anew each time; None: eight drawn ones.
         run: made before anything was loaded.
+        fallback: see `Inspector.open`.
         review: False measures the screen alone, as for a bundle that screens only.
         repeats: runs of each thing that count.
         banks: numbers of enrolled frames.
         target_ms: the time that the screen must hold at p99.
 
     Raises:
+        BundleError: the station knows other objects but not `object`.
         VmadError: a frame is not inspected, a review fails, or `repeats` are too few for `target_ms`, or frames for
             reviews.
     """
@@ -233,6 +236,8 @@ def benchmark(
     frames = drawn_frames(8) if frames is None else frames
     manifest = bundle.manifest
     name = manifest.object if object is None else object
+    if fallback is None:
+        station.check_known(name)
     mode = (answer or manifest.language.answer) if review and isinstance(manifest, Manifest) else None
     if mode is not None and len(frames) < 2:
         raise VmadError(
@@ -389,9 +394,8 @@ def read_benchmark(path: Path) -> Benchmark:
     try:
         return Benchmark.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise VmadError(f"{path}: expected a bench.json of `vmad bench`, found {where}: {first['msg']}") from None
+        where, what = first_fault(error)
+        raise VmadError(f"{path}: expected a bench.json of `vmad bench`; {where}: {what}") from None
 
 
 def drawn_frames(count: int, seed: int = 0) -> list[NDArray[np.uint8]]:

@@ -40,6 +40,16 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def first_fault(error: ValidationError) -> tuple[str, str]:
+    """Where a Record's JSON goes wrong first, and what was expected there and found."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode() or "the file"
+    if first["type"] == "json_invalid":
+        return where, "expected JSON, found something else"
+    found = "" if first["type"] == "missing" else f", found {first['input']!r:.80}"
+    return where, first["msg"].removeprefix("Value error, ") + found
+
+
 class ClipInput(Record):
     """CLIP's preprocessing, taken from the checkpoint's preprocessor_config.json."""
 
@@ -218,7 +228,7 @@ class Bundle:
         Raises:
             BundleError: not a bundle; a changed, missing or extra file; a manifest of another schema.
         """
-        folder = Path(path)
+        folder = Path(path).absolute()  # what is read later is read from here, wherever the process goes
         try:
             text = (folder / MANIFEST).read_bytes()
             expected = (folder / MANIFEST_HASH).read_text("ascii", errors="replace").strip()
@@ -293,8 +303,6 @@ def _parse(path: Path, text: bytes) -> ScreenManifest:
         kind = ScreenManifest if _Kind.model_validate_json(text).system == "patchcore" else Manifest
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path_in_file = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
-        where = path_in_file or "the file"
+        where, what = first_fault(error)
         advice = "This bundle needs a newer vmad-edge." if where == "schema_version" else "Export it again."
-        raise BundleError(f"{path}: {where}: {first['msg']}, found {first.get('input')!r:.80}. {advice}") from None
+        raise BundleError(f"{path}: {where}: {what}. {advice}") from None

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 
 from vmad_edge.runtime.bundle import Thresholds
@@ -52,31 +53,41 @@ def calibrate(
         by: who answers for it; None takes the account and the machine.
 
     Raises:
-        FrameError: a frame cannot be inspected, or is one of the enrolled references.
-        VmadError: too few frames for what is promised.
+        BundleError: the station knows other objects but not this one.
+        FrameError: a frame cannot be inspected, is one of the enrolled references, or is given as good and defective.
+        VmadError: too few frames for what is promised; equal ones count once.
     """
     targets = targets or Targets()
     name = inspector.bundle.manifest.object if object is None else object
     bank = inspector.station.bank_hash(name)
     references = inspector.station.load_references(name)
     enrolled = {frame.pixel_hash for frame in references.frames} if references else set()
-    frames = [_scored(inspector, path, name, False, enrolled) for path in good]
-    frames += [_scored(inspector, path, name, True, enrolled) for path in defects]
-    normal = sorted(frame.score for frame in frames if not frame.defective)
-    defective = sorted(frame.score for frame in frames if frame.defective)
-    if defective:
-        thresholds, promise = from_labels(normal, defective, targets)
-    else:
-        thresholds, promise = from_good(normal, targets)
+    frames: dict[str, CalibrationFrame] = {}
+    """By their pixels: what shows the same is the same frame, and says nothing more."""
+    given = 0
+    for path, is_defective in chain(zip(good, repeat(False)), zip(defects, repeat(True))):
+        pixel_hash, frame = _scored(inspector, path, name, is_defective, enrolled)
+        first = frames.setdefault(pixel_hash, frame)
+        if first.defective is not is_defective:
+            raise FrameError(f"{path} is given as defective, and {first.path}, which shows the same, as good")
+        given += 1
+    copies = given - len(frames)
+    said = f"; {copies} of the {given} frames given are copies of others and not counted" if copies else ""
+    normal = sorted(frame.score for frame in frames.values() if not frame.defective)
+    defective = sorted(frame.score for frame in frames.values() if frame.defective)
+    try:
+        thresholds, promise = from_labels(normal, defective, targets) if defective else from_good(normal, targets)
+    except VmadError as error:
+        raise VmadError(f"{error}{said}") from None
     calibration = Calibration(
         bundle=inspector.bundle.hash,
         bank=bank,
         object=name,
         thresholds=thresholds,
-        promise=promise,
+        promise=promise + said,
         by=by or _account(),
         when=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        frames=tuple(frames),
+        frames=tuple(frames.values()),
     )
     inspector.station.save_calibration(calibration)
     return calibration
@@ -183,15 +194,22 @@ def _upper_bound(scores: Sequence[float], share: float, confidence: float) -> fl
     return math.nextafter(scores[n - 1 - beyond], math.inf)  # a score equal to it is still below the threshold
 
 
-def _scored(inspector: Inspector, path: str, object: str, defective: bool, enrolled: set[str]) -> CalibrationFrame:
+def _scored(
+    inspector: Inspector, path: str, object: str, defective: bool, enrolled: set[str]
+) -> tuple[str, CalibrationFrame]:
+    """The frame's pixel hash, and what is kept of it."""
     inspection = inspector.inspect(path, object=object, review=False)
     if inspection.score is None:
         raise FrameError(f"{path} cannot be calibrated with: {inspection.reason}")
-    if inspection.frame.pixel_hash in enrolled:
+    pixel_hash = inspection.frame.pixel_hash
+    if pixel_hash in enrolled:
         raise FrameError(
             f"{path} is one of the enrolled references of {object!r}; calibrate with frames of other parts"
         )
-    return CalibrationFrame(path=path, sha256=sha256(Path(path)), defective=defective, score=inspection.score)
+    file = Path(path).absolute()
+    return pixel_hash, CalibrationFrame(
+        path=str(file), sha256=sha256(file), defective=defective, score=inspection.score
+    )
 
 
 def _account() -> str:

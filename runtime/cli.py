@@ -41,7 +41,7 @@ from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import RunInProgress
 from vmad_edge.runtime.report import Report, write_map
 from vmad_edge.runtime.stages.language import placement
-from vmad_edge.runtime.station import Calibration, Station
+from vmad_edge.runtime.station import Calibration, Fallback, Station, same_frames
 
 Subcommands = Any  # argparse's type for this is private
 _STYLE = {
@@ -96,6 +96,7 @@ def add_inspect(subcommands: Subcommands) -> None:
     parser.add_argument(
         "--stream", metavar="N", type=int, default=0, help="find, too, what is unusual among the last N frames"
     )
+    _add_fallback(parser)
     _add_frames(parser)
     parser.add_argument("--question", metavar="TEXT", help="ask this instead; {object} is replaced by the name")
     parser.add_argument("--answer", choices=["full", "short"], help="a whole sentence, or yes/no and the mask")
@@ -125,9 +126,15 @@ def add_enroll(subcommands: Subcommands) -> None:
         "leave-one-out scores. Earlier references of the same object are replaced.",
     )
     _add_bundle(parser)
-    parser.add_argument("folder", metavar="DIR", help="images of normal parts (recursive)")
+    parser.add_argument("folder", metavar="DIR", nargs="?", help="images of normal parts (recursive)")
+    parser.add_argument(
+        "--from-station",
+        metavar="OLD",
+        help="in place of DIR: the frames that were enrolled with another bundle, read again from where they lay; OLD "
+        "is the beginning of that bundle's hash, or its station's folder",
+    )
     _add_frames(parser)
-    parser.set_defaults(run=_enroll)
+    parser.set_defaults(run=_enroll, usage_error=parser.error)
 
 
 def add_info(subcommands: Subcommands) -> None:
@@ -186,6 +193,7 @@ def add_calibrate(subcommands: Subcommands) -> None:
     parser.add_argument("--good", required=True, metavar="DIR", help="frames of normal parts, none of them enrolled")
     parser.add_argument("--defects", metavar="DIR", help="frames of defective parts")
     parser.add_argument("--object", metavar="NAME", help="the part's name, as it was enrolled")
+    _add_fallback(parser)
     for name, meaning in (
         ("escape", "of defective parts: called GOOD"),
         ("overkill", "of good parts: called DEFECT"),
@@ -232,6 +240,7 @@ def add_bench(subcommands: Subcommands) -> None:
     )
     parser.add_argument("--frames", nargs="+", metavar="PATH", help="images, or folders of them; default: drawn ones")
     parser.add_argument("--object", metavar="NAME", help="compare with what is enrolled for it in the station")
+    _add_fallback(parser)
     parser.add_argument("--no-review", action="store_true", help="measure the screen alone")
     parser.add_argument("--answer", choices=["full", "short"], help="of the reviews; default: the bundle's")
     parser.add_argument("--repeats", type=int, metavar="N", default=100, help="runs of each thing; %(default)s")
@@ -262,14 +271,22 @@ def _add_bundle(parser: argparse.ArgumentParser, nargs: str | None = None) -> No
     parser.add_argument("--device", choices=get_args(Device), default="auto", help="default: %(default)s")
 
 
+def _add_fallback(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fallback",
+        choices=get_args(Fallback),
+        help="compare with the bundle's own features where the station knows other objects but not --object",
+    )
+
+
 def _add_frames(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--object", metavar="NAME", help="the part's name, as in “screw”; references are kept by it")
     parser.add_argument("--bit-depth", type=int, metavar="N", help="of 16-bit images: how many bits their values use")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _open(args: argparse.Namespace, stream: int = 0) -> Inspector:
-    return Inspector.open(args.bundle, args.station, cast(Device, args.device), stream=stream)
+def _open(args: argparse.Namespace, stream: int = 0, fallback: Fallback | None = None) -> Inspector:
+    return Inspector.open(args.bundle, args.station, cast(Device, args.device), stream=stream, fallback=fallback)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -281,7 +298,9 @@ def _inspect(args: argparse.Namespace) -> int:
             f"--maps: {len(paths)} frames would write {len(places)} maps: some differ by their ending alone"
         )
     done: list[Inspection] = []
-    with _open(args, args.stream) as inspector:
+    with _open(args, args.stream, args.fallback) as inspector:
+        if not (args.unlabelled or args.references):
+            _note_left_behind(inspector, args.object)
         if args.unlabelled:
             frames = track(paths, "reading all", console=_err, transient=True)
             inspector.compare_unlabelled(frames, object=args.object, bit_depth=args.bit_depth)
@@ -316,6 +335,13 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0 if verdicts == {Verdict.GOOD} else 3
 
 
+def _note_left_behind(inspector: Inspector, object: str | None) -> None:
+    """The bundle's own object is compared with its features, although it is enrolled with an earlier bundle."""
+    own = inspector.bundle.manifest.object
+    if object in (None, own) and (left_behind := inspector.station.left_behind(own)) is not None:
+        _err.print(f"note: {left_behind}", markup=False, soft_wrap=True)
+
+
 def _write_maps(inspection: Inspection, folder: Path) -> None:
     if inspection.map is None:  # not inspected
         return
@@ -343,13 +369,14 @@ def _report_facts(done: list[Inspection], args: argparse.Namespace) -> list[str]
 
 
 def _table(done: list[Inspection]) -> Table:
-    table = Table("frame", "verdict", "score", "P(yes)", "ms screen + review", "explanation or reason")
+    table = Table("frame", "verdict", "score", "P(yes)", "compared with", "ms screen + review", "explanation or reason")
     for inspection in done:
         table.add_row(
             Path(inspection.frame.path or inspection.frame.id).name,
             f"[{_STYLE[inspection.verdict]}]{inspection.verdict.value}[/]",
             "" if inspection.score is None else f"{inspection.score:.3f}",
             "" if inspection.p_yes is None else f"{inspection.p_yes:.2f}",
+            inspection.compared_with or "",
             f"{inspection.timings_ms.get('screen', 0):.0f} + {inspection.timings_ms.get('review', 0):.0f}",
             " ".join(filter(None, (inspection.explanation, inspection.reason))),
         )
@@ -357,9 +384,17 @@ def _table(done: list[Inspection]) -> Table:
 
 
 def _enroll(args: argparse.Namespace) -> int:
-    paths = list_images([args.folder])
+    if (args.folder is None) == (args.from_station is None):
+        args.usage_error("expected DIR, or --from-station OLD in its place")
+    paths = [] if args.folder is None else list_images([args.folder])
     with _open(args) as inspector:
-        references = inspector.enroll(track(paths, "enrolling", console=_err, transient=True), object=args.object)
+        if args.from_station is not None:
+            name = inspector.bundle.manifest.object if args.object is None else args.object
+            enrolled = inspector.station.enrolled_with(args.from_station, name)
+            frames = same_frames(track(enrolled, "enrolling", console=_err, transient=True), args.bit_depth)
+            references = inspector.enroll(frames, object=args.object)
+        else:
+            references = inspector.enroll(track(paths, "enrolling", console=_err, transient=True), object=args.object)
         thresholds = references.thresholds
         facts = {
             "frames": len(references.frames),
@@ -390,6 +425,7 @@ def _info(args: argparse.Namespace) -> int:
             "made_with": manifest.made_with,
             "station": str(inspector.station.path),
             "enrolled": inspector.station.enrolled(),
+            "enrolled_with_other_bundles": inspector.station.enrolled_elsewhere(),
             "calibrated": {n: _calibration_facts(found) for n, found in inspector.station.calibrated().items()},
             "device": inspector.engines.device,
             "provider": inspector.provider,
@@ -499,6 +535,7 @@ def _bench(args: argparse.Namespace) -> int:
         run=run,
         object=args.object,
         review=not args.no_review,
+        fallback=args.fallback,
         answer=cast("Answer | None", args.answer),
         repeats=args.repeats,
         banks=args.banks,
@@ -532,7 +569,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     targets = Targets(args.escape, args.overkill, args.suspects, args.confidence)
     good = list_images([args.good])
     defects = [] if args.defects is None else list_images([args.defects])
-    with Inspector.open(args.bundle, args.station, cast(Device, args.device), calibrated=False) as inspector:
+    device = cast(Device, args.device)
+    with Inspector.open(args.bundle, args.station, device, calibrated=False, fallback=args.fallback) as inspector:
         calibration = calibrate(
             inspector,
             track(good, "good frames", console=_err, transient=True),

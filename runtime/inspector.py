@@ -27,7 +27,7 @@ from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, Rev
 from vmad_edge.runtime.stages.language import check_vocabulary
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
-from vmad_edge.runtime.station import Station
+from vmad_edge.runtime.station import Fallback, Station
 from vmad_edge.runtime.systems.vmad import Finding, Screen, SimilaritySource
 from vmad_edge.runtime.timing import Stopwatch
 
@@ -95,12 +95,13 @@ class Inspector:
         calibrated: bool = True,
         stream: int = 0,
         reviews: ReviewLimits = _LIMITS,
+        fallback: Fallback | None = None,
     ) -> None:
         self.bundle = bundle
         self.station = station
         self._screen = Screen(bundle, device, station.plans)
         self._normal = _normal_features(bundle)
-        self._calibrated, self._stream = calibrated, stream
+        self._calibrated, self._stream, self._fallback = calibrated, stream, fallback
         self._sources: dict[str, SimilaritySource] = {}
         self._loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
@@ -115,6 +116,7 @@ class Inspector:
         calibrated: bool = True,
         stream: int = 0,
         reviews: ReviewLimits = _LIMITS,
+        fallback: Fallback | None = None,
     ) -> Inspector:
         """Verify the bundle and make its screen ready; the review's models load when they are first needed.
 
@@ -123,18 +125,22 @@ class Inspector:
             calibrated: use the station's calibrations; False leaves the bundle's and the references' thresholds.
             stream: compare each frame with this many of its object's last frames too (see `Stream`); 0: do not.
             reviews: how many may wait, and for how long their process may stand still.
+            fallback: "bundle" compares an object that the station does not know with the bundle's own features, even
+                if it knows others; None takes its name for a mistake (see `Station.check_known`).
 
         Raises:
-            VmadError: a stream of too few frames.
+            VmadError: a stream of too few frames, an unknown fallback.
             BundleError: the bundle must not be used.
         """
         if stream and stream < LEAST_STREAM:
             raise VmadError(f"stream: expected 0 or at least {LEAST_STREAM} frames, got {stream}")
+        if fallback not in (None, "bundle"):
+            raise VmadError(f'fallback: expected "bundle" or None, got {fallback!r}')
         opened = Bundle.open(bundle)
         if isinstance(opened.manifest, Manifest):  # else the review alone would find out, frame by frame
             check_vocabulary(opened.file("llm.gguf"), opened.manifest.language)
         kept = Station(None if station is None else Path(station), opened)
-        return Inspector(opened, kept, device, calibrated, stream, reviews)
+        return Inspector(opened, kept, device, calibrated, stream, reviews, fallback)
 
     def __enter__(self) -> Inspector:
         return self
@@ -187,8 +193,8 @@ class Inspector:
         Never raises for what is wrong with the frame or the screen: that is NOT_INSPECTED with its reason.
 
         Raises:
-            BundleError: the object's references or calibration in the station must not be used, or there is nothing to
-                compare with.
+            BundleError: the object's references or calibration in the station must not be used, there is nothing to
+                compare with, or the station knows other objects but not this one (see `fallback` of `open`).
             VmadError: the inspector is closed.
 
         Args:
@@ -315,6 +321,8 @@ class Inspector:
         return known
 
     def _loaded(self, object: str) -> SimilaritySource:
+        if self._fallback is None:
+            self.station.check_known(object, self._held())
         source = self.station.load_references(object, self._normal) or copy(self._normal)
         if source is None:
             raise BundleError(
@@ -325,6 +333,12 @@ class Inspector:
         if calibration is not None:
             source.thresholds = calibration.thresholds
         return self._with_stream(source)
+
+    def _held(self) -> list[str]:
+        """The objects that were enrolled here, kept or not."""
+        with self._lock:
+            sources = list(self._sources.items())
+        return [name for name, source in sources if not isinstance(_beside(source), NormalFeatures)]
 
     def _with_stream(self, source: NormalFeatures | References) -> SimilaritySource:
         return Stream(source, self.bundle.manifest.similarity, self._stream) if self._stream else source

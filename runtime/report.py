@@ -42,7 +42,7 @@ class Report:
     """
 
     def __init__(self, folder: Path, heat_top: float) -> None:
-        self._folder, self._heat_top = folder, heat_top
+        self._folder, self._heat_top = folder.absolute(), heat_top
         self._rows: list[str] = []
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -169,6 +169,8 @@ def _row(inspection: Inspection, name: str, panels: dict[str, Image.Image]) -> s
     nearest = inspection.nearest_normal
     beside = "" if nearest is None else f"in {html.escape(nearest.frame)}, cosine {nearest.similarity:.3f}"
     verdict, *facts = _facts(inspection)
+    if inspection.compared_with is not None:
+        facts.append(f"compared with {inspection.compared_with}")
     regions = "".join(
         f"<div>region {list(r.box)}, {r.area} px, peak {r.peak:.3f}</div>" for r in inspection.regions[:5]
     )

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import platformdirs
@@ -24,16 +27,22 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from vmad_edge.runtime.bundle import Bundle, Record, Thresholds
+from vmad_edge.runtime.bundle import Bundle, Record, Thresholds, first_fault
 from vmad_edge.runtime.engines.plans import Plans
-from vmad_edge.runtime.errors import BundleError
+from vmad_edge.runtime.errors import BundleError, FrameError
 from vmad_edge.runtime.files import sha256, whole_folder
+from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.objects import alike, folder_name, listed, object_name
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, NormalFeatures, References
+
+Fallback = Literal["bundle"]
+"""What an object is compared with that the station does not know, though it knows others: the bundle's own features."""
 
 
 class _FrameRecord(Record):
     id: str
+    path: str | None = None
     start: int
     stop: int
     view: tuple[float, float, float, float]
@@ -75,8 +84,9 @@ class Station:
     """Everything that a device adds to one bundle."""
 
     def __init__(self, folder: Path | None, bundle: Bundle) -> None:
-        root = folder or platformdirs.user_data_path("vmad-edge")
-        self.path = root / bundle.hash[:16]
+        self._root = (folder or platformdirs.user_data_path("vmad-edge")).absolute()
+        self._is_default = folder is None
+        self.path = self._root / bundle.hash[:16]
         self.plans = Plans(self.path / "engines")
         self._bundle = bundle
 
@@ -88,6 +98,7 @@ class Station:
             frames.append(
                 _FrameRecord(
                     id=frame.id,
+                    path=frame.path,
                     start=frame.start,
                     stop=frame.stop,
                     view=view,
@@ -122,36 +133,122 @@ class Station:
         folder = self._bank(object)
         if not folder.exists():
             return None
-        path = folder / "bank.safetensors"
         advice = f"Enroll {object!r} again."
-        try:
-            if sha256(path) != (folder / "bank.sha256").read_text().strip():
-                raise BundleError(f"{path} was changed since it was enrolled. {advice}")
-            with safe_open(path, "numpy") as file:
-                record = _BankRecord.model_validate_json(file.metadata()["bank"])
-                arrays = {name: file.get_tensor(name) for name in ("features", "patch", "jpeg")}
-        except (OSError, KeyError, SafetensorError, ValidationError) as error:
-            raise BundleError(f"{path} is not a complete reference bank ({error}). {advice}") from None
+        record, arrays = _read_bank(folder, advice)
         if record.bundle != self._bundle.hash:
             raise BundleError(
-                f"{path} was enrolled with bundle {record.bundle[:16]}, this is {self._bundle.hash[:16]}. {advice}"
+                f"{folder} was enrolled with bundle {record.bundle[:16]}, this is {self._bundle.hash[:16]}. {advice}"
             )
-        jpeg = arrays["jpeg"].tobytes()
-        frames = tuple(
-            EnrolledFrame(f.id, f.start, f.stop, View(*f.view), f.size, jpeg[f.jpeg[0] : f.jpeg[1]], f.pixel_hash)
-            for f in record.frames
+        return References(
+            arrays["features"],
+            arrays["patch"],
+            _enrolled_frames(record, arrays["jpeg"].tobytes()),
+            record.thresholds,
+            beside,
+            self._bundle.manifest.similarity.bank_dtype,
         )
-        dtype = self._bundle.manifest.similarity.bank_dtype
-        return References(arrays["features"], arrays["patch"], frames, record.thresholds, beside, dtype)
 
     def enrolled(self) -> list[str]:
-        """Folder names of the banks that are there."""
-        return sorted(path.name for path in (self.path / "banks").glob("[!.]*"))
+        """The objects that have banks."""
+        return _objects_in(self.path / "banks")
+
+    def knows(self, object: str) -> bool:
+        """Whether something is enrolled or calibrated for it."""
+        return self._bank(object).exists() or self._calibration(object).exists()
+
+    def check_known(self, object: str, also: Iterable[str] = ()) -> None:
+        """That `object` is compared with what was meant: an unknown name among known ones is probably another's.
+
+        The bundle's own object is always known.
+
+        Args:
+            also: objects that are known, though not to the station.
+
+        Raises:
+            BundleError: nothing is enrolled or calibrated for it, but for others; or for it, but with another bundle.
+        """
+        if object == self._bundle.manifest.object or object in also or self.knows(object):
+            return
+        others = {*self.enrolled(), *_objects_in(self.path / "calibrations"), *also}
+        left_behind = self.left_behind(object)
+        if not others and left_behind is None:
+            return
+        said = [f"nothing is enrolled or calibrated for {object!r} with this bundle (station {self.path})."]
+        if others:
+            said.append(f"There are: {listed(others, object)}")
+        if left_behind is not None:
+            said.append(left_behind)
+        said.append('With --fallback bundle (fallback="bundle") it is compared with the bundle\'s own features.')
+        raise BundleError(" ".join(said))
+
+    def left_behind(self, object: str) -> str | None:
+        """Where `object` (or a name like it) is enrolled with other bundles but not with this one, and what helps.
+
+        None if it is known here, or nowhere.
+        """
+        if self.knows(object):
+            return None
+        found = [
+            (folder.stat().st_mtime, other.name, name, kind)
+            for other in self._others()
+            for kind in ("banks", "calibrations")
+            for name in _objects_in(other / kind)
+            if alike(name, object) and (folder := other / kind / folder_name(name)).is_dir()
+        ]
+        if not found:
+            return None
+        _, hash, name, kind = max(found, key=lambda one: (one[3] == "banks", one[2] == object, one[0]))
+        if kind == "calibrations":
+            return f"{name!r} is calibrated with another bundle ({hash}): `vmad calibrate` it with this one."
+        root = "" if self._is_default else f" --station {shlex.quote(str(self._root))}"
+        bundle = shlex.quote(str(self._bundle.path))
+        return (
+            f"{name!r} is enrolled with another bundle ({hash}): to enroll the same frames with this one, `vmad enroll "
+            f"{bundle} --from-station {hash} --object {shlex.quote(name)}{root}`."
+        )
+
+    def enrolled_elsewhere(self) -> dict[str, list[str]]:
+        """By the beginning of another bundle's hash: the objects that are enrolled with it in the same place."""
+        found = {folder.name: _objects_in(folder / "banks") for folder in self._others()}
+        return {hash: names for hash, names in found.items() if names}
+
+    def enrolled_with(self, other: str, object: str) -> tuple[EnrolledFrame, ...]:
+        """The frames that were enrolled for `object` with another bundle; `same_frames` reads them again.
+
+        Args:
+            other: the folder that another bundle's station is, or that it lies in; or the beginning of the bundle's
+                hash, for one that lies beside this.
+
+        Raises:
+            BundleError: there is no such station, or more than one; `object` is not enrolled in it; its bank was
+                changed or is incomplete.
+        """
+        given = Path(other)
+        if given.is_dir():
+            stations = [given] if (given / "banks").is_dir() else _stations_in(given)
+        else:
+            stations = [path for path in self._others() if path.name.startswith(other[:16].lower())]
+        holding = [path for path in stations if (path / "banks" / folder_name(object)).is_dir()]
+        if len(holding) == 1:
+            folder = holding[0] / "banks" / folder_name(object)
+            record, arrays = _read_bank(folder, "Enroll the frames from their own folder.")
+            return _enrolled_frames(record, arrays["jpeg"].tobytes())
+        if holding:
+            names = ", ".join(path.name for path in holding)
+            raise BundleError(f"{object!r} is enrolled with several bundles in {other}: say which of {names}")
+        enrolled = {name for path in stations for name in _objects_in(path / "banks")}
+        if enrolled:
+            raise BundleError(f"{object!r} is not enrolled in {other}; there are: {listed(enrolled, object)}")
+        beside = ", ".join(self.enrolled_elsewhere()) or "none"
+        raise BundleError(
+            f"expected the folder of another bundle's station, or the beginning of that bundle's hash, found "
+            f"{other!r}; in {self._root} there are: {beside}"
+        )
 
     def bank_hash(self, object: str) -> str | None:
         """Hash of the bank of `object`, or None if none was enrolled."""
         path = self._bank(object) / "bank.sha256"
-        return path.read_text().strip() if path.exists() else None
+        return path.read_text(errors="replace").strip() if path.exists() else None
 
     def save_calibration(self, calibration: Calibration) -> Path:
         """Write it, whole or not at all, in place of an earlier one of its object."""
@@ -171,13 +268,13 @@ class Station:
         return self._read_calibration(folder, object) if folder.exists() else None
 
     def calibrated(self) -> dict[str, Calibration | str]:
-        """By folder name: the calibrations that are there, or why one is refused."""
-        folders = sorted((self.path / "calibrations").glob("[!.]*"))
-        return {folder.name: self._calibration_or_reason(folder) for folder in folders}
+        """By object: the calibrations that are there, or why one is refused."""
+        names = _objects_in(self.path / "calibrations")
+        return {name: self._calibration_or_reason(name) for name in names}
 
-    def _calibration_or_reason(self, folder: Path) -> Calibration | str:
+    def _calibration_or_reason(self, object: str) -> Calibration | str:
         try:
-            return self._read_calibration(folder, folder.name)
+            return self._read_calibration(self._calibration(object), object)
         except BundleError as error:
             return str(error)
 
@@ -186,12 +283,12 @@ class Station:
         advice = f"Calibrate {object!r} again, or remove {folder}."
         try:
             data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() != (folder / "calibration.sha256").read_text().strip():
+            if hashlib.sha256(data).hexdigest() != (folder / "calibration.sha256").read_text(errors="replace").strip():
                 raise BundleError(f"{path} was changed since it was calibrated. {advice}")
             found = Calibration.model_validate_json(data)
         except (OSError, ValidationError) as error:
-            raise BundleError(f"{path} is not a complete calibration ({error}). {advice}") from None
-        if _folder_name(found.object) != folder.name:
+            raise BundleError(f"{path} is not a complete calibration: {_what_of(error)}. {advice}") from None
+        if folder_name(found.object) != folder.name:
             raise BundleError(f"{path} is the calibration of {found.object!r}. {advice}")
         for what, then, now in (
             ("bundle", found.bundle, self._bundle.hash),
@@ -206,12 +303,76 @@ class Station:
         return found
 
     def _bank(self, object: str) -> Path:
-        return self.path / "banks" / _folder_name(object)
+        return self.path / "banks" / folder_name(object)
 
     def _calibration(self, object: str) -> Path:
-        return self.path / "calibrations" / _folder_name(object)
+        return self.path / "calibrations" / folder_name(object)
+
+    def _others(self) -> list[Path]:
+        """Other bundles' stations in the same place."""
+        return [path for path in _stations_in(self._root) if path != self.path]
 
 
-def _folder_name(object: str) -> str:
-    """Two objects never share a folder: what a file name should not hold is written as its code point."""
-    return re.sub(r"[^a-z0-9-]", lambda match: f"_{ord(match[0]):x}_", object) or "_"
+def same_frames(enrolled: Iterable[EnrolledFrame], bit_depth: int | None = None) -> Iterator[Frame]:
+    """Read enrolled frames again from where they lay.
+
+    Args:
+        bit_depth: of 16-bit frames, see `Frame.read`.
+
+    Raises:
+        BundleError: at the end, naming all those that are gone, or show something else than they did.
+    """
+    lost = []
+    for frame in enrolled:
+        path = frame.path or frame.id  # an older bank has the id alone: the path as it was given
+        try:
+            again = Frame.read(path, bit_depth)
+        except FrameError as error:
+            lost.append(str(error))
+            continue
+        if again.pixel_hash != frame.pixel_hash:
+            lost.append(f"{path}: its pixels are not those that were enrolled")
+        elif not lost:
+            yield replace(again, id=frame.id)
+    if lost:
+        raise BundleError(
+            f"{len(lost)} of the enrolled frames are gone or changed, so nothing was enrolled: {'; '.join(lost)}. "
+            "Bring them back, or enroll normal parts from a folder"
+        )
+
+
+def _stations_in(root: Path) -> list[Path]:
+    """Folders that are named by a bundle's hash, as `Station.path` is."""
+    return sorted(path for path in root.glob("[0-9a-f]*") if re.fullmatch(r"[0-9a-f]{16}", path.name) and path.is_dir())
+
+
+def _objects_in(folder: Path) -> list[str]:
+    return sorted(object_name(path.name) for path in folder.glob("[!.]*"))
+
+
+def _read_bank(folder: Path, advice: str) -> tuple[_BankRecord, dict[str, NDArray[Any]]]:
+    path = folder / "bank.safetensors"
+    try:
+        if sha256(path) != (folder / "bank.sha256").read_text(errors="replace").strip():
+            raise BundleError(f"{path} was changed since it was enrolled. {advice}")
+        with safe_open(path, "numpy") as file:
+            record = _BankRecord.model_validate_json((file.metadata() or {})["bank"])
+            return record, {name: file.get_tensor(name) for name in ("features", "patch", "jpeg")}
+    except (OSError, KeyError, SafetensorError, ValidationError) as error:
+        raise BundleError(f"{path} is not a complete reference bank: {_what_of(error)}. {advice}") from None
+
+
+def _enrolled_frames(record: _BankRecord, jpeg: bytes) -> tuple[EnrolledFrame, ...]:
+    return tuple(
+        EnrolledFrame(f.id, f.start, f.stop, View(*f.view), f.size, jpeg[f.jpeg[0] : f.jpeg[1]], f.pixel_hash, f.path)
+        for f in record.frames
+    )
+
+
+def _what_of(error: Exception) -> str:
+    """What is wrong with a file, in words of ours: a library's speak of its own inside."""
+    if isinstance(error, ValidationError):
+        return ": ".join(first_fault(error))
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}"
+    return "expected features, patch, jpeg and their record, found something else"

@@ -84,6 +84,8 @@ class EnrolledFrame:
     """`clip_pixels` as a picture, to show a person."""
     pixel_hash: str
     """The frame's; see `Frame`."""
+    path: str | None = None
+    """Its file, absolute; None if it came from none."""
 
 
 class References:

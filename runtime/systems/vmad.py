@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -103,7 +104,8 @@ class Screen:
             features.append(encoded.patches[rows])
             patches.append(rows.astype(np.int32))
             stop, picture = start + len(rows), self._jpeg(frame, encoded.view)
-            enrolled.append(EnrolledFrame(frame.id, start, stop, encoded.view, size, picture, frame.pixel_hash))
+            path = None if frame.path is None else str(Path(frame.path).absolute())
+            enrolled.append(EnrolledFrame(frame.id, start, stop, encoded.view, size, picture, frame.pixel_hash, path))
             start = stop
         if not enrolled:
             raise FrameError("expected at least one normal frame to enroll, found none")

@@ -210,6 +210,7 @@ def test_inspections_use_it_until_the_bank_is_another(
         inspector.station.save_calibration(made.model_copy(update={"thresholds": thresholds}))
         with Inspector.open(tiny_bundle, tmp_path / "station") as calibrated:
             assert calibrated.inspect(frame, object="tile", review=False).verdict is verdict
+        with Inspector.open(tiny_bundle, tmp_path / "station", fallback="bundle") as calibrated:
             other = calibrated.inspect(frame, object="other", review=False)  # no calibration, no bank of its own
             assert other.verdict is Verdict.UNCERTAIN and other.compared_with == "normal features"
 
@@ -228,6 +229,7 @@ def test_normal_features_are_calibrated_for_one_object_alone(
     with Inspector.open(tiny_bundle, tmp_path / "station") as calibrated:
         verdicts = [calibrated.inspect(f, object="tile", review=False).verdict for f in files(parts / "defects")]
         assert Verdict.GOOD not in verdicts
+    with Inspector.open(tiny_bundle, tmp_path / "station", fallback="bundle") as calibrated:
         other = calibrated.inspect(parts / "defects/0.png", object="other", review=False)
         assert other.verdict is Verdict.UNCERTAIN
 

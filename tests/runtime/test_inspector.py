@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -145,8 +146,6 @@ def test_fault_in_the_screen_is_not_inspected(
 def test_enrolled_references_are_found_again(tiny_bundle: Path, tmp_path: Path) -> None:
     with Inspector.open(tiny_bundle, tmp_path, "cpu") as inspector:
         inspector.enroll([image(seed) for seed in range(4)], object="screw")
-        unknown = inspector.inspect(image(9), object="nut", review=False)
-        assert unknown.compared_with == "normal features"
     with Inspector.open(tiny_bundle, tmp_path, "cpu") as inspector:
         known = inspector.inspect(image(2), object="screw", review=False)
         other = inspector.inspect(image(9), object="screw", review=False)
@@ -236,3 +235,71 @@ def test_pictures_for_people_are_made_when_somebody_looks(inspector: Inspector) 
 def test_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"):
         Inspector.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "given,says",
+    [
+        ("Screw", r"for 'Screw' with this bundle .*There are: 'screw', 'nut'\. Did you mean 'screw'\?"),
+        ("screw ", "Did you mean 'screw'"),
+        (" SCREW", "Did you mean 'screw'"),
+        ("scerw", "Did you mean 'screw'"),
+        ("nuts", r"There are: 'nut', 'screw'\. Did you mean 'nut'"),
+        ("Ｎut", "Did you mean 'nut'"),
+        ("", r"for '' with this bundle .*There are: .*'nut'.*\. With --fallback"),
+        ("bottle", r"There are: '(nut', 'screw|screw', 'nut)'\. With --fallback"),
+    ],
+)
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_unknown_name_among_known_ones_is_refused(
+    kept: bool, given: str, says: str, inspector: Inspector, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    known = [image(seed) for seed in range(3)]
+    for name in ("nut", "screw"):
+        inspector.enroll(known, object=name, keep=kept)
+    with pytest.raises(BundleError, match=says):
+        inspector.inspect(image(9), object=given, review=False)
+    with pytest.raises(BundleError, match=says):
+        inspector.heat_top(given)
+    for name in (None, inspector.bundle.manifest.object):  # the bundle knows its own
+        assert inspector.inspect(image(9), object=name, review=False).compared_with == "normal features"
+    assert inspector.inspect(image(9), object="screw", review=False).compared_with == "references"
+    with Inspector.open(tiny_bundle, tmp_path / "station", "cpu", fallback="bundle") as allowed:
+        for name in ("nut", "screw"):
+            allowed.enroll(known, object=name, keep=kept)
+        assert allowed.inspect(image(9), object=given, review=False).compared_with == "normal features"
+
+
+def test_any_name_will_do_where_none_is_known(inspector: Inspector) -> None:
+    assert inspector.inspect(image(9), object="nut", review=False).compared_with == "normal features"
+
+
+def test_an_unknown_fallback_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(VmadError, match="fallback: expected \"bundle\" or None, got 'none'"):
+        Inspector.open(tiny_bundle, tmp_path, "cpu", fallback="none")  # type: ignore[arg-type]
+
+
+def test_relative_paths_are_taken_where_they_were_given(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a service that changes its folder: the bundle for the review's process, the station, the enrolled frames."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (here / "parts", elsewhere):
+        folder.mkdir(parents=True)
+    shutil.copytree(tiny_bundle, here / "bundle")
+    for seed in range(3):
+        Image.fromarray(image(seed)).save(here / f"parts/{seed}.png")
+    monkeypatch.chdir(here)
+    with Inspector.open("bundle", "station", "cpu") as inspector:
+        inspector.enroll([f"parts/{seed}.png" for seed in range(3)], object="screw")
+        monkeypatch.chdir(elsewhere)
+        assert inspector.inspect(image(9), object="screw").p_yes is not None
+        inspector.enroll([image(seed) for seed in range(3)], object="nut")
+        bank = inspector.station.load_references("screw")
+    assert list(elsewhere.iterdir()) == []
+    assert bank is not None and [frame.path for frame in bank.frames] == [
+        str(here / f"parts/{n}.png") for n in range(3)
+    ]
+    assert [frame.id for frame in bank.frames] == [f"parts/{n}.png" for n in range(3)]
+    with Inspector.open(here / "bundle", here / "station", "cpu") as again:
+        assert again.station.enrolled() == ["nut", "screw"]

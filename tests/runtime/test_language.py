@@ -28,7 +28,7 @@ from vmad_edge.export.language import export_language, read_vocabulary
 from vmad_edge.runtime.bundle import Conversation, Language, Llama
 from vmad_edge.runtime.errors import BundleError, VmadError
 from vmad_edge.runtime.stages import language
-from vmad_edge.runtime.stages.language import LanguageModel, placement
+from vmad_edge.runtime.stages.language import LanguageModel, Stopped, placement
 
 TEMPLATE = "A chat. USER: <image>\n{question} ASSISTANT:"
 QUESTION = "Would you identify any irregularities on the surface of the screw?"
@@ -392,13 +392,20 @@ def test_text_comes_in_whole_characters(source: Source, sure: Ids) -> None:
 
 
 def test_stop_is_asked_before_every_step(source: Source, sure: Ids) -> None:
+    """Three batches of the prompt, then each token; before P(yes) is known there is no answer."""
     whole, _, _ = source.answer(24, banned=[source.tokenizer.eos_token_id])
-    for steps in (0, 2):
+    for steps in range(6):
         reasons = iter([None] * steps + ["deadline"])
         with source.open(**vars(sure)) as model:
+            if steps < 3:
+                with pytest.raises(Stopped, match="deadline"):
+                    model.answer(VISUAL, QUESTION, mode="full", stop=lambda: next(reasons))  # noqa: B023
+                again = model.answer(VISUAL, QUESTION, mode="full")
+                assert again.token_ids[:5] == tuple(whole[:5])  # the half of a prompt is no prompt
+                continue
             answer = model.answer(VISUAL, QUESTION, mode="full", stop=lambda: next(reasons))  # noqa: B023
         assert answer.stopped == "deadline" and answer.h_seg is None and not answer.seg_forced
-        assert answer.token_ids == tuple(whole[:steps]) and answer.p_yes > 0.5
+        assert answer.token_ids == tuple(whole[: steps - 3]) and answer.p_yes > 0.5
 
 
 def test_f16_cache_stays_near(source: Source, sure: Ids) -> None:
