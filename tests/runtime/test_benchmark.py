@@ -219,6 +219,18 @@ def test_the_references_of_the_station_are_compared_with(tiny_bundle: Path, tmp_
     assert read_benchmark(tmp_path / "bench.json").settings.compared_with == f"{3 * 16} enrolled patches of 'nut'"
 
 
+def test_an_unknown_object_among_known_ones(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Inspector.open(tiny_bundle, tmp_path) as inspector:
+        inspector.enroll(drawn_frames(1), object="nut")
+    options = ["--object", "Nut", "--device", "cpu", "--repeats", 1, "--banks", "--no-review", "--station", tmp_path]
+    assert bench(tiny_bundle, *options, "--out", tmp_path) == 2
+    assert "Did you mean 'nut'?" in capsys.readouterr().err
+    assert bench(tiny_bundle, *options, "--out", tmp_path, "--fallback", "bundle") == 0
+    assert read_benchmark(tmp_path / "bench.json").settings.compared_with == "the bundle's normal features"
+
+
 @pytest.mark.parametrize(
     "args,says",
     [

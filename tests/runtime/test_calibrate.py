@@ -138,8 +138,10 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_refuses_a_damaged_one(damage: Callable[[Path], object], says: str, tmp_path: Path) -> None:
     station = Station(tmp_path, bundle())
     damage(station.save_calibration(calibration()))
-    with pytest.raises(BundleError, match=says):
+    with pytest.raises(BundleError, match=says) as raised:
         station.load_calibration("M3 screw")
+    for inside in ("pydantic", "Errno", "validation error", "\n"):  # of a library
+        assert inside not in str(raised.value)
     assert says in str(next(iter(station.calibrated().values())))
 
 
@@ -259,6 +261,47 @@ def test_enrolled_frames_are_known_by_their_pixels(tiny_bundle: Path, parts: Pat
         with pytest.raises(FrameError, match=r"other\.bmp is one of the enrolled references of 'tile'"):
             calibrate(inspector, [*files(parts / "good"), str(other)], object="tile", targets=LOOSE)
         calibrate(inspector, files(parts / "good"), object="tile", targets=LOOSE)
+
+
+def test_equal_frames_count_once(inspector: Inspector, parts: Path, tmp_path: Path) -> None:
+    """Copies, whatever their files are, are no independent parts."""
+    good = files(parts / "good")
+    copies = [shutil.copy(good[0], tmp_path / f"plate ({number}).png") for number in range(30)]
+    cv2.imwrite(str(tmp_path / "plate.bmp"), cv2.imread(good[1]))
+    given = [*good, *map(str, copies), str(tmp_path / "plate.bmp"), good[2]]
+    with pytest.raises(VmadError, match=r"^5 good frames are too few .*; 32 of the 37 frames given are copies"):
+        calibrate(inspector, given, object="tile")
+    assert inspector.station.calibrated() == {}
+    made = calibrate(inspector, given, object="tile", targets=LOOSE)
+    assert [frame.path for frame in made.frames] == good
+    assert made.promise.endswith("from 5 good frames; 32 of the 37 frames given are copies of others and not counted")
+    alone = calibrate(inspector, good, object="tile", targets=LOOSE)
+    assert alone.thresholds == made.thresholds and made.promise.startswith(f"{alone.promise};")
+
+    defects = files(parts / "defects")
+    made = calibrate(inspector, given, [*defects, defects[0]], object="tile")
+    assert "of 3 defective frames" in made.promise and "33 of the 41 frames given are copies" in made.promise
+    with pytest.raises(FrameError, match=r"plate \(3\)\.png is given as defective, and .*good/0\.png, .* as good"):
+        calibrate(inspector, good, [*defects, str(copies[3])], object="tile")
+
+
+def test_recorded_paths_are_absolute(inspector: Inspector, parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(parts)
+    made = calibrate(inspector, [f"good/{number}.png" for number in range(5)], object="tile", targets=LOOSE)
+    assert [frame.path for frame in made.frames] == files(parts / "good")
+
+
+def test_an_unknown_object_among_known_ones(
+    tiny_bundle: Path, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["calibrate", str(tiny_bundle), "--station", str(tmp_path), "--good", str(parts / "good")]
+    command += ["--overkill", "0.5", "--suspects", "0.5", "--object"]
+    assert main([*command, "tile"]) == 0  # the station knows nothing yet: this one is compared with normal features
+    capsys.readouterr()
+    assert main([*command, "Tile"]) == 2
+    assert "There are: 'tile'. Did you mean 'tile'?" in capsys.readouterr().err
+    assert main([*command, "plate", "--fallback", "bundle"]) == 0
+    assert main([*command, "plate"]) == 0  # it is known now
 
 
 def test_the_command_and_info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,7 @@ def test_report(tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path) -
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert names == {"index.html", "odd_odd.png.png", "broken_broken.png.png", *(f"good_{n}.png.png" for n in range(6))}
     page = (tmp_path / "report/index.html").read_text()
+    assert page.count("compared with references") == 7  # all but the broken one
     assert page.count("<tr data-name") == 8
     assert "http" not in page  # self-contained
 
@@ -119,7 +121,7 @@ def test_maps_of_two_frames_of_one_name(tiny_bundle: Path, parts: Path, station:
 
 def test_info(tiny_bundle: Path, station: Path) -> None:
     facts = json.loads(vmad("info", tiny_bundle, "--station", station, "--device", "cpu", "--json").stdout)
-    assert facts["enrolled"] == ["part"]
+    assert facts["enrolled"] == ["part"] and facts["enrolled_with_other_bundles"] == {}
     assert facts["device"] == "cpu" and facts["provider"].startswith("ONNX Runtime")
     assert len(facts["hash"]) == 64
 
@@ -171,3 +173,60 @@ def test_usage_errors_are_one_line_and_exit_2(args: list[str], says: str, tiny_b
     assert says in done.stderr and "Traceback" not in done.stderr
     if "usage" not in says:
         assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def exported_anew(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """The same bundle with another hash."""
+    from vmad_edge.runtime.bundle import Bundle, seal
+
+    folder = shutil.copytree(tiny_bundle, tmp_path / "anew")
+    manifest = Bundle.open(tiny_bundle).manifest
+    seal(folder, manifest.model_copy(update={"made_with": {"vmad-edge": "a later one"}}))
+    return folder
+
+
+def test_an_unknown_object_among_known_ones(tiny_bundle: Path, parts: Path, station: Path) -> None:
+    command = ["inspect", tiny_bundle, parts / "good/0.png", "--station", station, "--no-review", "--object", "Part"]
+    done = vmad(*command)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Did you mean 'part'?" in done.stderr
+    allowed = vmad(*command, "--fallback", "bundle")
+    assert allowed.returncode == 3 and "compared with" in allowed.stdout and "normal features" in allowed.stdout
+    rows = json.loads(vmad(*command, "--fallback", "bundle", "--json").stdout)
+    assert rows[0]["compared_with"] == "normal features" and rows[0]["object"] == "Part"
+
+
+def test_a_bundle_exported_anew(tiny_bundle: Path, exported_anew: Path, parts: Path, tmp_path: Path) -> None:
+    """What was enrolled hangs on the old one: it is said, with a command that brings it over."""
+    shutil.copytree(parts / "good", tmp_path / "good")
+    common = ["--station", tmp_path / "station", "--json"]
+    for name in ("M3 screw", "part"):
+        assert vmad("enroll", tiny_bundle, "good", "--object", name, *common, cwd=tmp_path).returncode == 0
+    inspect = ["inspect", exported_anew, "good/0.png", "--no-review", *common]
+    done = vmad(*inspect, "--object", "M3 screw", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    command = next(part for part in done.stderr.split("`") if part.startswith("vmad enroll"))
+
+    usual = vmad(*inspect, cwd=tmp_path)  # the bundle's own object: compared with its features, which is said
+    assert usual.returncode == 3 and usual.stderr.startswith("note: 'part' is enrolled with another bundle")
+
+    kept = (tmp_path / "good/3.png").rename(tmp_path / "3.png")
+    lost = vmad(*shlex.split(command)[1:])
+    assert lost.returncode == 2 and "\n" not in lost.stderr.strip()
+    assert (
+        f"1 of the enrolled frames are gone or changed, so nothing was enrolled: {tmp_path}/good/3.png" in lost.stderr
+    )
+    facts = json.loads(vmad("info", exported_anew, "--device", "cpu", *common).stdout)
+    assert facts["enrolled"] == [] and list(facts["enrolled_with_other_bundles"].values()) == [["M3 screw", "part"]]
+
+    kept.rename(tmp_path / "good/3.png")
+    brought = vmad(*shlex.split(command)[1:], "--json")
+    assert brought.returncode == 0 and json.loads(brought.stdout)["frames"] == 6
+    row = json.loads(vmad(*inspect, "--object", "M3 screw", cwd=tmp_path).stdout)[0]
+    assert (row["verdict"], row["compared_with"]) == ("GOOD", "references")
+
+
+@pytest.mark.parametrize("given", [[], ["good", "--from-station", "abab"]])
+def test_frames_to_enroll_come_from_one_place(given: list[str], tiny_bundle: Path, parts: Path) -> None:
+    done = vmad("enroll", tiny_bundle, *given, cwd=parts)
+    assert done.returncode == 2 and "expected DIR, or --from-station OLD in its place" in done.stderr

@@ -1,20 +1,40 @@
 from __future__ import annotations
 
+import os
+import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from examples import MANIFEST
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from vmad_edge.runtime.bundle import Bundle, Manifest, Thresholds
-from vmad_edge.runtime.errors import BundleError
+from vmad_edge.runtime.errors import BundleError, VmadError
 from vmad_edge.runtime.files import sha256
+from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.objects import folder_name, object_name
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, References
-from vmad_edge.runtime.station import Calibration, Station
+from vmad_edge.runtime.station import Calibration, Station, same_frames
+
+CALIBRATION = Calibration(
+    bundle="ab" * 32,
+    bank=None,
+    object="M3 screw",
+    thresholds=Thresholds(good_below=0.1, defect_above=0.2),
+    promise="none",
+    by="somebody",
+    when="2026-01-01T00:00:00+0000",
+    frames=(),
+)
 
 
 def bundle(hash: str = "ab" * 32) -> Bundle:
@@ -49,7 +69,7 @@ def test_objects_have_banks_of_their_own(other: str, tmp_path: Path) -> None:
     station.save_references("M3 screw", references())
     assert station.load_references(other) is None
     station.save_references(other, references())
-    assert len(station.enrolled()) == 2
+    assert station.enrolled() == sorted(["M3 screw", other])
     assert [path.name for path in tmp_path.iterdir()] == ["station"]
 
 
@@ -64,14 +84,31 @@ def test_another_bundle_has_banks_of_its_own(tmp_path: Path) -> None:
         pytest.param(lambda f: (f / "bank.safetensors").write_bytes(b"x" * 99), "was changed", id="changed"),
         pytest.param(lambda f: (f / "bank.safetensors").unlink(), "not a complete reference bank", id="missing"),
         pytest.param(lambda f: (f / "bank.sha256").unlink(), "not a complete reference bank", id="no hash"),
-        pytest.param(lambda f: junk(f), "not a complete reference bank", id="not safetensors, hash right"),
+        pytest.param(lambda f: (f / "bank.sha256").write_bytes(b"\xff"), "was changed", id="hash is no text"),
+        pytest.param(lambda f: junk(f, b"\xff" * 64), "not a complete reference bank", id="not safetensors"),
+        pytest.param(lambda f: junk(f, save({})), "not a complete reference bank", id="no record"),
+        pytest.param(lambda f: junk(f, save({}, {"bank": "{"})), "the file: expected JSON", id="no JSON"),
+        pytest.param(
+            lambda f: junk(f, save({}, {"bank": '{"bundle": 3}'})),
+            r"bundle: Input should be a valid string, found 3\.",
+            id="another record",
+        ),
+        pytest.param(
+            lambda f: junk(f, save({}, safe_open(f / "bank.safetensors", "numpy").metadata())),
+            "expected features, patch, jpeg",
+            id="no arrays",
+        ),
     ],
 )
 def test_refuses_a_damaged_bank(damage: Callable[[Path], object], says: str, tmp_path: Path) -> None:
     station = Station(tmp_path, bundle())
     damage(station.save_references("part", references()))
-    with pytest.raises(BundleError, match=says):
+    with pytest.raises(BundleError, match=says) as raised:
         station.load_references("part")
+    said = str(raised.value)
+    assert said.endswith("Enroll 'part' again.") and "\n" not in said
+    for inside in ("pydantic", "Errno", "0x", "Header", "validation error", "deserializ"):  # of a library
+        assert inside not in said
 
 
 def test_refuses_a_bank_copied_from_another_bundle(tmp_path: Path) -> None:
@@ -95,26 +132,152 @@ def room(size: int) -> Iterator[None]:
 
 def test_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     station = Station(tmp_path, bundle())
-    calibration = Calibration(
-        bundle="ab" * 32,
-        bank=None,
-        object="part",
-        thresholds=Thresholds(good_below=0.1, defect_above=0.2),
-        promise="none",
-        by="somebody",
-        when="2026-01-01T00:00:00+0000",
-        frames=(),
-    )
     station.save_references("part", references())
-    station.save_calibration(calibration)
+    station.save_calibration(CALIBRATION)
     before = {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
     with room(100), pytest.raises(OSError, match="File too large"):
         station.save_references("part", references())
     with room(100), pytest.raises(OSError, match="File too large"):
-        station.save_calibration(calibration)
+        station.save_calibration(CALIBRATION)
     assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
-def junk(folder: Path) -> None:
-    (folder / "bank.safetensors").write_bytes(b"\xff" * 64)
+def junk(folder: Path, data: bytes) -> None:
+    """A bank of whoever also writes a matching hash."""
+    (folder / "bank.safetensors").write_bytes(data)
     (folder / "bank.sha256").write_text(sha256(folder / "bank.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["screw", "M3 screw", "M3_screw", "../../etc", "", "_", "_2e_", "Ünterlage", "歯車", "🔩", "a\nb", "x" * 240],
+)
+def test_folders_of_objects(name: str) -> None:
+    folder = folder_name(name)
+    assert re.fullmatch("[a-z0-9_-]{1,240}", folder)
+    assert object_name(folder) == name
+
+
+@pytest.mark.parametrize("name", ["x" * 241, "歯" * 60])
+def test_a_name_too_long_for_a_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(VmadError, match=f"too long to name a folder: {len(name)} characters .* at most 240"):
+        Station(tmp_path, bundle()).save_references(name, references())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("known", [[], ["part"], ["Screw"], ["screw", "Screw"]])
+def test_a_name_that_is_known_or_alone_is_taken(known: list[str], tmp_path: Path) -> None:
+    station = Station(tmp_path, bundle())
+    for name in known:
+        station.save_references(name, references())
+    for name in [*known, "part", *([] if known else ["anything"])]:
+        station.check_known(name)
+
+
+def test_calibrated_names_are_known(tmp_path: Path) -> None:
+    station = Station(tmp_path, bundle())
+    station.save_calibration(CALIBRATION)
+    assert station.enrolled() == [] and station.knows("M3 screw")
+    station.check_known("M3 screw")
+    with pytest.raises(BundleError, match=r"There are: 'M3 screw'\. Did you mean 'M3 screw'"):
+        station.check_known("m3 screw")
+
+
+def test_of_many_names_the_closest_are_listed(tmp_path: Path) -> None:
+    station = Station(tmp_path, bundle())
+    for number in range(30):
+        station.save_references(f"gear {number}", references())
+    with pytest.raises(BundleError, match=r"There are: 'gear 27', .* and 20 more\. Did you mean 'gear 27'\?"):
+        station.check_known("Gear27")
+
+
+@pytest.mark.parametrize("given", ["screw", "Screw", " screw "])
+def test_a_bundle_exported_anew_says_where_its_objects_are(given: str, tmp_path: Path) -> None:
+    """The station is keyed by the bundle's hash, so nothing is enrolled any more."""
+    root = tmp_path / "my station"
+    Station(root, bundle("ef" * 32)).save_references("nut", references())
+    Station(root, bundle()).save_references("screw", references())
+    anew = Station(root, bundle("cd" * 32))
+    (root / "notes").mkdir()  # not a station
+    command = f"`vmad enroll bundle --from-station abababababababab --object screw --station '{root}'`"
+    with pytest.raises(BundleError) as raised:
+        anew.check_known(given)
+    assert f"nothing is enrolled or calibrated for {given!r}" in str(raised.value) and command in str(raised.value)
+    assert anew.enrolled_elsewhere() == {"ab" * 8: ["screw"], "ef" * 8: ["nut"]}
+    anew.check_known("bolt")  # of which nobody knows anything: other bundles' objects are not this one's
+    anew.save_references(given, references())
+    anew.check_known(given)
+    assert anew.left_behind(given) is None
+
+
+def test_a_calibration_with_another_bundle_is_told_of(tmp_path: Path) -> None:
+    Station(tmp_path, bundle()).save_calibration(CALIBRATION)
+    with pytest.raises(BundleError, match=r"'M3 screw' is calibrated with another bundle .*: `vmad calibrate` it"):
+        Station(tmp_path, bundle("cd" * 32)).check_known("M3 screw")
+
+
+def test_the_last_enrolment_is_named(tmp_path: Path) -> None:
+    for age, hash in enumerate(("ab", "ef", "12")):
+        folder = Station(tmp_path, bundle(hash * 32)).save_references("screw", references())
+        os.utime(folder, (1e9, 1e9 - (age - 1) ** 2))
+    assert "--from-station efefefefefefefef" in (Station(tmp_path, bundle("cd" * 32)).left_behind("screw") or "")
+
+
+@pytest.mark.parametrize("other", ["ab" * 32, "ab" * 8, "abab", "ABAB", "{root}", "{root}/abababababababab"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_frames_enrolled_with_another_bundle(inside: bool, other: str, tmp_path: Path) -> None:
+    old = tmp_path / ("new" if inside else "old")
+    Station(old, bundle()).save_references("screw", references())
+    anew = Station(tmp_path / "new", bundle("cd" * 32))
+    if inside or "{root}" in other:
+        assert anew.enrolled_with(other.format(root=old), "screw") == references().frames
+    else:
+        with pytest.raises(BundleError, match=f"found '{other}'; in {tmp_path}/new there are: none"):
+            anew.enrolled_with(other, "screw")
+
+
+@pytest.mark.parametrize(
+    "other,object,says",
+    [
+        ("abab", "Screw", r"'Screw' is not enrolled in abab; there are: 'screw'\. Did you mean 'screw'"),
+        ("9999", "screw", "beginning of that bundle's hash, found '9999'; in .* there are: abababababababab, abcdabcd"),
+        ("ab", "screw", "'screw' is enrolled with several bundles in ab: say which of abababababababab, abcdabcdabcd"),
+        ("cdcd", "screw", "found 'cdcd'"),  # itself
+        ("{tmp}", "screw", "with several bundles"),
+        ("{tmp}/nothing", "screw", "found '.*nothing'"),
+    ],
+)
+def test_no_such_enrolment(other: str, object: str, says: str, tmp_path: Path) -> None:
+    for hash in ("ab" * 32, "abcd" * 16):
+        Station(tmp_path, bundle(hash)).save_references("screw", references())
+    with pytest.raises(BundleError, match=says):
+        Station(tmp_path, bundle("cd" * 32)).enrolled_with(other.format(tmp=tmp_path), object)
+
+
+def enrolled(path: Path, pixels: NDArray[np.uint8]) -> EnrolledFrame:
+    Image.fromarray(pixels).save(path)
+    return EnrolledFrame(path.name, 0, 1, View(0, 0, 9, 9), (9, 9), b"", Frame.read(path).pixel_hash, str(path))
+
+
+def test_the_same_frames_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (4, 480, 640, 3), np.uint8)
+    frames = [enrolled(tmp_path / f"{number}.png", one) for number, one in enumerate(pixels)]
+    again = list(same_frames(frames))
+    assert [frame.id for frame in again] == ["0.png", "1.png", "2.png", "3.png"]
+    np.testing.assert_array_equal([frame.pixels for frame in again], pixels)
+
+    Image.fromarray(pixels[0]).save(tmp_path / "0.png", compress_level=1)  # another file, the same picture
+    assert len(list(same_frames(frames))) == 4
+    monkeypatch.chdir(tmp_path)
+    assert len(list(same_frames([replace(frame, path=None) for frame in frames]))) == 4  # an older bank
+
+    (tmp_path / "1.png").unlink()
+    Image.fromarray(pixels[2] ^ 1).save(tmp_path / "2.png")
+    read: list[str] = []
+    with pytest.raises(BundleError) as raised:
+        read.extend(frame.id for frame in same_frames(frames))
+    assert read == ["0.png"]  # all are looked at, none is used after the first that is lost
+    said = str(raised.value)
+    assert f"2 of the enrolled frames are gone or changed, so nothing was enrolled: {tmp_path}/1.png: cannot be" in said
+    assert f"{tmp_path}/2.png: its pixels are not those" in said and "3.png" not in said
