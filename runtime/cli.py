@@ -413,6 +413,8 @@ def _enroll(args: argparse.Namespace) -> int:
     _print_facts(facts, args.json)
     for why in outdated:
         _err.print(f"warning: {why}", markup=False)
+    if (copies := len(paths) - len(references.frames)) > 0:
+        _err.print(f"warning: {copies} of {len(paths)} frames are copies of others and were left out")
     if thresholds is None:
         _err.print("fewer than three frames: no thresholds, so every verdict is UNCERTAIN until more are enrolled")
     return 0

@@ -306,7 +306,9 @@ class ReviewProcess:
             if self._closed:
                 return
         try:
-            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            # Without PYTHONSAFEPATH `-m` looks for modules in the working directory first.
+            own = {**os.environ, "PYTHONSAFEPATH": "1"}
+            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=own)
         except OSError as error:
             self._ended(None, f"the review process cannot be started ({error.strerror})")
             return

@@ -347,7 +347,7 @@ def _stations_in(root: Path) -> list[Path]:
 
 
 def _objects_in(folder: Path) -> list[str]:
-    return sorted(object_name(path.name) for path in folder.glob("[!.]*"))
+    return sorted(object_name(path.name) for path in folder.glob("[!.]*") if path.is_dir())
 
 
 def _read_bank(folder: Path, advice: str) -> tuple[_BankRecord, dict[str, NDArray[Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import re
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from functools import partial
@@ -70,7 +71,10 @@ class OnnxRuntimeEngine:
         except Exception as error:  # ONNX Runtime raises a class of its own for each of its status codes
             if ran_out_of_memory(str(error)):
                 raise VmadError(_OUT_OF_MEMORY.format(path=path, error=error)) from None
-            raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from None
+            raise BundleError(
+                f"ONNX Runtime {ort.__version__} cannot load {path}: {_in_its_words(error)}. Export it again, for "
+                "the ONNX Runtime that is installed here."
+            ) from error
         found = self._session.get_providers()[0]
         if found != provider:
             raise VmadError(
@@ -124,6 +128,15 @@ class OnnxRuntimeEngine:
             if ran_out_of_memory(str(error)):
                 raise VmadError(_OUT_OF_MEMORY.format(path=self._path, error=error)) from None
             raise
+
+
+_ITS_INSIDE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?(/\S+:\d+ [^)]*\) )?")
+
+
+def _in_its_words(error: Exception) -> str:
+    """What ONNX Runtime says is wrong, without the place in its own source where it noticed."""
+    lines = _ITS_INSIDE.sub("", str(error)).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(".")
 
 
 _OUT_OF_MEMORY = (

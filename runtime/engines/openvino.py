@@ -47,7 +47,10 @@ class OpenVinoEngine:
             inputs = self._core.read_model(str(path)).inputs
             self._compile(frozenset((i.any_name, tuple(n.min_length or 1 for n in i.partial_shape)) for i in inputs))
         except RuntimeError as error:
-            raise BundleError(f"OpenVINO {openvino.__version__} cannot load {path}: {error}") from None
+            raise BundleError(
+                f"OpenVINO {openvino.__version__} cannot load {path}: expected an ONNX graph that it knows. "
+                "Export it again, or use --device cpu."
+            ) from error
         version = openvino.__version__.split("-")[0]
         self.provider = f"OpenVINO {version}, CPU, {computes}"
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vmad_edge.kernels import Dtype, ReferenceBank, max_cosine, segmented_max_cosine
 from vmad_edge.runtime.bundle import Similarity, Thresholds
-from vmad_edge.runtime.errors import FrameError
+from vmad_edge.runtime.errors import BundleError, FrameError
 from vmad_edge.runtime.inspection import NearestNormal
 from vmad_edge.runtime.stages.preprocess import View
 
@@ -42,10 +43,15 @@ class NormalFeatures:
     kind = "normal features"
 
     def __init__(self, path: Path, spec: Similarity) -> None:
-        features = load_file(path)
+        try:
+            features = load_file(path)
+            self.normal = ReferenceBank.from_array(features["visual_normal"])
+        except (KeyError, SafetensorError):
+            raise BundleError(
+                f"{path}: expected safetensors with visual_normal [P,D], found something else. Export the bundle again."
+            ) from None
         self.thresholds = spec.thresholds
         self.spec = spec
-        self.normal = ReferenceBank.from_array(features["visual_normal"])
         abnormal = features.get("visual_abnormal")
         self.abnormal = None if abnormal is None else ReferenceBank.from_array(abnormal)
 

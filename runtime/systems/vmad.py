@@ -92,12 +92,18 @@ class Screen:
     def enroll(self, frames: Iterable[Frame], beside: NormalFeatures | None) -> References:
         """Patch features of normal frames, with leave-one-frame-out thresholds. Holds one frame at a time.
 
+        Equal frames are enrolled once: left out, a frame would be compared with its copy.
+
         Raises:
             FrameError: no frames.
         """
         grid = self._manifest.vision.grid
         features, patches, enrolled, start = [], [], [], 0
+        seen: set[str] = set()
         for frame in frames:
+            if (pixel_hash := frame.pixel_hash) in seen:
+                continue
+            seen.add(pixel_hash)
             size = frame.pixels.shape[0], frame.pixels.shape[1]
             encoded = self._encode(frame, Stopwatch())
             rows = np.flatnonzero(inspected_patches(encoded.view, grid, size))
@@ -105,7 +111,7 @@ class Screen:
             patches.append(rows.astype(np.int32))
             stop, picture = start + len(rows), self._jpeg(frame, encoded.view)
             path = None if frame.path is None else str(Path(frame.path).absolute())
-            enrolled.append(EnrolledFrame(frame.id, start, stop, encoded.view, size, picture, frame.pixel_hash, path))
+            enrolled.append(EnrolledFrame(frame.id, start, stop, encoded.view, size, picture, pixel_hash, path))
             start = stop
         if not enrolled:
             raise FrameError("expected at least one normal frame to enroll, found none")

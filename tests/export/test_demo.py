@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -52,3 +54,12 @@ def test_size() -> None:
     """Committed once: what everybody who clones pays for."""
     files = [file for folder in ("checkpoint", "bundle") for file in (DEMO / folder).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 48 * 2**20
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_it_is_inspected_with_a_station_of_its_own() -> None:
+    """What somebody enrolled for the bundle's own object plays no part in it, and git sees none of what it leaves."""
+    told = subprocess.run(["make", "--dry-run", "demo"], cwd=DEMO.parent, capture_output=True, text=True, check=True)
+    inspect = next(line for line in told.stdout.splitlines() if "vmad inspect" in line).split()
+    station = inspect[inspect.index("--station") + 1]
+    assert f"/{Path(station).parts[0]}/" in (DEMO.parent / ".gitignore").read_text().splitlines()

@@ -69,6 +69,13 @@ def test_json_and_exit_status(
         assert (row["score"] is None) == (row["verdict"] == "NOT_INSPECTED") == (row["reason"] is not None)
 
 
+def test_enrolling_copies_is_warned_of(tiny_bundle: Path, parts: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts / "good", tmp_path / "parts")
+    shutil.copy(parts / "good/0.png", tmp_path / "parts/0 (1).png")
+    done = vmad("enroll", tiny_bundle, tmp_path / "parts", "--station", tmp_path / "station", "--json")
+    assert json.loads(done.stdout)["frames"] == 6 and "1 of 7 frames are copies of others" in done.stderr
+
+
 def test_references_for_one_run(tiny_bundle: Path, parts: Path, tmp_path: Path) -> None:
     done = vmad(
         "inspect", tiny_bundle, parts / "odd", "--references", parts / "good", "--station", tmp_path, "--no-review"

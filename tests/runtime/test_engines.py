@@ -10,9 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
+from onnx import TensorProto, helper
 
 from vmad_edge.export.precision import write_fp16
 from vmad_edge.runtime.bundle import Bundle
@@ -190,8 +192,28 @@ def test_an_engine_takes_the_stream_of_the_thread_that_it_is_opened_on(
 def test_no_graph(device: Device, demo: Bundle, tmp_path: Path) -> None:
     (tmp_path / "clip_encoder.onnx").write_bytes(b"no graph")
     broken = Bundle(tmp_path, demo.hash, demo.manifest)
-    with pytest.raises(BundleError, match=r"cannot load .*clip_encoder\.onnx"):
+    with pytest.raises(BundleError, match=r"cannot load .*clip_encoder\.onnx: .* Export it again") as raised:
         Engines.choose(broken, device).open("clip_encoder")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "ir_version,operator,says",
+    [
+        (99, "Relu", "Unsupported model IR version: 99"),
+        (8, "Foo", "No Op registered for Foo"),
+        (8, "Add", "input size 1 not in range"),
+    ],
+)
+def test_what_onnx_runtime_says_of_a_graph(ir_version: int, operator: str, says: str, tmp_path: Path) -> None:
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node(operator, ["x"], ["y"])], "graph", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=ir_version)
+    onnx.save(model, str(tmp_path / "graph.onnx"))
+    with pytest.raises(BundleError, match=says) as raised:
+        OnnxRuntimeEngine(tmp_path / "graph.onnx")
+    for inside in ("onnxruntime_src", "::Model", "ONNXRuntimeError", "std::", "\n"):
+        assert inside not in str(raised.value)
 
 
 @pytest.mark.parametrize(

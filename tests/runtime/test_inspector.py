@@ -303,3 +303,13 @@ def test_relative_paths_are_taken_where_they_were_given(
     assert [frame.id for frame in bank.frames] == [f"parts/{n}.png" for n in range(3)]
     with Inspector.open(here / "bundle", here / "station", "cpu") as again:
         assert again.station.enrolled() == ["nut", "screw"]
+
+
+def test_equal_frames_are_enrolled_once(inspector: Inspector, tmp_path: Path) -> None:
+    """A frame beside its copy would be no leave-one-out: DEFECT would begin at what is as good as equal."""
+    once = inspector.enroll([image(seed) for seed in range(3)], keep=False)
+    Image.fromarray(image(1)).save(tmp_path / "copy.bmp")
+    twice = inspector.enroll([*(image(seed) for seed in (0, 1, 2, 0, 1, 2)), tmp_path / "copy.bmp"], keep=False)
+    assert twice.thresholds == once.thresholds is not None
+    np.testing.assert_array_equal(twice.features, once.features)
+    assert inspector.enroll([image(0)] * 9, keep=False).thresholds is None

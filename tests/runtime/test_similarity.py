@@ -8,11 +8,12 @@ import pytest
 from examples import clip_input
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 from scipy import ndimage
 
 from vmad_edge.kernels import Dtype
 from vmad_edge.runtime.bundle import Similarity
+from vmad_edge.runtime.errors import BundleError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages.preprocess import View, clip_pixels
 from vmad_edge.runtime.stages.similarity import (
@@ -52,6 +53,13 @@ def test_normal_features(abnormal: bool, tmp_path: Path) -> None:
         expected = (np.exp(logits) / np.exp(logits).sum(0))[1]
     np.testing.assert_allclose(found.score, expected, atol=1e-5)
     np.testing.assert_array_equal(found.index, cosine["visual_normal"].argmax(1))
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 64, save({}), save({"semantic_normal": np.zeros((1, 8), np.float32)})])
+def test_refuses_what_are_no_normal_features(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "similarity.safetensors").write_bytes(data)
+    with pytest.raises(BundleError, match=r"similarity.safetensors: expected safetensors with visual_normal \[P,D\]"):
+        NormalFeatures(tmp_path / "similarity.safetensors", Similarity())
 
 
 @pytest.mark.parametrize("weight,abnormal", [(0.85, True), (0.3, True), (1.0, True), (0.85, False)])

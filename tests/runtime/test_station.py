@@ -67,6 +67,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_objects_have_banks_of_their_own(other: str, tmp_path: Path) -> None:
     station = Station(tmp_path / "station", bundle())
     station.save_references("M3 screw", references())
+    (station.path / "banks/Thumbs.db").touch()  # no object
     assert station.load_references(other) is None
     station.save_references(other, references())
     assert station.enrolled() == sorted(["M3 screw", other])
