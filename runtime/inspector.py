@@ -19,7 +19,7 @@ from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, Thresholds
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
-from vmad_edge.runtime.frame import Frame, FrameSource
+from vmad_edge.runtime.frame import Colour, Frame, FrameSource, check_source
 from vmad_edge.runtime.inspection import Inspection, Region, Screening, Verdict, find_regions
 from vmad_edge.runtime.review import Milestone, PendingReview, ReviewProcess
 from vmad_edge.runtime.stages.language import check_vocabulary
@@ -155,6 +155,7 @@ class Inspector:
         review: bool = True,
         deadline_ms: float | None = None,
         bit_depth: int | None = None,
+        colour: Colour = "rgb",
     ) -> Inspection:
         """Screen one frame and, if it is suspect, review it.
 
@@ -163,21 +164,23 @@ class Inspector:
         Raises:
             BundleError: the object's references or calibration in the station must not be used, or there is nothing to
                 compare with.
+            TypeError, FrameError: what is no frame at all, see `check_source`.
 
         Args:
-            frame: an RGB array [h,w,3] uint8 (or grey, or RGBA), a path, an encoded image, or a Frame.
+            frame: an RGB array [h,w,3] uint8 (or grey, or RGBA), a PIL image, a path, an encoded image (bytes or a
+                binary file), or a Frame.
             object: the part's name: chooses the reference bank and goes into the question.
             question: instead of the manifest's; `{object}` in it is replaced.
             answer: "full" sentence or "short"; None takes the manifest's.
             review: False gives the screen alone, as does a bundle that screens only; `review(inspection)` can follow.
-            bit_depth: of 16-bit frames, see `Frame.read`.
+            bit_depth, colour: of 16-bit frames, and "bgr" of OpenCV's, see `Frame.read`.
             deadline_ms: from now. A screen that misses it is NOT_INSPECTED; a review that misses it is left out.
         """
         deadline = None if deadline_ms is None else time.monotonic() + deadline_ms / 1e3
         review = review and isinstance(self.bundle.manifest, Manifest)
         if review:
             self._reviews.start()
-        inspection = self._screened(frame, self._object(object), deadline, bit_depth)
+        inspection = self._screened(frame, self._object(object), deadline, bit_depth, colour)
         suspect = inspection.verdict in (Verdict.DEFECT, Verdict.UNCERTAIN)
         if not (review and suspect):
             return inspection
@@ -220,18 +223,19 @@ class Inspector:
         object: str | None = None,
         keep: bool = True,
         bit_depth: int | None = None,
+        colour: Colour = "rgb",
     ) -> References:
         """Make normal frames the references of `object`, in place of earlier ones.
 
         Args:
             keep: write them to the station; False uses them in this inspector alone.
-            bit_depth: of 16-bit frames, see `Frame.read`.
+            bit_depth, colour: see `Frame.read`.
 
         Raises:
             FrameError: no frames, or one that cannot be read; nothing is changed then.
         """
         name = self._object(object)
-        references = self._screen.enroll((Frame.read(frame, bit_depth) for frame in frames), self._normal)
+        references = self._screen.enroll((Frame.read(frame, bit_depth, colour) for frame in frames), self._normal)
         if keep:
             self.station.save_references(name, references)
         with self._lock:
@@ -239,7 +243,12 @@ class Inspector:
         return references
 
     def compare_unlabelled(
-        self, frames: Iterable[FrameSource], *, object: str | None = None, bit_depth: int | None = None
+        self,
+        frames: Iterable[FrameSource],
+        *,
+        object: str | None = None,
+        bit_depth: int | None = None,
+        colour: Colour = "rgb",
     ) -> None:
         """From now on compare `object`'s frames with each other: `frames` are all that will be inspected.
 
@@ -249,7 +258,7 @@ class Inspector:
         Raises:
             FrameError: too few frames that can be read, see `Unlabelled`.
         """
-        source = self._screen.unlabelled(_readable(frames, bit_depth))
+        source = self._screen.unlabelled(_readable(frames, bit_depth, colour))
         with self._lock:
             self._sources[self._object(object)] = source
 
@@ -280,13 +289,16 @@ class Inspector:
     def _with_stream(self, source: NormalFeatures | References) -> SimilaritySource:
         return Stream(source, self.bundle.manifest.similarity, self._stream) if self._stream else source
 
-    def _screened(self, source: FrameSource, object: str, deadline: float | None, bit_depth: int | None) -> Inspection:
+    def _screened(
+        self, source: FrameSource, object: str, deadline: float | None, bit_depth: int | None, colour: Colour
+    ) -> Inspection:
+        check_source(source, bit_depth, colour)
         watch = Stopwatch()
         compared_with = self._source(object)
         try:
             with watch("screen"):
                 with watch("read"):
-                    frame = Frame.read(source, bit_depth)
+                    frame = Frame.read(source, bit_depth, colour)
                 screening = self._screen.run(frame, compared_with, watch)
         except Exception as error:  # whatever went wrong in the screen is a reason, never a verdict
             path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
@@ -349,10 +361,11 @@ def _beside(source: SimilaritySource) -> SimilaritySource:
     return source.beside if isinstance(source, Stream) else source
 
 
-def _readable(frames: Iterable[FrameSource], bit_depth: int | None) -> Iterator[Frame]:
+def _readable(frames: Iterable[FrameSource], bit_depth: int | None, colour: Colour) -> Iterator[Frame]:
     for frame in frames:
+        check_source(frame, bit_depth, colour)
         with suppress(FrameError):
-            yield Frame.read(frame, bit_depth)
+            yield Frame.read(frame, bit_depth, colour)
 
 
 def _normal_features(bundle: Bundle) -> NormalFeatures | None:
