@@ -14,8 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from vmad_edge.runtime.decode import FORMATS
 from vmad_edge.runtime.errors import FrameError
-from vmad_edge.runtime.frame import FORMATS
 
 _NO_IMAGES = frozenset(
     ".cfg .conf .csv .db .doc .docx .htm .html .ini .json .jsonl .log .md .md5 .ods .odt .pdf .py .rst .sha256 .sh "  # noqa: SIM905

@@ -3,62 +3,81 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal, TypedDict, get_args
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image
 
+from vmad_edge.runtime.decode import check_size, decode, from_image, in_rgb, to_8_bits
 from vmad_edge.runtime.errors import FrameError
 
-MAX_PIXELS = 150_000_000
-"""Larger images are refused before they are decoded."""
-MIN_SIDE = 8
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""Pillow's names of what is read; of these its build may lack AVIF."""
+Colour = Literal["rgb", "bgr"]
 
 
 @dataclass(frozen=True)
 class Frame:
-    """`pixels` [h,w,3] uint8 RGB, with where it came from and when (seconds since the epoch)."""
+    """`pixels` [h,w,3] uint8 RGB, with where it came from and when (seconds since the epoch).
+
+    `Frame(…)` takes the array as it is: nobody may write to it afterwards. `Frame.read` copies.
+
+    Raises:
+        FrameError: pixels of another shape or dtype.
+    """
 
     pixels: NDArray[np.uint8]
     id: str
     path: str | None = None
     time: float = field(default_factory=time.time)
 
-    @staticmethod
-    def read(source: FrameSource, bit_depth: int | None = None) -> Frame:
-        """From an array ([h,w], [h,w,1], [h,w,3] RGB or [h,w,4] RGBA), a path, or an encoded file's bytes.
+    def __post_init__(self) -> None:
+        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 3 or self.pixels.shape[2] != 3:
+            raise FrameError(f"expected pixels [h,w,3] of uint8, got {self.pixels.shape} of {self.pixels.dtype}")
 
-        EXIF orientation is applied; grey, palette, CMYK and alpha images become RGB (alpha is dropped).
+    @staticmethod
+    def read(source: FrameSource, bit_depth: int | None = None, colour: Colour = "rgb") -> Frame:
+        """From pixels or an encoded image; the frame has its own copy.
+
+        EXIF orientation is applied; grey, palette, CMYK and alpha images become RGB (alpha is dropped). Of a camera's
+        JPEG or TIFF with previews the primary picture is taken.
 
         Args:
+            source: an array ([h,w], [h,w,1], [h,w,3] or [h,w,4] with alpha; uint8 or uint16), a PIL image, a path, an
+                encoded file's bytes (or bytearray, memoryview), or a binary file object, read from where it stands.
             bit_depth: of uint16 arrays and 16-bit files, 9 to 16: how many bits their values use (a 12-bit camera's
-                values reach 4095). Their high 8 bits are kept. Never guessed.
+                values reach 4095). Their high 8 bits are kept. Never guessed; not needed where the file says it
+                (packed TIFF, PGM and PPM with a maximum below 65535), and then it must agree. Of no meaning for 8 bits.
+            colour: "bgr" if the channels are in OpenCV's order, in an array or in what was written to the file.
 
         Raises:
-            FrameError: unreadable, too small, too large, animated; 16-bit without a fitting `bit_depth`.
+            TypeError: none of these sources.
+            FrameError: unreadable, not whole, too small, too large, too thin, animated; 16-bit without a fitting
+                `bit_depth`; an array of another shape or dtype.
         """
+        check_source(source, bit_depth, colour)
         if isinstance(source, Frame):
+            check_size(source.pixels.shape[1], source.pixels.shape[0], source.id)
             return source
+        id, path = "array", None
         if isinstance(source, np.ndarray):
-            return Frame(_from_array(source, bit_depth), "array")
-        if isinstance(source, bytes):
-            return Frame(_decode(source, "the given bytes", bit_depth), "bytes")
-        path = os.fspath(source)
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise FrameError(f"{path}: cannot be read ({_why(path, error)})") from None
-        return Frame(_decode(data, path, bit_depth), path, path)
+            pixels = _from_array(source, bit_depth)
+        elif isinstance(source, Image.Image):
+            id = str(getattr(source, "filename", "")) or "image"
+            pixels = from_image(source, id, bit_depth)
+        elif isinstance(source, bytes | bytearray | memoryview):
+            id = "bytes"
+            pixels = decode(bytes(source), "the given bytes", bit_depth)
+        elif isinstance(source, str | os.PathLike):
+            id = path = os.fspath(source)
+            pixels = decode(_bytes_of(path), path, bit_depth)
+        else:
+            id = name if isinstance(name := getattr(source, "name", None), str) else "file"
+            pixels = decode(_read(source, id), id, bit_depth)
+        return Frame(pixels if colour == "rgb" else np.ascontiguousarray(pixels[:, :, ::-1]), id, path)
 
     @property
     def pixel_hash(self) -> str:
@@ -66,7 +85,75 @@ class Frame:
         return hashlib.sha256(f"{self.pixels.shape}".encode() + self.pixels.tobytes()).hexdigest()
 
 
-FrameSource = Frame | NDArray[Any] | bytes | str | os.PathLike[str]
+FrameSource = (
+    Frame | NDArray[Any] | Image.Image | bytes | bytearray | memoryview | str | os.PathLike[str] | IO[bytes]
+)  # fmt: skip
+
+
+class Reading(TypedDict):
+    """The options of `Frame.read`, to be passed along: `Frame.read(source, **reading)`."""
+
+    bit_depth: int | None
+    colour: Colour
+
+
+AS_STORED: Reading = {"bit_depth": None, "colour": "rgb"}
+
+
+def check_source(source: FrameSource, bit_depth: int | None, colour: Colour) -> None:
+    """Raises what is wrong with the call and not with the frame.
+
+    Raises:
+        TypeError: no source of frames, or a `bit_depth` that is no number.
+        FrameError: an array of another shape or dtype than `Frame.read` takes, or of uint16 without its `bit_depth`;
+            a `bit_depth` or `colour` that there is not.
+    """
+    if bit_depth is not None and type(bit_depth) is not int:
+        raise TypeError(f"bit_depth: expected an int or None, got {type(bit_depth).__name__}")
+    if bit_depth is not None and not 9 <= bit_depth <= 16:
+        raise FrameError(f"bit_depth: expected 9 to 16 for 16-bit values, got {bit_depth}")
+    if colour not in get_args(Colour):
+        raise FrameError(f"colour: expected rgb or bgr, got {colour!r}")
+    if isinstance(source, np.ndarray):
+        _check_array(source, bit_depth)
+    elif not isinstance(
+        source, Frame | Image.Image | bytes | bytearray | memoryview | str | os.PathLike
+    ) and not hasattr(source, "read"):
+        raise TypeError(
+            "expected a NumPy array, a PIL image, a path, an encoded image's bytes, a binary file or a Frame, "
+            f"got {type(source).__module__}.{type(source).__qualname__}"
+        )
+
+
+def _check_array(array: NDArray[Any], bit_depth: int | None) -> None:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise FrameError(f"expected an array [h,w], [h,w,1], [h,w,3] RGB or [h,w,4] RGBA, got shape {array.shape}")
+    if array.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
+        raise FrameError(f"expected an array of uint8, or of uint16 with its bit_depth, got {array.dtype}")
+    if array.dtype.itemsize == 2 and bit_depth is None:
+        raise FrameError("the array: 16-bit values; say how many of the bits they use (bit_depth 10, 12, 16, …)")
+
+
+def _from_array(array: NDArray[Any], bit_depth: int | None) -> NDArray[np.uint8]:
+    check_size(array.shape[1], array.shape[0], "the array")
+    return in_rgb(array if array.dtype == np.uint8 else to_8_bits(array, bit_depth, "the array"))
+
+
+def _read(file: IO[bytes], name: str) -> bytes:
+    try:
+        data = file.read()
+    except OSError as error:
+        raise FrameError(f"{name}: cannot be read ({error.strerror or type(error).__name__})") from None
+    if not isinstance(data, bytes):
+        raise TypeError(f"{name}: expected a file opened in binary mode, got {type(data).__name__} of its read()")
+    return data
+
+
+def _bytes_of(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise FrameError(f"{path}: cannot be read ({_why(path, error)})") from None
 
 
 def _why(path: str, error: OSError) -> str:
@@ -80,61 +167,3 @@ def _why(path: str, error: OSError) -> str:
     except OSError as closer:
         return f"a folder that cannot be listed: {closer.strerror}"
     return error.strerror or type(error).__name__
-
-
-def _from_array(array: NDArray[Any], bit_depth: int | None) -> NDArray[np.uint8]:
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
-        raise FrameError(f"expected an array [h,w], [h,w,1], [h,w,3] RGB or [h,w,4] RGBA, got shape {array.shape}")
-    _check_size(array.shape[1], array.shape[0], "the array")
-    if array.dtype == np.uint16:
-        array = _to_8_bits(array, bit_depth, "the array")
-    if array.dtype != np.uint8:
-        raise FrameError(f"expected an array of uint8, or of uint16 with its bit_depth, got {array.dtype}")
-    return np.ascontiguousarray(np.broadcast_to(array[:, :, :3], (*array.shape[:2], 3)))
-
-
-def _decode(data: bytes, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's: of size, where _check_size is stricter, and of odd metadata
-            with Image.open(io.BytesIO(data)) as image:
-                _check_size(*image.size, name)
-                if (count := getattr(image, "n_frames", 1)) != 1:
-                    raise FrameError(f"{name}: expected one image, found {count} (an animation or a stack)")
-                if image.mode == "F" or (image.mode == "I" and not _is_16_bit(image)):
-                    raise FrameError(f"{name}: expected 8 or 16 bits a channel, found 32; convert it first")
-                if not _is_16_bit(image):
-                    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        # Pillow halves 16-bit colour by itself and has no mode for it; OpenCV keeps the values.
-        deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-        if deep is None or deep.dtype != np.uint16:
-            raise FrameError(f"{name}: not a readable 16-bit image")
-        return np.ascontiguousarray(_to_8_bits(np.asarray(deep, np.uint16), bit_depth, name)[:, :, ::-1])
-    except FrameError:
-        raise
-    except Exception as error:  # decoders raise many kinds on broken files
-        raise FrameError(f"{name}: not a readable image ({error or type(error).__name__})") from None
-
-
-def _is_16_bit(image: ImageFile.ImageFile) -> bool:
-    """Whether the file holds 16 bits a channel, whatever mode Pillow would turn them into ("RGB;16B", "I;16B")."""
-    return image.mode.startswith("I;16") or any(";16" in str(tile.args) for tile in image.tile)
-
-
-def _to_8_bits(values: NDArray[np.uint16], bit_depth: int | None, name: str) -> NDArray[np.uint8]:
-    if bit_depth is None:
-        raise FrameError(f"{name}: 16-bit values; say how many of the bits they use (bit_depth 10, 12, 16, …)")
-    if not 9 <= bit_depth <= 16:
-        raise FrameError(f"bit_depth: expected 9 to 16 for 16-bit values, got {bit_depth}")
-    if (highest := int(values.max())) >= 1 << bit_depth:
-        raise FrameError(f"{name}: a value of {highest} does not fit the given bit_depth of {bit_depth}")
-    return (values >> (bit_depth - 8)).astype(np.uint8)
-
-
-def _check_size(width: int, height: int, name: str) -> None:
-    if min(width, height) < MIN_SIDE:
-        raise FrameError(f"{name}: {width}×{height} pixels; expected at least {MIN_SIDE}×{MIN_SIDE}")
-    if width * height > MAX_PIXELS:
-        raise FrameError(f"{name}: {width}×{height} pixels; expected at most {MAX_PIXELS:,} in all")

@@ -21,7 +21,7 @@ from vmad_edge.runtime.bundle import Answer, Bundle, Manifest
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
-from vmad_edge.runtime.frame import Frame, FrameSource
+from vmad_edge.runtime.frame import Colour, Frame, FrameSource, check_source
 from vmad_edge.runtime.inspection import Inspection, Reason, Region, Screening, Verdict, find_regions, verdict_of
 from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, ReviewProcess
 from vmad_edge.runtime.stages.language import check_vocabulary
@@ -187,6 +187,7 @@ class Inspector:
         deadline_ms: float | None = None,
         bit_depth: int | None = None,
         frame_id: str | None = None,
+        colour: Colour = "rgb",
     ) -> Inspection:
         """Screen one frame and, if it is suspect, review it.
 
@@ -196,14 +197,16 @@ class Inspector:
             BundleError: the object's references or calibration in the station must not be used, there is nothing to
                 compare with, or the station knows other objects but not this one (see `fallback` of `open`).
             VmadError: the inspector is closed.
+            TypeError, FrameError: what is no frame at all, see `check_source`.
 
         Args:
-            frame: an RGB array [h,w,3] uint8 (or grey, or RGBA), a path, an encoded image, or a Frame.
+            frame: an RGB array [h,w,3] uint8 (or grey, or RGBA), a PIL image, a path, an encoded image (bytes or a
+                binary file), or a Frame.
             object: the part's name: chooses the reference bank and goes into the question.
             question: instead of the manifest's; `{object}` in it is replaced.
             answer: "full" sentence or "short"; None takes the manifest's.
             review: False gives the screen alone, as does a bundle that screens only; `review(inspection)` can follow.
-            bit_depth: of 16-bit frames, see `Frame.read`.
+            bit_depth, colour: of 16-bit frames, and "bgr" of OpenCV's, see `Frame.read`.
             deadline_ms: from now. A screen that misses it is NOT_INSPECTED; a review that misses it is left out.
             frame_id: the Inspection's `frame.id`, for frames without a path: a trigger's number, a serial.
         """
@@ -212,7 +215,7 @@ class Inspector:
         review = review and isinstance(self.bundle.manifest, Manifest)
         if review:
             self._reviews.start()
-        inspection = self._screened(frame, self._object(object), deadline, bit_depth, frame_id)
+        inspection = self._screened(frame, self._object(object), deadline, bit_depth, colour, frame_id)
         suspect = inspection.verdict in (Verdict.DEFECT, Verdict.UNCERTAIN)
         if not (review and suspect):
             return inspection
@@ -258,19 +261,20 @@ class Inspector:
         object: str | None = None,
         keep: bool = True,
         bit_depth: int | None = None,
+        colour: Colour = "rgb",
     ) -> References:
         """Make normal frames the references of `object`, in place of earlier ones.
 
         Args:
             keep: write them to the station; False uses them in this inspector alone.
-            bit_depth: of 16-bit frames, see `Frame.read`.
+            bit_depth, colour: see `Frame.read`.
 
         Raises:
             FrameError: no frames, or one that cannot be read; nothing is changed then.
         """
         self._must_be_open()
         name = self._object(object)
-        references = self._screen.enroll((Frame.read(frame, bit_depth) for frame in frames), self._normal)
+        references = self._screen.enroll((Frame.read(frame, bit_depth, colour) for frame in frames), self._normal)
         if keep:
             self.station.save_references(name, references)
         with self._lock:
@@ -278,7 +282,12 @@ class Inspector:
         return references
 
     def compare_unlabelled(
-        self, frames: Iterable[FrameSource], *, object: str | None = None, bit_depth: int | None = None
+        self,
+        frames: Iterable[FrameSource],
+        *,
+        object: str | None = None,
+        bit_depth: int | None = None,
+        colour: Colour = "rgb",
     ) -> None:
         """From now on compare `object`'s frames with each other: `frames` are all that will be inspected.
 
@@ -289,7 +298,7 @@ class Inspector:
             FrameError: too few frames that can be read, see `Unlabelled`.
         """
         self._must_be_open()
-        source = self._screen.unlabelled(_readable(frames, bit_depth))
+        source = self._screen.unlabelled(_readable(frames, bit_depth, colour))
         with self._lock:
             self._sources[self._object(object)] = source
 
@@ -344,8 +353,15 @@ class Inspector:
         return Stream(source, self.bundle.manifest.similarity, self._stream) if self._stream else source
 
     def _screened(
-        self, source: FrameSource, object: str, deadline: float | None, bit_depth: int | None, frame_id: str | None
+        self,
+        source: FrameSource,
+        object: str,
+        deadline: float | None,
+        bit_depth: int | None,
+        colour: Colour,
+        frame_id: str | None,
     ) -> Inspection:
+        check_source(source, bit_depth, colour)
         watch = Stopwatch()
         compared_with = self._source(object)
         path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
@@ -355,7 +371,7 @@ class Inspector:
         try:
             with watch("screen"):
                 with watch("read"):
-                    frame = Frame.read(source, bit_depth)
+                    frame = Frame.read(source, bit_depth, colour)
                     frame = frame if frame_id is None else replace(frame, id=frame_id)
                 screening = self._screen.run(frame, compared_with, watch)
             met = None if deadline is None else time.monotonic() <= deadline
@@ -419,10 +435,11 @@ def _beside(source: SimilaritySource) -> SimilaritySource:
     return source.beside if isinstance(source, Stream) else source
 
 
-def _readable(frames: Iterable[FrameSource], bit_depth: int | None) -> Iterator[Frame]:
+def _readable(frames: Iterable[FrameSource], bit_depth: int | None, colour: Colour) -> Iterator[Frame]:
     for frame in frames:
+        check_source(frame, bit_depth, colour)
         with suppress(FrameError):
-            yield Frame.read(frame, bit_depth)
+            yield Frame.read(frame, bit_depth, colour)
 
 
 def _normal_features(bundle: Bundle) -> NormalFeatures | None:

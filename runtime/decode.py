@@ -1,0 +1,262 @@
+"""Encoded images to 8-bit RGB: Pillow reads them, OpenCV where Pillow would drop the low bits of 16-bit values."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import warnings
+from functools import cache
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from vmad_edge.runtime.errors import FrameError
+
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""Pillow's names of what is read; of these its build may lack AVIF."""
+MAX_PIXELS = 150_000_000
+"""Larger images are refused before they are decoded."""
+MIN_SIDE, MAX_SIDE = 8, 65_535
+MAX_ASPECT = 100
+"""Long side to short side: a system that pads or crops to a square sees nothing of thinner frames."""
+
+_TIFF = {b"II*\0": ("<L", 4), b"MM\0*": (">L", 4), b"II+\0": ("<Q", 8)}
+"""Of a TIFF's and a little-endian BigTIFF's first bytes: how and where the first page's offset is written."""
+_LOSSLESS = {1, 5, 8, 32773, 32946}
+"""None, LZW, Deflate, PackBits and Adobe's Deflate: the compressions of TIFF that are read with more than 8 bits."""
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+"""A JPEG's marker, where entropy-coded data end; FF 00 and the restart markers are part of them."""
+
+
+def decode(data: bytes, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
+    """[h,w,3] RGB, turned as its EXIF data say; `bit_depth` as for `Frame.read`.
+
+    Of several pictures in a file the primary one is taken where the file says which that is: a camera's JPEG with
+    previews (MPO), a TIFF with pages of reduced resolution.
+
+    Raises:
+        FrameError: not readable, not whole, too small, too large, too thin; an animation or a stack; deep values that
+            `bit_depth` does not fit, or in an arrangement that is not read.
+    """
+    if not data:
+        raise FrameError(f"{name}: not a readable image (it is empty)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's: of size, where check_size is stricter, and of odd metadata
+            return _decode(data, name, bit_depth)
+    except (FrameError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise FrameError(f"{name}: not a readable image (damaged from its start on, or none of {known})") from None
+    except Image.DecompressionBombError:
+        raise FrameError(f"{name}: its size exceeds limits; expected at most {MAX_PIXELS:,} pixels in all") from None
+    except Exception:  # decoders raise many kinds on broken files, in words that say nothing to a user
+        raise FrameError(f"{name}: not a readable image (damaged or cut off)") from None
+
+
+def from_image(image: Image.Image, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
+    """[h,w,3] RGB of a PIL image, turned as its EXIF data say.
+
+    Raises:
+        FrameError: as of `decode`; a file of more than 8 bits that was opened with Pillow, which drops some of them.
+    """
+    check_size(*image.size, name)
+    if image.format is not None and (image.mode.startswith("I;16") or _is_16_bit(image)):
+        raise FrameError(f"{name}: Pillow does not keep 16-bit files whole; give the path or the file's bytes instead")
+    if image.mode.startswith("I;16"):
+        return in_rgb(to_8_bits(np.asarray(image).astype(np.uint16), bit_depth, name))
+    try:
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except ValueError:
+        raise FrameError(f"{name}: PIL's mode {image.mode} is not read; convert it to RGB first") from None
+    except (OSError, SyntaxError):  # opened, and decoded only now
+        raise FrameError(f"{name}: not a readable image (damaged or cut off)") from None
+
+
+def check_size(width: int, height: int, name: str) -> None:
+    """Raises a FrameError for what no system sees anything of, or what would need too much memory."""
+    found = f"{name}: {width}×{height} pixels"
+    if min(width, height) < MIN_SIDE:
+        raise FrameError(f"{found}; expected at least {MIN_SIDE}×{MIN_SIDE}")
+    if width * height > MAX_PIXELS:
+        raise FrameError(f"{found}; expected at most {MAX_PIXELS:,} in all")
+    if max(width, height) > MAX_SIDE:
+        raise FrameError(f"{found}; expected sides of at most {MAX_SIDE:,}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise FrameError(f"{found}; expected the long side to be at most {MAX_ASPECT} times the short one")
+
+
+def to_8_bits(values: NDArray[np.uint16], bit_depth: int | None, name: str) -> NDArray[np.uint8]:
+    """The high 8 of the `bit_depth` bits that `values` use."""
+    if bit_depth is None:
+        raise FrameError(f"{name}: 16-bit values; say how many of the bits they use (bit_depth 10, 12, 16, …)")
+    if (highest := int(values.max())) >= 1 << bit_depth:
+        raise FrameError(f"{name}: a value of {highest} does not fit the given bit_depth of {bit_depth}")
+    return (values >> (bit_depth - 8)).astype(np.uint8)
+
+
+def in_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[h,w], [h,w,1], [h,w,3] or [h,w,4] → a new array [h,w,3]; alpha is dropped."""
+    channels = pixels[:, :, None] if pixels.ndim == 2 else pixels[:, :, :3]
+    return np.array(np.broadcast_to(channels, (*channels.shape[:2], 3)), order="C")
+
+
+def _decode(data: bytes, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
+    if data.startswith(b"\xff\xd8") and not _ends(data):
+        raise FrameError(f"{name}: not a readable image (cut off: the JPEG does not end)")
+    if data[:4] in _TIFF:
+        data, page = _primary_page(data, name)
+        if max(page.get(258, (1,))) > 8:
+            return _deep_tiff(data, page, name, bit_depth)
+    with Image.open(io.BytesIO(data), formats=_opened()) as image:
+        check_size(*image.size, name)
+        if image.format not in ("MPO", "TIFF") and (count := getattr(image, "n_frames", 1)) != 1:
+            raise FrameError(f"{name}: expected one image, found {count} (an animation or a stack)")
+        if image.format == "PPM" and image.mode in ("I", "RGB") and (maxval := _maxval(image)) > 255:
+            return _deep_pnm(data, image, maxval, name, bit_depth)
+        if image.format == "JPEG2000" and (bits := _bits_of_jpeg2000(data)) > 8:
+            raise FrameError(f"{name}: JPEG 2000 of {bits} bits a channel is not read; convert it to TIFF or PNG first")
+        if image.format == "PNG" and _is_16_bit(image):
+            return _deep_png(data, image, name, bit_depth)
+        if image.mode in ("F", "I", "LAB"):
+            kind = "L*a*b* colours" if image.mode == "LAB" else "32"
+            raise FrameError(f"{name}: expected 8 or 16 bits a channel, grey or RGB, found {kind}; convert it first")
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+@cache
+def _opened() -> tuple[str, ...]:
+    Image.init()
+    return tuple(form for form in FORMATS if form in Image.OPEN)  # MPO is opened as JPEG
+
+
+def _ends(jpeg: bytes) -> bool:
+    """Whether the first picture's end is there; what lies behind it (padding, previews, a signature) may be anything.
+
+    A file that was written half and padded with zeros decodes to a picture with a grey part.
+    """
+    place = 2
+    while found := _MARKER.search(jpeg, place):
+        if found[1] == b"\xd9":
+            return True
+        place = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
+    return False
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Whether a file just opened holds 16 bits a channel, whatever mode Pillow would turn them into ("RGB;16B")."""
+    return any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
+
+
+def _primary_page(data: bytes, name: str) -> tuple[bytes, ImageFileDirectory_v2]:
+    """A TIFF with the offset of its only full page in front, and that page's tags."""
+    form, place = _TIFF[data[:4]]
+    begin = data[: 2 * place]
+    pages: dict[int, ImageFileDirectory_v2] = {}
+    file, (offset,) = io.BytesIO(data), struct.unpack(form, data[place : 2 * place])
+    while offset and offset not in pages:
+        file.seek(offset)
+        pages[offset] = ImageFileDirectory_v2(begin)
+        pages[offset].load(file)
+        offset = pages[offset].next
+    whole = [offset for offset, page in pages.items() if not (page.get(254, 0) & 5 or page.get(255) == 2)]
+    if len(whole) != 1:
+        raise FrameError(
+            f"{name}: expected one image, found {len(whole)} pages of full size (a stack, or a raw file's preview)"
+        )
+    page = pages[whole[0]]
+    if (kind := max(page.get(339, (1,)))) not in (1, 4) or max(page.get(258, (1,))) > 16:
+        what = {2: "signed", 3: "floating-point"}.get(kind, "unsigned")
+        raise FrameError(
+            f"{name}: expected 8 or 16 bits a channel, unsigned, found {max(page.get(258, (1,)))}, {what}; "
+            "convert it first"
+        )
+    return data[:place] + struct.pack(form, whole[0]) + data[2 * place :], page
+
+
+def _deep_tiff(data: bytes, page: ImageFileDirectory_v2, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
+    width, height, samples, photometric = (int(page.get(tag, 1)) for tag in (256, 257, 277, 262))
+    check_size(width, height, name)
+    bits, planar, compression = page[258], page.get(284, 1), page.get(259, 1)
+    if not (
+        set(bits) in ({10}, {12}, {14}, {16})
+        and (photometric, samples) in ((0, 1), (1, 1), (2, 3), (2, 4))
+        and (planar == 1 or samples == 1)
+        and page.get(266, 1) == 1
+        and compression in ({1} if bits[0] < 16 else _LOSSLESS)
+    ):
+        raise FrameError(
+            f"{name}: a TIFF of {samples} × {bits[0]} bits (photometric {photometric}, planar configuration {planar}, "
+            f"compression {compression}) is not read; expected grey, RGB or RGBA of 10, 12, 14 or 16 bits, the "
+            "channels side by side, compressed without loss or (below 16 bits) not at all; convert it first"
+        )
+    parts = zip(page.get(273) or page[324], page.get(279) or page[325], strict=True)
+    if max(start + count for start, count in parts) > len(data):
+        raise FrameError(f"{name}: not a readable image (cut off)")
+    values = _with_opencv(data)
+    if bits[0] == 16:
+        pixels = to_8_bits(values, bit_depth, name)
+    else:
+        _agree(bits[0], bit_depth, name)
+        pixels = (values >> 8).astype(np.uint8)  # OpenCV moves packed values up to 16 bits
+    return in_rgb(255 - pixels if photometric == 0 else pixels)
+
+
+def _deep_png(data: bytes, image: ImageFile.ImageFile, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
+    image.load()  # OpenCV fills what is missing of a file with black; Pillow raises
+    pixels = Image.fromarray(in_rgb(to_8_bits(_with_opencv(data), bit_depth, name)))
+    pixels.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return np.array(ImageOps.exif_transpose(pixels))
+
+
+def _with_opencv(data: bytes) -> NDArray[np.uint16]:
+    """[h,w] or [h,w,c] in the order RGB(A), as stored."""
+    level = cv2.utils.logging.setLogLevel(0)  # of what is damaged an exception tells
+    try:
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+    if values is None or values.dtype != np.uint16:
+        raise ValueError("not decoded")
+    return np.asarray(values[:, :, 2::-1] if values.ndim == 3 else values, np.uint16)
+
+
+def _maxval(image: ImageFile.ImageFile) -> int:
+    codec, _, _, args = image.tile[0]
+    return int(args[-1]) if codec.startswith("ppm") and args else 65535 if _is_16_bit(image) else 255
+
+
+def _deep_pnm(
+    data: bytes, image: ImageFile.ImageFile, maxval: int, name: str, bit_depth: int | None
+) -> NDArray[np.uint8]:
+    codec, _, offset, _ = image.tile[0]
+    shape = image.height, image.width, 3 if image.mode == "RGB" else 1
+    values: NDArray[Any]
+    if codec == "ppm_plain":
+        values = np.array(re.sub(rb"#[^\r\n]*", b"", data[offset:]).split()[: np.prod(shape)], np.int64)
+    else:
+        values = np.frombuffer(data, ">u2", int(np.prod(shape)), offset)
+    values = values.reshape(shape)
+    if not 0 <= values.min() <= values.max() <= maxval:
+        raise FrameError(f"{name}: a value of {values.max()}, where the file says that they reach {maxval}")
+    if maxval == 65535:  # of any 16-bit array's file, whatever its values use
+        return in_rgb(to_8_bits(values.astype(np.uint16), bit_depth, name))
+    _agree(maxval.bit_length(), bit_depth, name)
+    return in_rgb((values.astype(np.uint32) * 256 // (maxval + 1)).astype(np.uint8))
+
+
+def _agree(bits: int, bit_depth: int | None, name: str) -> None:
+    if bit_depth not in (None, bits):
+        raise FrameError(f"{name}: the file says that its values use {bits} bits; got a bit_depth of {bit_depth}")
+
+
+def _bits_of_jpeg2000(data: bytes) -> int:
+    """Of the first channel, from the codestream's SIZ segment."""
+    start = data.index(b"\xff\x4f\xff\x51")
+    return (data[start + 42] & 0x7F) + 1
