@@ -31,7 +31,8 @@ from rich.table import Table
 from vmad_edge.runtime.benchmark import WHOLE, Spread, Times, take_turns
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.engines import Device
-from vmad_edge.runtime.frame import Frame, list_images
+from vmad_edge.runtime.folders import list_images
+from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.machine import RunInProgress, peak_mib
 
 BARS = {"screen": 1.2, "review": 2.0}

@@ -24,7 +24,8 @@ from vmad_edge.export.models.mobile_sam import MobileSamConfig, load_mobile_sam
 from vmad_edge.export.precision import LIMIT, fp16_session, write_fp16
 from vmad_edge.runtime.bundle import SamInput
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from vmad_edge.runtime.frame import Frame, list_images
+from vmad_edge.runtime.folders import list_images
+from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages.preprocess import sam_pixels
 
 SIZE = 1024

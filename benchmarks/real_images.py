@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
-from vmad_edge.runtime.frame import list_images
+from vmad_edge.runtime.folders import list_images
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import RunInProgress, peak_mib
 

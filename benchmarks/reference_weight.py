@@ -23,7 +23,8 @@ from sklearn.metrics import roc_auc_score
 
 from vmad_edge.kernels import ReferenceBank, max_cosine
 from vmad_edge.runtime.bundle import Bundle
-from vmad_edge.runtime.frame import Frame, list_images
+from vmad_edge.runtime.folders import list_images
+from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.machine import RunInProgress
 from vmad_edge.runtime.stages.similarity import NormalFeatures, image_score
 from vmad_edge.runtime.systems.vmad import Screen

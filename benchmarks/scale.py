@@ -23,7 +23,7 @@ from typing import Any
 
 from record import load, save
 
-from vmad_edge.runtime.frame import list_images
+from vmad_edge.runtime.folders import list_images
 from vmad_edge.runtime.machine import RunInProgress
 
 TARGET = (8, 9)

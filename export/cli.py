@@ -17,7 +17,7 @@ from rich.table import Table
 from vmad_edge.runtime.bundle import Bundle, ClipInput, Language, Precision, Similarity, Weights
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.errors import VmadError
-from vmad_edge.runtime.frame import list_images
+from vmad_edge.runtime.folders import list_images
 
 _QUANTIZATIONS = get_args(Language.model_fields["quantization"].annotation)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -26,7 +26,7 @@ from vmad_edge.runtime.bundle import Manifest, Precision
 from vmad_edge.runtime.engines import Arrays
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from vmad_edge.runtime.errors import FrameError
-from vmad_edge.runtime.frame import list_images
+from vmad_edge.runtime.folders import list_images
 
 LEAST_FRAMES = 16
 """To calibrate on: a range that few frames showed is soon exceeded."""

@@ -21,7 +21,7 @@ from vmad_edge.export.parity_page import ParityPage
 from vmad_edge.export.precision import lower
 from vmad_edge.runtime.bundle import Bundle, Language, Manifest, Precision, Vision, seal
 from vmad_edge.runtime.errors import CheckpointError
-from vmad_edge.runtime.frame import list_images
+from vmad_edge.runtime.folders import list_images
 
 _WRITERS = ("vmad-edge", "torch", "transformers", "onnx", "onnxscript", "gguf", "llama-cpp-python")
 

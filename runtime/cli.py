@@ -34,7 +34,7 @@ from vmad_edge.runtime.evaluate_page import warnings, write_page
 from vmad_edge.runtime.floors import chain_of, floors
 from vmad_edge.runtime.floors import facts as floors_facts
 from vmad_edge.runtime.floors import table as floors_table
-from vmad_edge.runtime.frame import list_images
+from vmad_edge.runtime.folders import find_images, list_images
 from vmad_edge.runtime.hardware import HARDWARE
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
@@ -82,10 +82,14 @@ def add_inspect(subcommands: Subcommands) -> None:
         help="inspect images: verdict, heat map, mask, explanation",
         description="Inspect images. Every frame is screened; suspects are reviewed by the language model.",
         epilog="Exit status: 0 all GOOD; 1 a DEFECT; 2 usage or bundle error; "
-        "3 UNCERTAIN or NOT_INSPECTED but no DEFECT.",
+        "3 UNCERTAIN or NOT_INSPECTED, or a file left out that may be an image, but no DEFECT. Left out of folders are "
+        "names that begin with a dot, folders of NAS systems and notebooks, and files that are no images: all are "
+        "named, and those with endings such as .txt, .json, .csv or .db leave the status as it is.",
     )
     _add_bundle(parser)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="image files, or folders of them (recursive)")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="image files, or folders of them (with all below; links are followed)"
+    )
     sources = parser.add_mutually_exclusive_group()
     sources.add_argument("--references", metavar="DIR", help="compare with the normal parts in DIR, for this run alone")
     sources.add_argument(
@@ -275,7 +279,10 @@ def _open(args: argparse.Namespace, stream: int = 0) -> Inspector:
 def _inspect(args: argparse.Namespace) -> int:
     if args.stream and args.unlabelled:
         raise VmadError("expected --stream or --unlabelled, got both")
-    paths = list_images(args.paths)
+    found = find_images(args.paths)
+    paths = found.paths
+    if found.left_out:
+        _err.print(found.said, markup=False, soft_wrap=True)
     if args.maps is not None and len(places := set(map(_in_folders, paths))) < len(paths):
         raise VmadError(
             f"--maps: {len(paths)} frames would write {len(places)} maps: some differ by their ending alone"
@@ -313,7 +320,7 @@ def _inspect(args: argparse.Namespace) -> int:
     verdicts = {inspection.verdict for inspection in done}
     if Verdict.DEFECT in verdicts:
         return 1
-    return 0 if verdicts == {Verdict.GOOD} else 3
+    return 0 if verdicts == {Verdict.GOOD} and not found.missed else 3
 
 
 def _write_maps(inspection: Inspection, folder: Path) -> None:

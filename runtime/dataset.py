@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vmad_edge.runtime.errors import FrameError
-from vmad_edge.runtime.frame import SUFFIXES
+from vmad_edge.runtime.folders import walk
 
 _VISA = Path("split_csv/1cls.csv")
 _COLUMNS = {"object", "split", "label", "image", "mask"}
@@ -100,7 +100,7 @@ def _read_mvtec(folder: Path) -> Category:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return [Path(path) for path in walk([folder] if folder.is_dir() else []).paths]
 
 
 def _read_visa(folder: Path) -> list[Category]:

@@ -21,7 +21,8 @@ from vmad_edge.runtime.errors import FrameError
 MAX_PIXELS = 150_000_000
 """Larger images are refused before they are decoded."""
 MIN_SIDE = 8
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""Pillow's names of what is read; of these its build may lack AVIF."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Frame:
         try:
             data = Path(path).read_bytes()
         except OSError as error:
-            raise FrameError(f"{path}: cannot be read ({error.strerror})") from None
+            raise FrameError(f"{path}: cannot be read ({_why(path, error)})") from None
         return Frame(_decode(data, path, bit_depth), path, path)
 
     @property
@@ -68,24 +69,17 @@ class Frame:
 FrameSource = Frame | NDArray[Any] | bytes | str | os.PathLike[str]
 
 
-def list_images(paths: list[str]) -> list[str]:
-    """The given files as they are, and the image files of the given folders, recursively and sorted.
-
-    Raises:
-        FrameError: a path that does not exist, or nothing to inspect at all.
-    """
-    found: list[str] = []
-    for path in paths:
-        if not Path(path).exists():
-            raise FrameError(f"{path} does not exist; expected an image file or a folder of images")
+def _why(path: str, error: OSError) -> str:
+    """Why a path could not be read, also one that is a link to nothing or a folder that may not be listed."""
+    try:
         if Path(path).is_dir():
-            inside = (p for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            found += sorted(map(str, inside))
-        else:
-            found.append(path)
-    if not found:
-        raise FrameError(f"no images in {', '.join(paths)}; looked for {', '.join(sorted(SUFFIXES))}")
-    return found
+            next(Path(path).iterdir(), None)
+            return "a folder"
+        if Path(path).is_symlink():
+            return f"a link to {Path(path).readlink()}: {error.strerror}"
+    except OSError as closer:
+        return f"a folder that cannot be listed: {closer.strerror}"
+    return error.strerror or type(error).__name__
 
 
 def _from_array(array: NDArray[Any], bit_depth: int | None) -> NDArray[np.uint8]:

@@ -11,7 +11,8 @@ from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.parity import Exported, measure
 from vmad_edge.export.pipeline import export
 from vmad_edge.runtime.bundle import Bundle
-from vmad_edge.runtime.frame import Frame, list_images
+from vmad_edge.runtime.folders import list_images
+from vmad_edge.runtime.frame import Frame
 
 DEMO = Path(__file__).parents[2] / "demo"
 

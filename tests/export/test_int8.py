@@ -28,7 +28,7 @@ from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.cli import main
 from vmad_edge.runtime.engines import Arrays, onnxruntime
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from vmad_edge.runtime.frame import list_images
+from vmad_edge.runtime.folders import list_images
 
 
 @pytest.fixture(scope="module")

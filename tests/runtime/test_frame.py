@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vmad_edge.runtime.errors import FrameError
-from vmad_edge.runtime.frame import Frame, list_images
+from vmad_edge.runtime.frame import Frame
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
 
@@ -114,17 +113,3 @@ def test_deep_values_keep_their_high_bits(bits: int, kind: str, colour: bool) ->
 def test_wrong_bit_depth(depth: int, says: str) -> None:
     with pytest.raises(FrameError, match=says):
         Frame.read(np.full((20, 20), 2000, np.uint16), bit_depth=depth)
-
-
-def test_list_images(tmp_path: Path) -> None:
-    for name in ("b.png", "a.JPG", "notes.txt", "deep/c.tiff"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = [str(Path(path).relative_to(tmp_path)) for path in list_images([str(tmp_path)])]
-    assert found == ["a.JPG", "b.png", "deep/c.tiff"]
-    assert list_images([str(tmp_path / "notes.txt")]) == [str(tmp_path / "notes.txt")]
-    with pytest.raises(FrameError, match="does not exist"):
-        list_images([str(tmp_path / "nothing")])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FrameError, match="no images"):
-        list_images([str(tmp_path / "empty")])
