@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.labelled import Category, LabelledFrame
-from vmad_edge.runtime.layouts import read_folders, read_real_iad, read_visa
+from vmad_edge.runtime.layouts import read_kinds, read_real_iad, read_sides, read_visa
 
 __all__ = ["Category", "LabelledFrame", "read_dataset"]
 
@@ -20,7 +20,7 @@ def read_dataset(folder: Path, only: Iterable[str] = ()) -> list[Category]:
     """
     if not folder.is_dir():
         raise FrameError(f"{folder}: expected a data set's folder, found none")
-    read = (read_visa, read_folders, read_real_iad)
+    read = (read_visa, read_kinds, read_real_iad, read_sides)  # Real-IAD has OK beside NG as well
     found = next((categories for reader in read if (categories := reader(folder)) is not None), [])
     if not found:
         raise FrameError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -25,8 +25,8 @@ _COLUMNS = {"object", "split", "label", "image", "mask"}
 _UNLABELLED = ("test_private", "test_private_mixed")
 
 
-def read_folders(folder: Path) -> list[Category] | None:
-    """A folder a category, a folder a kind of defect.
+def read_kinds(folder: Path) -> list[Category] | None:
+    """A folder a kind of defect, in each category's `test`.
 
     - MVTec AD (Bergmann et al., CVPR 2019), MPDD (Jezek et al., ICUMT 2021) and WFDD (Chen et al., GLASS, ECCV 2024):
       `train/good`, `test/KIND`, `ground_truth/KIND/NAME_mask.png` or `NAME.png`.
@@ -34,68 +34,74 @@ def read_folders(folder: Path) -> list[Category] | None:
     - BTAD (Mishra et al., VT-ADL, ISIE 2021): `train/ok`, `test/ok`, `test/ko`, `ground_truth/ko`.
     - MVTec AD 2 (Heckler-Kram et al., arXiv 2503.21622): `test_public` in place of `test`, with `ground_truth` in it;
       the frames of `test_private` and `test_private_mixed` have no labels. `validation` is not read, nor LOCO's.
-    - Without a test set: `normal` and `abnormal` side by side, by any of the names in `NORMAL` and `DEFECTIVE`.
     """
-    if (found := _category(folder)) is not None:
-        return [found]
-    inside = (path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith("."))
-    return [found for path in inside if (found := _category(path)) is not None] or None
+    return _categories(folder, _with_test)
 
 
-def _category(folder: Path) -> Category | None:
-    unlabelled = Images()
-    if (folder / "test").is_dir():
-        found, truth, kinds = walk([folder / "test"]), folder / "ground_truth", folder / "test"
-    elif (folder / "test_public").is_dir():
-        kinds = folder / "test_public"
-        found, truth = walk([kinds]), kinds / "ground_truth"
-        unlabelled = walk(folder / name for name in _UNLABELLED if (folder / name).is_dir())
-    elif (chosen := _side_by_side(folder)) is not None:
-        found, truth, kinds = chosen, folder / "ground_truth", folder
-    else:
+def read_sides(folder: Path) -> list[Category] | None:
+    """`normal` beside `abnormal` in each category, by any names of `NORMAL` and `DEFECTIVE`; masks in `ground_truth` as
+    in `read_kinds`. There are no frames to enroll.
+    """
+    return _categories(folder, _side_by_side)
+
+
+def _categories(folder: Path, read: Callable[[Path], Category | None]) -> list[Category] | None:
+    """That of `folder`, or those of the folders in it."""
+    if (one := read(folder)) is not None:
+        return [one]
+    inside = (path for path in _folders(folder) if not path.name.startswith("."))
+    return [found for path in inside if (found := read(path)) is not None] or None
+
+
+def _with_test(folder: Path) -> Category | None:
+    name = next((name for name in ("test", "test_public") if (folder / name).is_dir()), None)
+    if name is None:
         return None
+    truth = folder / ("ground_truth" if name == "test" else "test_public/ground_truth")
+    train = walk(path for path in _folders(folder / "train") if path.name.lower() in NORMAL)
+    unlabelled = walk(folder / name for name in _UNLABELLED if (folder / name).is_dir())
+    return _category(folder, folder / name, truth, walk([folder / name]), train, unlabelled)
+
+
+def _side_by_side(folder: Path) -> Category | None:
+    inside = [path for path in _folders(folder) if path.name != "ground_truth" and not path.name.startswith(".")]
+    sides = [path for path in inside if path.name.lower() in NORMAL | DEFECTIVE]
+    if len({path.name.lower() in NORMAL for path in sides}) < 2:
+        return None
+    found = walk(sides)
+    found.left_out.update(
+        {str(path): "neither normal nor defective by its name" for path in inside if path not in sides}
+    )
+    return _category(folder, folder, folder / "ground_truth", found, Images(), Images())
+
+
+def _category(folder: Path, kinds: Path, truth: Path, found: Images, train: Images, unlabelled: Images) -> Category:
+    """What was `found` in the folders of `kinds`, with its masks in `truth`."""
     test = []
     for path in map(Path, found.paths):
+        place = path.relative_to(kinds)
         if truth in path.parents:
             continue
-        place = path.relative_to(kinds)
         if len(place.parts) == 1 and path.suffix and not path.is_dir():  # a kind that cannot be read is not loose
             found.left_out[str(path)] = "in no kind's folder"
             continue
         defective = place.parts[0].lower() not in NORMAL
         mask = _mask(truth, place) if defective else None
         test.append(LabelledFrame(path.relative_to(folder).as_posix(), path, defective, mask))
-    train = walk(path for path in _folders(folder / "train") if path.name.lower() in NORMAL)
     said = Images(left_out={**train.left_out, **found.left_out, **unlabelled.left_out}).said
     name = folder.name if folder.name not in ("", "..") else folder.resolve().name
     return Category(name, _paths(train), tuple(test), _paths(unlabelled), said.removeprefix("left out: "))
 
 
-def _side_by_side(folder: Path) -> Images | None:
-    """Frames in folders for normal and for defective ones, if both are there."""
-    by_name: dict[bool | None, list[Path]] = {True: [], False: [], None: []}
-    for path in _folders(folder):
-        name = path.name.lower()
-        by_name[True if name in NORMAL else False if name in DEFECTIVE else None].append(path)
-    if not by_name[True] or not by_name[False]:
-        return None
-    found = walk([*by_name[True], *by_name[False]])
-    others = (path for path in by_name[None] if path.name != "ground_truth" and not path.name.startswith("."))
-    found.left_out.update({str(path): "neither normal nor defective by its name" for path in others})
-    return found
-
-
 def _mask(truth: Path, place: Path) -> Path | None:
     """Of the frame at `place`, KIND/NAME.png: NAME_mask or NAME with any ending, or the folder NAME."""
-    for folder in dict.fromkeys((truth / place.parent, truth / place.parts[0])):
-        for name in (f"{place.stem}_mask", place.stem):
-            for ending in masks.SUFFIXES:
-                for written in (ending, ending.upper(), ending.title()):
-                    if (folder / f"{name}{written}").is_file():
-                        return folder / f"{name}{written}"
-        if (folder / place.stem).is_dir():
-            return folder / place.stem
-    return None
+    stem = truth / place.with_suffix("")
+    for name in (f"{stem.name}_mask", stem.name):
+        for ending in masks.SUFFIXES:
+            for written in (ending, ending.upper(), ending.title()):
+                if (path := stem.with_name(f"{name}{written}")).is_file():
+                    return path
+    return stem if stem.is_dir() else None
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -163,10 +169,12 @@ def read_real_iad(folder: Path) -> list[Category] | None:
         return None
     root = next(path for path in tables.parents if not path.name.startswith("realiad_jsons"))
     places = [root, *(path for path in _folders(root) if path.name.startswith("realiad_") and "json" not in path.name)]
-    if folder not in (root, tables):
-        places = [path for path in places if path in (folder, folder.parent)]
-    only = None if folder in (root, tables, *places) else folder.name
-    objects = (table for table in sorted(tables.glob("*.json")) if only in (None, table.stem))
+    objects = sorted(tables.glob("*.json"))
+    if folder in places[1:]:
+        places = [folder]
+    elif folder != root and not folder.name.startswith("realiad_jsons"):
+        places = [place for place in places if place == folder.parent]
+        objects = [table for table in objects if table.stem == folder.name]
     return [category for table in objects if (category := _read_json(table, places)) is not None] or None
 
 
@@ -193,7 +201,7 @@ def _read_json(table: Path, places: Iterable[Path]) -> Category | None:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise FrameError(f"{table}: expected Real-IAD's meta with prefix, train and test ({error!r})") from None
     name = table.stem
-    inside = ("", name, f"{name}/{name}", prefix)
+    inside = ("", name, f"{name}/{name}", _below(prefix, table))
     folders = {place: place / within for place in places for within in inside if (place / within / first).is_file()}
     if len(folders) > 1:
         raise FrameError(f"{name} is in {' and in '.join(map(str, folders))}; name one of them")
@@ -206,8 +214,12 @@ def _read_json(table: Path, places: Iterable[Path]) -> Category | None:
 
 def _inside(folder: Path, name: str, place: str) -> Path:
     """A file of the data set."""
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise FrameError(f"{place}: expected a path below {folder}, found {name}")
-    if not (folder / name).is_file():
+    if not (folder / _below(name, place)).is_file():
         raise FrameError(f"{place}: {name} does not exist in {folder}")
     return folder / name
+
+
+def _below(name: str, place: str | Path) -> str:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise FrameError(f"{place}: expected a path below the data set, found {name}")
+    return name
