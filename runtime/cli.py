@@ -154,8 +154,9 @@ def add_evaluate(subcommands: Subcommands) -> None:
     parser = subcommands.add_parser(
         "evaluate",
         help="measure a bundle on a labelled data set, or compare two such measurements",
-        description="Inspect the test frames of a data set in MVTec AD's or VisA's layout; measure AUROC, AP, F1 and "
-        "AUPRO. What an interrupted run left in --out is not inspected again.",
+        description="Inspect the test frames of a data set as it is distributed (MVTec AD, AD 2 and LOCO, VisA, BTAD, "
+        "MPDD, Real-IAD, WFDD), or of folders called normal and abnormal; measure AUROC, AP, F1 and AUPRO. What an "
+        "interrupted run left in --out is not inspected again.",
         epilog="Exit status: 0 done; 2 usage, bundle or data set error; 3 done, but some frames were NOT_INSPECTED.",
     )
     _add_bundle(parser, nargs="?")
@@ -521,7 +522,11 @@ def _evaluate(args: argparse.Namespace) -> int:
             }
             for category in evaluation.categories
         }
-        whole = {"settings": evaluation.settings.model_dump(), "page": str(page)}
+        whole = {
+            "settings": evaluation.settings.model_dump(),
+            "page": str(page),
+            "warnings": warnings(evaluation),
+        }
         print(json.dumps({"categories": facts, "mean": evaluation.mean.model_dump(), **whole}, indent=2))
     else:
         _out.print(_figures({**rows, "mean": evaluation.mean}))

@@ -61,8 +61,10 @@ class FrameResult(Record):
     """Of its mask."""
     pixels: tuple[int, int]
     """How many normal and defective ones scores.npy has."""
+    doubt: str | None = None
+    """What its mask may mean other than it was taken for."""
     made_of: tuple[str, str, str]
-    """SHA-256 of the frame, of its mask (or nothing), and of all that was enrolled before it."""
+    """SHA-256 of the frame, of its mask (or nothing, or of several), and of all that was enrolled before it."""
 
 
 class Figures(Record):
@@ -90,6 +92,10 @@ class CategoryResult(Record):
     pixel_roc: Curve
     pro: Curve
     frames: tuple[FrameResult, ...]
+    left_out: str = ""
+    """What lies in its folders and was not read, in words."""
+    unlabelled: int = 0
+    """Frames to test that have no labels; they are in no figure."""
 
     @property
     def not_inspected(self) -> int:
@@ -185,13 +191,12 @@ def _evaluate_category(
 ) -> CategoryResult:
     references = drawn(category, settings.shots, settings.seed)
     known = [frame.path for frame in category.test] if settings.unlabelled else references
-    enrolled = hashlib.sha256("".join(map(sha256, known)).encode()).hexdigest()
-    made_of = {
-        frame.name: (sha256(frame.path), sha256(frame.mask) if frame.mask else "", enrolled) for frame in category.test
-    }
+    enrolled = _all(map(_hash, known))
+    made_of = {frame.name: (_hash(frame.path), _mask_hash(frame), enrolled) for frame in category.test}
+    beside = {"left_out": category.left_out, "unlabelled": len(category.unlabelled)}
     before = _kept(folder / "result.json", CategoryResult)
     if before is not None and {frame.name: frame.made_of for frame in before.frames} == made_of:
-        return before
+        return before.model_copy(update=beside)
     name = category.name.replace("_", " ")
     ready = not known
     for frame in progress(category.test, category.name):
@@ -213,11 +218,28 @@ def _evaluate_category(
         FrameResult.model_validate_json((folder / "frames" / frame.name / "result.json").read_text("utf-8"))
         for frame in category.test
     ]
-    result = _measured(category.name, len(references), results, folder)
+    result = _measured(category.name, len(references), results, folder).model_copy(update=beside)
     write_whole(folder / "result.json", result.model_dump_json())
     for frame in category.test:
         (folder / "frames" / frame.name / "scores.npy").unlink()
     return result
+
+
+def _hash(path: Path) -> str:
+    """SHA-256 of a file; nothing if it cannot be read, which its inspection will say."""
+    try:
+        return sha256(path)
+    except OSError:
+        return ""
+
+
+def _mask_hash(frame: LabelledFrame) -> str:
+    hashes = [_hash(path) for path in frame.mask_files]
+    return hashes[0] if len(hashes) == 1 else _all(hashes) if hashes else ""
+
+
+def _all(hashes: Iterable[str]) -> str:
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def drawn(category: Category, shots: Shots, seed: int) -> list[Path]:
@@ -240,8 +262,9 @@ def _keep_frame(
 ) -> None:
     scores, regions, mask = np.zeros(0, np.float32), 0, None
     pixels = 0, 0
+    doubts: list[str] = []
     if inspection.map is not None:
-        mask = frame.read_mask(inspection.map.shape)
+        mask = frame.read_mask(inspection.map.shape, doubts.append)
         if mask is not None:
             found, regions = pixel_scores(inspection.map, mask)
             pixels = len(found.normal), len(found.defective)
@@ -257,6 +280,7 @@ def _keep_frame(
         regions=regions,
         pixels=pixels,
         made_of=made_of,
+        doubt=doubts[0] if doubts else None,
     )
     with whole_folder(place) as folder:
         np.save(folder / "scores.npy", scores)

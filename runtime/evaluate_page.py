@@ -95,6 +95,21 @@ def warnings(evaluation: Evaluation) -> list[str]:
                 f"{category.name}: {category.unmarked} defective frames have no mask, or an empty one; they count for "
                 "the image figures alone"
             )
+        if doubtful := [frame for frame in category.frames if frame.doubt is not None]:
+            found.append(
+                f"{category.name}: {len(doubtful)} masks may mean something else than they are taken for "
+                f"(the first, of {doubtful[0].name}: {doubtful[0].doubt})"
+            )
+        if category.left_out:
+            found.append(f"{category.name}: left out: {category.left_out}")
+        if category.unlabelled:
+            found.append(f"{category.name}: {category.unlabelled} more frames have no labels and are in no figure")
+        sides = {frame.defective for frame in category.frames if frame.score is not None}
+        kinds = {False: "normal (in a folder called good, ok or normal)", True: "defective"}
+        if missing := [kind for side, kind in kinds.items() if side not in sides]:
+            found.append(
+                f"{category.name}: nothing to tell apart, so no figures: no inspected frame is {' or '.join(missing)}"
+            )
     return found
 
 

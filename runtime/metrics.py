@@ -59,7 +59,7 @@ def pixel_scores(anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_]) -> t
     areas = np.bincount(labels.ravel())
     defective = scores[mask]
     order = np.argsort(defective)
-    share = (1 / areas)[labels[mask]][order]
+    share = (1 / areas[labels[mask]])[order]  # not of what is outside: that may be nothing
     return Scores(np.sort(scores[~mask]), defective[order], share), count - 1
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -16,8 +15,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.cli import main
-from vmad_edge.runtime.dataset import LabelledFrame, read_dataset
-from vmad_edge.runtime.errors import FrameError, VmadError
+from vmad_edge.runtime.dataset import LabelledFrame
+from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.evaluate import Evaluation, compare, evaluate, read_evaluation
 from vmad_edge.runtime.evaluate_page import PUBLISHED, write_page
 from vmad_edge.runtime.inspection import Verdict
@@ -243,55 +242,3 @@ def test_usage_errors(
     except SystemExit as left:  # argparse's way
         status = int(str(left.code))
     assert status == 2 and says in capsys.readouterr().err
-
-
-def test_a_mask_of_another_size_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "mask.png", np.zeros((8, 9), np.uint8))
-    with pytest.raises(FrameError, match=r"mask\.png: expected a mask of 9×8 pixels"):
-        LabelledFrame("a", tmp_path / "a.png", True, tmp_path / "mask.png").read_mask((9, 8))
-
-
-def visa(folder: Path, rows: list[dict[str, str]]) -> None:
-    (folder / "split_csv").mkdir(parents=True)
-    with (folder / "split_csv/1cls.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, ["object", "split", "label", "image", "mask"])
-        table.writeheader()
-        table.writerows(rows)
-
-
-def test_visa(tmp_path: Path) -> None:
-    rows = []
-    for name in ("pcb1", "candle"):
-        for number, (split, label) in enumerate((("train", "normal"), ("test", "normal"), ("test", "anomaly"))):
-            image = f"{name}/Data/Images/{label}/{number}.JPG"
-            mask = f"{name}/Data/Masks/Anomaly/{number}.png" if label == "anomaly" else ""
-            write(tmp_path / image, np.full((16, 16, 3), 99, np.uint8))
-            if mask:
-                write(tmp_path / mask, np.eye(16, dtype=np.uint8) * 2)  # the number of a defect's kind
-            rows.append({"object": name, "split": split, "label": label, "image": image, "mask": mask})
-    visa(tmp_path, rows)
-    found = read_dataset(tmp_path)
-    assert [(c.name, len(c.train), [f.defective for f in c.test]) for c in found] == [
-        ("candle", 1, [False, True]),
-        ("pcb1", 1, [False, True]),
-    ]
-    good, bad = (frame.read_mask((16, 16)) for frame in found[0].test)
-    assert good is not None and not good.any()
-    np.testing.assert_array_equal(bad, np.eye(16, dtype=bool))
-    assert read_dataset(tmp_path / "pcb1") == [found[1]] == read_dataset(tmp_path, ["pcb1"])
-
-
-@pytest.mark.parametrize(
-    "change,says",
-    [
-        ({"image": "../secret.png"}, "expected a path below"),
-        ({"image": "nothing.png"}, "line 2: nothing.png does not exist"),
-        ({"label": "odd"}, "normal or anomaly"),
-        ({"object": "../x"}, "expected an object's name"),
-    ],
-)
-def test_visa_refuses(change: dict[str, str], says: str, tmp_path: Path) -> None:
-    write(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
-    visa(tmp_path, [{"object": "a", "split": "test", "label": "normal", "image": "a.png", "mask": "", **change}])
-    with pytest.raises(FrameError, match=says):
-        read_dataset(tmp_path)
