@@ -224,15 +224,24 @@ class StageParity(Record):
     limits: dict[Measure, float] = Field(default_factory=dict)
 
     @property
-    def broken(self) -> str | None:
-        """The first measure past its limit, in words."""
+    def past(self) -> Measure | None:
+        """The first measure past its limit."""
         for measure, limit in self.limits.items():
             value: float | None = getattr(self, measure)
             if value is None or not (value <= limit if measure in _ERRORS else value >= limit):
-                side = "at most" if measure in _ERRORS else "at least"
-                found = self.fault or ("nothing" if value is None else f"{value:.3g}")
-                return f"{measure.replace('_', ' ')} {found}, expected {side} {_limit(measure, limit)}"
+                return measure
         return None
+
+    @property
+    def broken(self) -> str | None:
+        """The same in words."""
+        measure = self.past
+        if measure is None:
+            return None
+        value: float | None = getattr(self, measure)
+        side = "at most" if measure in _ERRORS else "at least"
+        found = self.fault or ("nothing" if value is None else f"{value:.3g}")
+        return f"{measure.replace('_', ' ')} {found}, expected {side} {_limit(measure, self.limits[measure])}"
 
 
 _ERRORS = ("max_abs_error", "max_relative_error", "clear_flips")
@@ -586,16 +595,15 @@ def _worst(rows: list[StageParity], allowed: dict[Measure, float]) -> StageParit
         worst[measure] = int(values(measure).sum()) if values(measure).size else None
     if rows[0].flips is not None:
         worst["flips_at_most"] = largest_share(int(values("flips").sum()), len(rows), CONFIDENCE)
+    fault = next((row.fault for row in rows if row.fault), None)
+    row = StageParity.model_validate({"stage": rows[0].stage, **worst, "fault": fault, "limits": allowed})
     # NaN counts as the largest error, and as the smallest likeness.
-    decisive = next(iter(allowed), "equal")
+    first: Measure = next(iter(allowed), "equal")
+    decisive = first if row.past is None else row.past
     badness = values(decisive) if decisive in _ERRORS else -values(decisive)
     if decisive == "clear_flips":
         badness = badness + values("flips")  # where none was clear, one that was not
-    image = rows[int(np.argmax(np.nan_to_num(badness, nan=np.inf)))].worst_image
-    fault = next((row.fault for row in rows if row.fault), None)
-    return StageParity.model_validate(
-        {"stage": rows[0].stage, **worst, "fault": fault, "worst_image": image, "limits": allowed}
-    )
+    return row.model_copy(update={"worst_image": rows[int(np.argmax(np.nan_to_num(badness, nan=np.inf)))].worst_image})
 
 
 @dataclass(frozen=True)

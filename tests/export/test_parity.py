@@ -536,6 +536,15 @@ def test_flips_are_told_with_their_bound(count: tuple[int, int], words: str) -> 
     assert f"the review’s Yes or No on {words}." in found.flips_in_words
 
 
+def test_the_worst_image_is_that_of_the_measure_past_its_limit() -> None:
+    rows = [
+        compare("score", np.array(source), np.array(exported)).model_copy(update={"worst_image": name})
+        for name, source, exported in (("small", 0.01, 0.012), ("large", 0.9, 1.0))
+    ]
+    assert parity._worst(rows, {"max_relative_error": 0.1, "max_abs_error": 0.05}).worst_image == "small"
+    assert parity._worst(rows, {"max_relative_error": 0.3, "max_abs_error": 0.05}).worst_image == "large"
+
+
 THRESHOLDS = Thresholds(good_below=0.3, defect_above=0.6)
 CLEAR = {
     # what: (score, P(yes), thresholds, which decisions are clear while the score moves by 0.1 and P(yes) by 0.05)
