@@ -118,6 +118,31 @@ def answer_modes(figures: Figures) -> list[str]:
     ]
 
 
+def decisions(figures: Figures) -> list[str]:
+    parts, bundles = figures["parts"], figures["bundles"].values()
+    columns = [
+        f"{'/'.join(sorted({*b['precision'].values()} or {'fp32'}))} graphs, {b['quantization']}" for b in bundles
+    ]
+    words = {"screen": "the screen’s verdict", "review": "the review’s Yes or No", "verdict": "the settled verdict"}
+    rows = [
+        [
+            words[stage],
+            *(f"{b['decisions'][stage]['flips']} (≤ {100 * b['decisions'][stage]['at_most']:.3g}%)" for b in bundles),
+        ]
+        for stage in words
+    ]
+    rows += [
+        [f"largest error of {word}", *(f"{b['largest_error'][name]:.1e}" for b in bundles)]
+        for name, word in (("score", "the score"), ("p_yes", "P(yes)"))
+    ]
+    return [
+        *_table([f"flips on {parts} drawn parts", *columns], rows),
+        "",
+        f"Against the checkpoint in torch at FP32, parts from number {figures['first']} on; in brackets the share of "
+        f"all such parts, with {figures['confidence']:.0%} confidence.",
+    ]
+
+
 def similarity(figures: Figures) -> list[str]:
     sizes = figures["sizes"]
     rows = [
@@ -212,6 +237,7 @@ TABLES: dict[str, Callable[[Figures], list[str]]] = {
             real_images,
             reference_weight,
             answer_modes,
+            decisions,
             similarity,
             similarity_cuda,
             musc,

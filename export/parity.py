@@ -4,12 +4,17 @@ Each side goes its own way from the frame to mask and verdict: transformers and 
 the formulas of map and score written out, on one; the bundle's files through what the runtime runs on the other. Both
 are asked the manifest's question. States are compared at every position of prompt and answer, where the export is
 given the source's answer, so that one other token does not move all that follow.
+
+What people act on is compared last: the screen's verdict, the review's Yes or No, the verdict that is settled of both,
+and the mask. Rounding may turn a decision where the source itself was next to a threshold, a mask's pixel where its
+logit was next to zero, each by what P(yes), score and logits may move; it may never turn one that was clear.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -27,12 +32,14 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, LlamaForCausalLM,
 
 from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.language import type_mix
-from vmad_edge.runtime.bundle import Bundle, Manifest, Precision, Record
+from vmad_edge.runtime.bundle import Bundle, Manifest, Precision, Record, Thresholds
+from vmad_edge.runtime.calibrate import largest_share
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import CheckpointError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Verdict, verdict_of
+from vmad_edge.runtime.inspector import settled
 from vmad_edge.runtime.stages.language import LanguageModel
 from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
 from vmad_edge.runtime.stages.segmentation import mask_logits
@@ -44,7 +51,9 @@ from vmad_edge.runtime.timing import Stopwatch
 Array = NDArray[Any]
 Stages = dict[str, Array]
 """One frame's arrays by the name of their stage."""
-Measure = Literal["equal", "cosine", "max_abs_error", "max_relative_error", "iou", "rank_correlation"]
+Measure = Literal[
+    "equal", "cosine", "max_abs_error", "max_relative_error", "iou", "clear_iou", "rank_correlation", "clear_flips"
+]
 
 LADDER = (
     "clip_pixels",
@@ -57,6 +66,7 @@ LADDER = (
     "hidden_states",
     "logits",
     "p_yes",
+    "review",
     "answer",
     "h_seg",
     "h_seg_full",
@@ -64,9 +74,14 @@ LADDER = (
     "mask",
     "score",
     "map",
+    "screen",
     "verdict",
 )
 """The stages in the order in which one needs another: the first that breaks is where the fault sits."""
+DECISIONS = ("screen", "review", "verdict")
+"""The screen's verdict, the review's Yes (1) or No (0), and the verdict that is settled of both."""
+CONFIDENCE = 0.95
+"""Of the bounds on flips."""
 
 PRECISION_LIMITS = {
     # FP32 rounds at 6e-8; sums of thousands of terms in another order, layer upon layer, reach several 1e-6.
@@ -94,6 +109,28 @@ Random weights amplify: after two layers of them the types' own errors are 2e-6,
 where q in another order of RoPE makes 1.5 and a LoRA without its alpha 1.0. Trained weights should stay well below.
 """
 
+P_YES_LIMITS = {
+    # Of the graphs: what the visual tokens bring along. Of the language model: its own weights. FP32 as above.
+    "fp32": 2.5e-5,
+    "fp16": 2e-2,
+    "int8": 1e-1,
+    "f32": 5e-5,
+    "f16": 1e-2,
+    "q8_0": 3e-2,
+    "q4_k_m": 1e-1,
+}
+"""By how much P(yes) may move; a precision's and a quantization's add up.
+
+The reference model's moves by 1e-3, 6e-2 (fp16, int8), 3e-3 (q8_0) and 1e-2 (q4_k_m) at the most on 16 images. The
+largest sum, 0.2, is less than the 0.25 by which a 0.74 that becomes 0.49 moves.
+"""
+
+MASK_LIMITS = {"f32": 2e-5, "f16": 1e-2, "q8_0": 5e-2, "q4_k_m": 2e-1}
+"""Of the masks' logits, beside the graphs': the largest max relative error that the language model may add.
+
+The decoder damps what the language model does to h_seg: 1e-2 of trained weights in q4_k_m, 0.15 of random ones.
+"""
+
 
 def limits(manifest: Manifest) -> dict[str, dict[Measure, float]]:
     """What each stage of a bundle must keep; a measure of error is a largest value, any other a smallest one.
@@ -105,16 +142,20 @@ def limits(manifest: Manifest) -> dict[str, dict[Measure, float]]:
         return max(PRECISION_LIMITS[manifest.precision.get(name, "fp32")] for name in names)
 
     vision, tokens = graphs("clip_encoder"), graphs("clip_encoder", "ltc_projector")
-    # What the tokens bring along, and what the language model's own weights add.
-    language = tokens + QUANTIZATION_LIMITS[manifest.language.quantization]
-    masks = max(language, graphs("sam_encoder", "mask_decoder"))
+    quantization = manifest.language.quantization
+    # What the tokens bring along, and what the language model's own weights add. Nothing but zeros is 1 off.
+    language = min(0.9, tokens + QUANTIZATION_LIMITS[quantization])
+    masks = graphs("clip_encoder", "ltc_projector", "sam_encoder", "mask_decoder") + MASK_LIMITS[quantization]
     # Rounding has no direction: of an error's length, 1/√D lies along a feature. Four times that may.
-    cosine = vision * min(1.0, 4 / manifest.vision.width**0.5)
-    # A score s is 1 − cosine, or a softmax of two over temperature: ds/s ≤ d(logit), ds ≤ d(logit) / 4.
-    logit = 2 * cosine / min(1.0, manifest.similarity.temperature)
+    cosine = min(0.125, vision * min(1.0, 4 / manifest.vision.width**0.5))
+    # A score s is 1 − cosine, or a softmax of two over temperature: ds/s ≤ d(logit), ds ≤ d(logit) / 4. At most 0.5: a
+    # score of 0.5 then moves by an eighth.
+    logit = min(0.5, 2 * cosine / min(1.0, manifest.similarity.temperature))
     strict: dict[Measure, float] = {"max_relative_error": vision}
     loose = _loose(language)
     equal: dict[Measure, float] = {"equal": 1}
+    p_yes = max(P_YES_LIMITS[manifest.precision.get(name, "fp32")] for name in ("clip_encoder", "ltc_projector"))
+    decision: dict[Measure, float] = {"clear_flips": 0}
     return {
         "clip_pixels": equal,
         "sam_pixels": {"max_relative_error": PRECISION_LIMITS["fp32"]},
@@ -128,17 +169,18 @@ def limits(manifest: Manifest) -> dict[str, dict[Measure, float]]:
         "logits": loose,
         "h_seg": loose,
         "h_seg_full": loose,
-        # dp = p(1 − p) d(logit) ≤ d(logit) / 4, of logits up to 10.
-        "p_yes": {"max_abs_error": min(0.5, 2.5 * language)},
+        "p_yes": {"max_abs_error": p_yes + P_YES_LIMITS[quantization]},
+        "review": decision,
         # Coarser weights may choose another word where two are as good; the report gives the share.
         "answer": equal if language <= 1e-4 else {},
         "low_res_masks": _loose(masks),
-        "mask": {"iou": 1 - min(0.5, max(1e-3, 2 * masks))},
+        # OpenCV and torch may place a pixel's edge on different sides.
+        "mask": {"clear_iou": 0.999},
         "score": {"max_relative_error": logit, "max_abs_error": max(cosine, logit / 4)},
         # OpenCV places samples to 1/32 pixel.
         "map": {"max_relative_error": max(logit, 5e-3), "rank_correlation": min(0.999, 1 - vision**2 / 4)},
-        # INT8 may move a score past a threshold that it was next to.
-        "verdict": equal if vision <= PRECISION_LIMITS["fp16"] else {"equal": 0.9},
+        "screen": decision,
+        "verdict": decision,
     }
 
 
@@ -154,7 +196,7 @@ class StageParity(Record):
 
     stage: str
     equal: float
-    """Share of images on which both sides are equal to the last bit: text agreement, verdicts that did not flip."""
+    """Share of images on which both sides are equal to the last bit: text agreement, decisions that did not flip."""
     images: int = 1
     """How many it was compared on."""
     cosine: float | None = None
@@ -163,27 +205,46 @@ class StageParity(Record):
     max_relative_error: float | None = None
     """max |source − export| / max |source|; infinite where the shapes differ or the export gave nothing."""
     iou: float | None = None
-    """Of masks."""
+    """Of masks, all their pixels."""
+    clear_iou: float | None = None
+    """Of masks, over the pixels whose logits, in the source, are further from zero than `low_res_masks` may move."""
     rank_correlation: float | None = None
     """Spearman's, of maps, over their inspected pixels."""
+    flips: int | None = None
+    """Of a decision: images on which the export decides otherwise."""
+    flips_at_most: float | None = None
+    """The share of all such images that flips, by Clopper and Pearson's one-sided bound at CONFIDENCE."""
+    clear: int | None = None
+    """Images on which the source's decision stays as it is while score and P(yes) move as far as their limits allow."""
+    clear_flips: int | None = None
+    """Flips among those."""
     fault: str | None = None
     """Why the export gave nothing."""
     worst_image: str = ""
     limits: dict[Measure, float] = Field(default_factory=dict)
 
     @property
-    def broken(self) -> str | None:
-        """The first measure past its limit, in words."""
+    def past(self) -> Measure | None:
+        """The first measure past its limit."""
         for measure, limit in self.limits.items():
             value: float | None = getattr(self, measure)
             if value is None or not (value <= limit if measure in _ERRORS else value >= limit):
-                side = "at most" if measure in _ERRORS else "at least"
-                found = self.fault or ("nothing" if value is None else f"{value:.3g}")
-                return f"{measure.replace('_', ' ')} {found}, expected {side} {_limit(measure, limit)}"
+                return measure
         return None
 
+    @property
+    def broken(self) -> str | None:
+        """The same in words."""
+        measure = self.past
+        if measure is None:
+            return None
+        value: float | None = getattr(self, measure)
+        side = "at most" if measure in _ERRORS else "at least"
+        found = self.fault or ("nothing" if value is None else f"{value:.3g}")
+        return f"{measure.replace('_', ' ')} {found}, expected {side} {_limit(measure, self.limits[measure])}"
 
-_ERRORS = ("max_abs_error", "max_relative_error")
+
+_ERRORS = ("max_abs_error", "max_relative_error", "clear_flips")
 
 
 def _limit(measure: Measure, value: float) -> str:
@@ -195,6 +256,9 @@ class Parity(Record):
     """`parity.json`."""
 
     images: tuple[str, ...]
+    """Compared on all stages."""
+    more_images: int = 0
+    """Compared on score, P(yes) and decisions alone."""
     question: str
     precision: dict[str, Precision] = Field(default_factory=dict)
     """The manifest's."""
@@ -224,10 +288,19 @@ class Parity(Record):
     def tensors_in_words(self) -> str:
         return ", ".join(f"{count} tensors {name}" for name, count in self.tensor_types.items())
 
+    @property
+    def flips_in_words(self) -> str:
+        """How many decisions the export turned, and what that says of all images."""
+        rows = {row.stage: row for row in self.stages if row.flips is not None}
+        words = {"screen": "the screen’s verdict", "review": "the review’s Yes or No", "verdict": "the settled verdict"}
+        flips = (f"{words[stage]} on {_flips(rows[stage])}" for stage in DECISIONS if stage in rows)
+        return f"Flips, and with {CONFIDENCE:.0%} confidence their share of all such images: {', '.join(flips)}."
+
     def table(self) -> Table:
         title = (
             f"source against export, {self.precision_in_words}, {self.quantization} ({self.tensors_in_words}), "
             f"worst of {len(self.images)} images"
+            + (f"; score, P(yes) and decisions of {self.more_images} more" if self.more_images else "")
         )
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         table.add_column("stage", no_wrap=True)
@@ -244,9 +317,15 @@ _SHORT: dict[Measure, str] = {
     "max_abs_error": "max abs.",
     "max_relative_error": "max rel.",
     "iou": "IoU",
+    "clear_iou": "clear IoU",
     "rank_correlation": "rank corr.",
+    "clear_flips": "clear flips",
 }
-COLUMNS = (*_SHORT.values(), "limit")
+COLUMNS = ("equal", "cosine", "max abs.", "max rel.", "IoU", "clear IoU", "rank corr.", "flips", "clear flips", "limit")
+
+
+def _flips(row: StageParity) -> str:
+    return f"{row.flips} of {row.images} (≤ {100 * (row.flips_at_most or 0):.3g}%)"
 
 
 def row_in_words(row: StageParity) -> list[str]:
@@ -262,7 +341,10 @@ def row_in_words(row: StageParity) -> list[str]:
         number(row.max_abs_error, ".1e"),
         number(row.max_relative_error, ".1e"),
         number(row.iou, ".4f"),
+        number(row.clear_iou, ".4f"),
         number(row.rank_correlation, ".5f"),
+        "" if row.flips is None else _flips(row),
+        "" if row.clear_flips is None else f"{row.clear_flips} of {row.clear}",
         ", ".join(
             f"{_SHORT[measure]} {sign[measure]} {_limit(measure, limit)}" for measure, limit in row.limits.items()
         ),
@@ -281,6 +363,7 @@ def measure(
     checkpoint: Checkpoint,
     bundle: Bundle,
     images: Sequence[str],
+    more: Sequence[Callable[[], Frame]] = (),
     *,
     device: Device = "cpu",
     progress: Callable[[str], None] = lambda step: None,
@@ -289,10 +372,13 @@ def measure(
     """Run `checkpoint` in torch on the CPU and `bundle` on `device` on `images`, side by side.
 
     The language model runs with F32 KV and without flash attention, so that its weights alone make the difference.
-    Masks count where the source says Yes: elsewhere the runtime makes none. If it never does, they have no row.
+    Masks count where the source says Yes, as the runtime makes none elsewhere, and where one side's is clear somewhere.
+    If there is none such, they have no row.
 
     Args:
-        each: gets every frame with both sides' arrays.
+        images: compared on all stages; both sides' arrays are kept meanwhile.
+        more: give further frames, to compare score, P(yes) and decisions on. Each is called twice.
+        each: gets every frame of `images` with both sides' arrays.
 
     Raises:
         FrameError: an image that cannot be read.
@@ -300,30 +386,44 @@ def measure(
     """
     manifest = bundle.for_review
     question = manifest.conversation.question.replace("{object}", manifest.conversation.object)
+    thresholds = checkpoint.config.similarity.thresholds
+    allowed = limits(manifest)
     found: dict[str, list[StageParity]] = {}
-    expected = _run_source(checkpoint, images, question, progress)
+    expected, decided = _run_source(checkpoint, images, more, question, progress)
+
+    def note(frame: Frame, theirs: Stages, ours: Stages, fault: str | None) -> None:
+        clear = _clear(theirs, thresholds, allowed)
+        # By how much a mask's logits may move.
+        doubt = allowed["low_res_masks"]["max_relative_error"] * np.abs(theirs.get("low_res_masks", 0)).max()
+        for stage, array in theirs.items():
+            if stage == "mask" and theirs["p_yes"] < 0.5:
+                continue
+            row = compare(stage, array, ours[stage], doubt) if stage in ours else _nothing(stage, fault)
+            if stage in DECISIONS:
+                flips = int(not row.equal)
+                row = row.model_copy(
+                    update={"flips": flips, "clear": int(clear[stage]), "clear_flips": flips * clear[stage]}
+                )
+            if stage == "mask" and row.clear_iou is None:
+                continue
+            found.setdefault(stage, []).append(row.model_copy(update={"worst_image": Path(frame.id).name}))
+
     with Exported(bundle, device) as exported:
         for number, (path, theirs) in enumerate(zip(images, expected, strict=True), 1):
             progress(f"parity: export, image {number} of {len(images)}")
             frame = Frame.read(path)
-            ours: Stages = {}
-            fault = None
-            try:
-                for stage, array in exported.run(frame, question, theirs["answer"]):
-                    ours[stage] = array
-            except Exception as error:  # whatever stops the export is a difference from the source, at that stage
-                fault = f"{type(error).__name__}: {error}"
+            ours, fault = _until_fault(exported.run(frame, question, theirs["answer"]))
             if not np.array_equal(theirs["answer"], ours.get("answer", theirs["answer"])):
                 del theirs["h_seg_full"]  # after other words it is another state
-            for stage, array in theirs.items():
-                if stage == "mask" and theirs["p_yes"] < 0.5:
-                    continue
-                row = compare(stage, array, ours[stage]) if stage in ours else _nothing(stage, fault)
-                found.setdefault(stage, []).append(row.model_copy(update={"worst_image": Path(path).name}))
+            note(frame, theirs, ours, fault)
             each(frame, theirs, ours)
-    allowed = limits(manifest)
+        for number, (read, theirs) in enumerate(zip(more, decided, strict=True), 1):
+            progress(f"parity: export, decision {number} of {len(more)}")
+            frame = read()
+            note(frame, theirs, *_until_fault(exported.decide(frame, question)))
     return Parity(
         images=tuple(Path(path).name for path in images),
+        more_images=len(more),
         question=question,
         precision=manifest.precision,
         quantization=manifest.language.quantization,
@@ -332,30 +432,85 @@ def measure(
     )
 
 
+def _until_fault(stages: Iterator[tuple[str, Array]]) -> tuple[Stages, str | None]:
+    """What came, and what stopped it: whatever it is, it is a difference from the source, at that stage."""
+    ours: Stages = {}
+    try:
+        for stage, array in stages:
+            ours[stage] = array
+    except Exception as error:
+        return ours, f"{type(error).__name__}: {error}"
+    return ours, None
+
+
 def _run_source(
-    checkpoint: Checkpoint, images: Sequence[str], question: str, progress: Callable[[str], None]
-) -> list[Stages]:
-    """The source's stages of each image. It is gone before the export is opened: both have a model's size."""
+    checkpoint: Checkpoint,
+    images: Sequence[str],
+    more: Sequence[Callable[[], Frame]],
+    question: str,
+    progress: Callable[[str], None],
+) -> tuple[list[Stages], list[Stages]]:
+    """The source's stages of `images` and of `more`. It is gone before the export is opened: both are large."""
     source = Source(checkpoint, checkpoint.streamed_language())
-    found = []
+    found, decided = [], []
     for number, path in enumerate(images, 1):
         progress(f"parity: source, image {number} of {len(images)}")
         found.append(source.run(Frame.read(path), question))
+    for number, read in enumerate(more, 1):
+        progress(f"parity: source, decision {number} of {len(more)}")
+        decided.append(source.decide(read(), question))
     del source
     gc.collect()  # its modules hold one another
-    return found
+    return found, decided
 
 
-def compare(stage: str, source: Array, exported: Array) -> StageParity:
-    """One stage on one image. Masks (bool) are compared by IoU, ids (integers) by being equal."""
+def decisions(figures: Figures, thresholds: Thresholds | None) -> dict[str, int]:
+    """What the figures decide, stage by stage: the source's own copy of the runtime's rules."""
+    screen = Verdict.UNCERTAIN
+    if thresholds is not None and figures.score < thresholds.good_below:
+        screen = Verdict.GOOD
+    elif thresholds is not None and figures.score >= thresholds.defect_above:
+        screen = Verdict.DEFECT
+    yes = figures.p_yes >= 0.5
+    verdict = screen if screen is not Verdict.UNCERTAIN else Verdict.DEFECT if yes else Verdict.GOOD
+    return {"screen": _VERDICTS.index(screen), "review": int(yes), "verdict": _VERDICTS.index(verdict)}
+
+
+def runtime_decisions(figures: Figures, thresholds: Thresholds | None) -> dict[str, int]:
+    """The same by the runtime's."""
+    screen = verdict_of(figures.score, thresholds) if np.isfinite(figures.score) else Verdict.NOT_INSPECTED
+    yes = settled(Verdict.UNCERTAIN, figures.p_yes) is Verdict.DEFECT
+    verdict = settled(screen, figures.p_yes)
+    return {"screen": _VERDICTS.index(screen), "review": int(yes), "verdict": _VERDICTS.index(verdict)}
+
+
+def _clear(source: Stages, thresholds: Thresholds | None, allowed: dict[str, dict[Measure, float]]) -> dict[str, bool]:
+    """Which decisions stay as they are while score and P(yes) move as far as they may."""
+    score, p_yes = float(source["score"]), float(source["p_yes"])
+    moved = allowed["score"]
+    d_score = min(moved["max_abs_error"], moved["max_relative_error"] * abs(score))
+    d_yes = allowed["p_yes"]["max_abs_error"]
+    possible = [
+        decisions(Figures(score + on_score * d_score, p_yes + on_yes * d_yes), thresholds)
+        for on_score in (-1, 0, 1)
+        for on_yes in (-1, 0, 1)
+    ]
+    return {stage: len({one[stage] for one in possible}) == 1 for stage in DECISIONS}
+
+
+def compare(stage: str, source: Array, exported: Array, doubt: float = 0.0) -> StageParity:
+    """One stage on one image. Ids (integers) are compared by being equal, masks' logits by their signs.
+
+    Args:
+        doubt: a mask's pixel is clear where the source's logit is further from zero.
+    """
+    if stage == "mask":
+        return _compare_masks(source, exported, doubt)
     equal = float(np.array_equal(source, exported, equal_nan=source.dtype.kind == "f"))
     if source.dtype.kind == "i":
         return StageParity(stage=stage, equal=equal)
     if source.shape != exported.shape:
         return _nothing(stage, f"shape {exported.shape} instead of {source.shape}")
-    if source.dtype.kind == "b":
-        union = (source | exported).sum()
-        return StageParity(stage=stage, equal=equal, iou=float((source & exported).sum() / union) if union else 1.0)
     a, b = source.astype(np.float64).ravel(), exported.astype(np.float64).ravel()
     rank = None
     if stage == "map":
@@ -375,6 +530,25 @@ def compare(stage: str, source: Array, exported: Array) -> StageParity:
     )
 
 
+def _compare_masks(source: Array, exported: Array, doubt: float) -> StageParity:
+    """Logits [h,w]. `clear_iou` is None where no clear pixel lies in either mask."""
+    if source.shape != exported.shape:
+        return _nothing("mask", f"shape {exported.shape} instead of {source.shape}")
+    a, b, clear = source > 0, exported > 0, np.abs(source) > doubt
+    whole = _iou(a, b)
+    return StageParity(
+        stage="mask",
+        equal=float(np.array_equal(a, b)),
+        iou=1.0 if whole is None else whole,
+        clear_iou=_iou(a & clear, b & clear),
+    )
+
+
+def _iou(a: Array, b: Array) -> float | None:
+    union = (a | b).sum()
+    return float((a & b).sum() / union) if union else None
+
+
 def _nothing(stage: str, fault: str | None) -> StageParity:
     """Of a stage that the export did not reach, or gave in another shape."""
     return StageParity(
@@ -384,6 +558,7 @@ def _nothing(stage: str, fault: str | None) -> StageParity:
         max_abs_error=np.inf,
         max_relative_error=np.inf,
         iou=0,
+        clear_iou=0,
         rank_correlation=0,
         fault=fault,
     )
@@ -412,17 +587,31 @@ def _worst(rows: list[StageParity], allowed: dict[Measure, float]) -> StageParit
         ("max_abs_error", np.max),
         ("max_relative_error", np.max),
         ("iou", np.min),
+        ("clear_iou", np.min),
         ("rank_correlation", np.min),
     ):
         worst[measure] = float(extreme(values(measure))) if values(measure).size else None
-    # NaN counts as the largest error, and as the smallest likeness.
-    decisive = next(iter(allowed), "equal")
-    badness = values(decisive) if decisive in _ERRORS else -values(decisive)
-    image = rows[int(np.argmax(np.nan_to_num(badness, nan=np.inf)))].worst_image
+    for measure in ("flips", "clear", "clear_flips"):
+        worst[measure] = int(values(measure).sum()) if values(measure).size else None
+    if rows[0].flips is not None:
+        worst["flips_at_most"] = largest_share(int(values("flips").sum()), len(rows), CONFIDENCE)
     fault = next((row.fault for row in rows if row.fault), None)
-    return StageParity.model_validate(
-        {"stage": rows[0].stage, **worst, "fault": fault, "worst_image": image, "limits": allowed}
-    )
+    row = StageParity.model_validate({"stage": rows[0].stage, **worst, "fault": fault, "limits": allowed})
+    # NaN counts as the largest error, and as the smallest likeness.
+    first: Measure = next(iter(allowed), "equal")
+    decisive = first if row.past is None else row.past
+    badness = values(decisive) if decisive in _ERRORS else -values(decisive)
+    if decisive == "clear_flips":
+        badness = badness + values("flips")  # where none was clear, one that was not
+    return row.model_copy(update={"worst_image": rows[int(np.argmax(np.nan_to_num(badness, nan=np.inf)))].worst_image})
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one frame's verdict hangs on."""
+
+    score: float
+    p_yes: float
 
 
 class Source:
@@ -453,24 +642,54 @@ class Source:
 
     @torch.no_grad()
     def run(self, frame: Frame, question: str) -> Stages:
-        stages: dict[str, Tensor] = {}
         image = Image.fromarray(frame.pixels)
-        stages["clip_pixels"] = self._clip_processor(self._squared(image), return_tensors="pt").pixel_values
+        stages = self._seen(image)
         stages["sam_pixels"] = self._sam_processor(image, return_tensors="pt").pixel_values.float()
-        seen = self._vision(stages["clip_pixels"], output_hidden_states=True)
-        stages["patches"] = seen.hidden_states[self._config.patches_level][:, 1:]
-        stages["patches_multi"] = torch.stack([seen.hidden_states[i][:, 1:] for i in self._config.levels], 1)
-        stages["visual_tokens"] = self._projector(stages["patches"], stages["patches_multi"])
         stages["image_embeddings"] = self._sam.get_image_embeddings(stages["sam_pixels"])
         stages |= self._answers(stages["visual_tokens"], question)
         stages |= self._masks(stages["image_embeddings"], stages["h_seg"], image.size)
         stages |= self._screen(stages["patches"][0], image.size)
-        return {name: tensor.numpy() for name, tensor in stages.items()}
+        figures = Figures(float(stages["score"]), float(stages["p_yes"]))
+        return {name: tensor.numpy() for name, tensor in stages.items()} | self._decisions(figures)
+
+    def decide(self, frame: Frame, question: str) -> Stages:
+        """`score`, `p_yes` and DECISIONS of `run` alone."""
+        figures = self.figures(frame, question)
+        return {
+            "score": np.array(figures.score, np.float32),
+            "p_yes": np.array(figures.p_yes, np.float32),
+            **self._decisions(figures),
+        }
+
+    def _decisions(self, figures: Figures) -> Stages:
+        return {stage: np.array(code) for stage, code in decisions(figures, self._config.similarity.thresholds).items()}
+
+    @torch.no_grad()
+    def figures(self, frame: Frame, question: str) -> Figures:
+        """What decides about the frame, without words and mask."""
+        image = Image.fromarray(frame.pixels)
+        seen = self._seen(image)
+        _, prompt = self._prompt(seen["visual_tokens"], question)
+        logits = self._language(inputs_embeds=prompt).logits[0, -1]
+        score = self._screen(seen["patches"][0], image.size)["score"]
+        return Figures(float(score), float(self._p_yes(logits)))
+
+    def _seen(self, image: Image.Image) -> dict[str, Tensor]:
+        pixels = self._clip_processor(self._squared(image), return_tensors="pt").pixel_values
+        levels = self._vision(pixels, output_hidden_states=True).hidden_states
+        patches = levels[self._config.patches_level][:, 1:]
+        patches_multi = torch.stack([levels[i][:, 1:] for i in self._config.levels], 1)
+        return {
+            "clip_pixels": pixels,
+            "patches": patches,
+            "patches_multi": patches_multi,
+            "visual_tokens": self._projector(patches, patches_multi),
+        }
 
     # ------------------------------------------------------------------------------------------ screen
 
     def _screen(self, patches: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-        """`patches` [N,D] → score [], map [h,w], verdict []; `size` is (width, height)."""
+        """`patches` [N,D] → score [], map [h,w]; `size` is (width, height)."""
         spec, side, grid = self._config.similarity, self._clip_size, self._grid
         normal = self._largest_cosine(patches, "visual_normal")
         score = 1 - normal
@@ -495,13 +714,7 @@ class Source:
         heat = functional.grid_sample(smooth, where, padding_mode="border", align_corners=False)[0, 0]
         heat[(y < 0) | (y > side), :] = torch.nan
         heat[:, (x < 0) | (x > side)] = torch.nan
-
-        verdict = Verdict.UNCERTAIN
-        if spec.thresholds is not None and total < spec.thresholds.good_below:
-            verdict = Verdict.GOOD
-        elif spec.thresholds is not None and total >= spec.thresholds.defect_above:
-            verdict = Verdict.DEFECT
-        return {"score": total, "map": heat, "verdict": torch.tensor(_VERDICTS.index(verdict))}
+        return {"score": total, "map": heat}
 
     def _largest_cosine(self, patches: Tensor, name: str) -> Tensor:
         """[N,D] → [N]."""
@@ -528,26 +741,33 @@ class Source:
     # ------------------------------------------------------------------------------------------ review
 
     def _answers(self, visual_tokens: Tensor, question: str) -> dict[str, Tensor]:
-        conversation = self._config.conversation
-        before, after = (part.replace("{question}", question) for part in conversation.template.split("<image>"))
-        first, last = self._tokenizer(before).input_ids, self._ids(after)
-        prompt = torch.cat([self._embed(first), visual_tokens, self._embed(last)], 1)
+        ids, prompt = self._prompt(visual_tokens, question)
         answer, states, logits = self._greedy(prompt)
-        short = self._embed([*self._ids(conversation.short_answer), self._seg_token_id])
+        short = self._embed([*self._ids(self._config.conversation.short_answer), self._seg_token_id])
         out = self._language(inputs_embeds=torch.cat([prompt, short], 1), output_hidden_states=True)
-        yes, no = (
-            logits[prompt.shape[1] - 1].softmax(-1)[list(ids)].sum()
-            for ids in (self._config.yes_token_ids, self._config.no_token_ids)
-        )
         return {
-            "prompt_ids": torch.tensor(first + last),
+            "prompt_ids": torch.tensor(ids),
             "hidden_states": states,
             "logits": logits,
-            "p_yes": yes / (yes + no),
+            "p_yes": self._p_yes(logits[prompt.shape[1] - 1]),
             "answer": torch.tensor(answer),
             "h_seg": self._h_seg(out.hidden_states[-1][0]),
             "h_seg_full": self._h_seg(states),
         }
+
+    def _prompt(self, visual_tokens: Tensor, question: str) -> tuple[list[int], Tensor]:
+        """Its text's ids, and all of it embedded [1,P,H]."""
+        template = self._config.conversation.template
+        before, after = (part.replace("{question}", question) for part in template.split("<image>"))
+        first, last = self._tokenizer(before).input_ids, self._ids(after)
+        return first + last, torch.cat([self._embed(first), visual_tokens, self._embed(last)], 1)
+
+    def _p_yes(self, logits: Tensor) -> Tensor:
+        """[V] of the prompt's last position → []."""
+        yes, no = (
+            logits.softmax(-1)[list(ids)].sum() for ids in (self._config.yes_token_ids, self._config.no_token_ids)
+        )
+        return yes / (yes + no)
 
     def _greedy(self, prompt: Tensor) -> tuple[list[int], Tensor, Tensor]:
         """The full answer's ids up to `<seg>`, and states [T,H] and logits [T,V] of `prompt` [1,P,H] and answer."""
@@ -581,7 +801,7 @@ class Source:
         width, height = (int(length * scale + 0.5) for length in size)
         full = functional.interpolate(masks[0], size=(self._sam_size,) * 2, mode="bilinear")[:, :, :height, :width]
         logits = functional.interpolate(full, size=size[::-1], mode="bilinear")
-        return {"low_res_masks": masks[0], "mask": logits[0, 0] > 0}
+        return {"low_res_masks": masks[0], "mask": logits[0, 0]}
 
     def _embed(self, ids: list[int]) -> Tensor:
         """[1,n,H]."""
@@ -609,16 +829,20 @@ def _gaussian(image: Tensor, sigma: float) -> Tensor:
 
 
 class Exported:
-    """The bundle through what the runtime runs: the screen whole, the review's engines and stages one by one."""
+    """The bundle through what the runtime runs: the screen whole, the review's engines and stages one by one.
 
-    def __init__(self, bundle: Bundle, device: Device) -> None:
+    Args:
+        exact: see `LanguageModel`.
+    """
+
+    def __init__(self, bundle: Bundle, device: Device, *, exact: bool = True) -> None:
         self._manifest = manifest = bundle.for_review
         plans = Station(None, bundle).plans
         self._screen = Screen(bundle, device, plans)
         self._normal = NormalFeatures(bundle.file("similarity.safetensors"), manifest.similarity)
         engines = Engines.choose(bundle, device, plans)
         self._engines = {name: engines.open(name) for name in ("ltc_projector", "sam_encoder", "mask_decoder")}
-        self._language = LanguageModel(bundle.file("llm.gguf"), manifest.language, manifest.conversation, exact=True)
+        self._language = LanguageModel(bundle.file("llm.gguf"), manifest.language, manifest.conversation, exact=exact)
 
     def __enter__(self) -> Exported:
         return self
@@ -646,7 +870,6 @@ class Exported:
         yield from features.items()
         yield "score", np.array(screening.score, np.float32)
         yield "map", screening.map
-        yield "verdict", np.array(_VERDICTS.index(verdict_of(screening.score, self._normal.thresholds)))
 
         image_embeddings = self._engines["sam_encoder"].run({"sam_pixels": pixels})["image_embeddings"]
         yield "image_embeddings", image_embeddings
@@ -666,7 +889,30 @@ class Exported:
         decoded = self._engines["mask_decoder"].run({"image_embeddings": image_embeddings, "h_seg": h_seg})
         yield "low_res_masks", decoded["low_res_masks"]
         size = frame.pixels.shape[0], frame.pixels.shape[1]
-        yield "mask", mask_logits(decoded["low_res_masks"][0, 0], covered, manifest.sam.size, size) > 0
+        yield "mask", mask_logits(decoded["low_res_masks"][0, 0], covered, manifest.sam.size, size)
+        yield from self._decisions(Figures(screening.score, full.p_yes))
+
+    def decide(self, frame: Frame, question: str) -> Iterator[tuple[str, Array]]:
+        """`score`, `p_yes` and DECISIONS of `run` alone."""
+        figures = self.figures(frame, question)
+        yield "score", np.array(figures.score, np.float32)
+        yield "p_yes", np.array(figures.p_yes, np.float32)
+        yield from self._decisions(figures)
+
+    def _decisions(self, figures: Figures) -> Iterator[tuple[str, Array]]:
+        for stage, code in runtime_decisions(figures, self._normal.thresholds).items():
+            yield stage, np.array(code)
+
+    def figures(self, frame: Frame, question: str) -> Figures:
+        """What decides about the frame, without words and mask."""
+        screening = self._screen.run(frame, self._normal, Stopwatch())
+        seen = {
+            "patches": screening.features.patches[None],
+            "patches_multi": screening.features.patches_multi[None],
+        }
+        visual_tokens = self._engines["ltc_projector"].run(seen)["visual_tokens"]
+        answer = self._language.answer(visual_tokens[0], question, mode="short", stop=lambda: "P(yes) is all")
+        return Figures(screening.score, answer.p_yes)
 
 
 def _given(h_seg: Array | None) -> Array:

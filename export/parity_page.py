@@ -36,7 +36,7 @@ class ParityPage:
             pictures.append("" if shown.map is None else _picture(heat(shown, hottest)))
         for side in (source, exported):
             mask = side.get("mask")
-            pictures.append("" if mask is None else _picture(_tinted(frame.pixels, mask)))
+            pictures.append("" if mask is None else _picture(_tinted(frame.pixels, mask > 0)))
         name, cells = html.escape(Path(frame.id).name), "".join(f"<td>{picture}</td>" for picture in pictures)
         self._rows.append(f"<tr><td>{_picture(frame.pixels)}{name}</td>{cells}</tr>")
 
@@ -61,6 +61,7 @@ class ParityPage:
                 "{{outcome}}",
                 html.escape(parity.failure or f"All stages within their limits on {len(parity.images)} images."),
             ),
+            ("{{flips}}", html.escape(parity.flips_in_words)),
             ("{{columns}}", "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)),
             ("{{stages}}", "\n".join(stages)),
             ("{{pictures}}", "\n".join(self._rows)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from vmad_edge.export.parity import ParityError, measure
 from vmad_edge.export.parity_page import ParityPage
 from vmad_edge.export.precision import lower
 from vmad_edge.runtime.bundle import Bundle, Language, Manifest, Precision, Vision, seal
-from vmad_edge.runtime.errors import CheckpointError
+from vmad_edge.runtime.errors import CheckpointError, FrameError
 from vmad_edge.runtime.folders import list_images
+from vmad_edge.runtime.frame import Frame
 
 _WRITERS = ("vmad-edge", "torch", "transformers", "onnx", "onnxscript", "gguf", "llama-cpp-python")
 
@@ -34,6 +36,7 @@ def export(
     precision: Precision = "fp32",
     calibrate: Path | None = None,
     parity_images: Path | None = None,
+    parity_count: int | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Manifest:
     """Write the bundle of `checkpoint` to `bundle`, whole or not at all; a bundle that was there is replaced.
@@ -44,6 +47,7 @@ def export(
         precision: of the graphs. A graph that FP16 or INT8 would move too far stays FP32; the manifest says which.
         calibrate: frames to calibrate INT8 on; None for the other precisions.
         parity_images: real images to compare source and export on; None takes the checkpoint's own.
+        parity_count: on how many, see `images_to_compare`.
         progress: gets the name of each step as it begins.
 
     Raises:
@@ -58,7 +62,7 @@ def export(
         raise CheckpointError("--precision int8 and --calibrate DIR, the frames to calibrate it on, go together")
     progress("checkpoint")
     source = Checkpoint.open(checkpoint)
-    images = list_images([str(parity_images or own_images(source))])
+    images, more = images_to_compare(source, parity_images, parity_count)
     with new_bundle(bundle) as folder:
         for graph in (clip_encoder, ltc_projector, sam_encoder, mask_decoder):
             name = graph.__name__.rpartition(".")[2]
@@ -75,7 +79,7 @@ def export(
         manifest = with_files(manifest, folder)
         page = ParityPage()
         unsealed = Bundle(folder, "not sealed yet", manifest)
-        parity = measure(source, unsealed, images, progress=progress, each=page.add)
+        parity = measure(source, unsealed, images, more, progress=progress, each=page.add)
         if parity.failure:
             raise ParityError(
                 f"{bundle} was not written. {parity.failure}. A finer --llm or --precision tells whether rounding "
@@ -87,6 +91,53 @@ def export(
         manifest = with_files(manifest, folder)
         seal(folder, manifest)
     return manifest
+
+
+_MOST_LADDERS = 16
+"""Images that all stages are compared on, where a number of images is asked for: both sides' arrays are kept."""
+_FIRST_DRAWN = 100_000
+"""The drawn parts' numbers begin here, beyond those that train, choose or measure the reference model."""
+
+
+def images_to_compare(
+    source: Checkpoint, folder: Path | None, count: int | None
+) -> tuple[list[str], list[Callable[[], Frame]]]:
+    """What parity compares all stages on, and what it compares decisions on besides.
+
+    Args:
+        folder: of real images; None takes the checkpoint's own.
+        count: of both together; where the checkpoint's own are fewer, parts are drawn. None takes every image of the
+            folder, for all stages.
+
+    Raises:
+        CheckpointError: no images came with the checkpoint.
+        FrameError: no images in the folder, or fewer than `count` in one that was named.
+    """
+    paths = list_images([str(folder or own_images(source))])
+    if count is None:
+        return paths, []
+    if folder is not None and len(paths) < count:
+        raise FrameError(
+            f"expected {count} images in {folder}, found {len(paths)}. Without a folder, parts are drawn beside the "
+            "checkpoint's own images."
+        )
+    drawn = max(0, count - len(paths))
+    chosen = _spread(paths, min(count, len(paths)))
+    ladder = _spread(chosen, min(_MOST_LADDERS, len(chosen)))
+    rest = [partial(Frame.read, path) for path in chosen if path not in set(ladder)]
+    return ladder, [*rest, *(partial(_drawn, _FIRST_DRAWN + i) for i in range(drawn))]
+
+
+def _spread(paths: list[str], count: int) -> list[str]:
+    """`count` of them, evenly over the list."""
+    return [paths[i * len(paths) // count] for i in range(count)]
+
+
+def _drawn(number: int) -> Frame:
+    from vmad_edge.export.reference.evaluate import unseen
+
+    (part,) = unseen(1, first=number)
+    return Frame(part.image, f"drawn part {number}")
 
 
 def own_images(source: Checkpoint) -> Path:

@@ -454,8 +454,15 @@ def _deadline(deadline_ms: float | None) -> float | None:
     return time.monotonic() + (-1.0 if math.isnan(deadline_ms) else deadline_ms / 1e3)
 
 
+def settled(verdict: Verdict, p_yes: float) -> Verdict:
+    """What a review makes of the screen's verdict: it settles UNCERTAIN, never turns DEFECT into GOOD."""
+    if verdict is not Verdict.UNCERTAIN:
+        return verdict
+    return Verdict.DEFECT if p_yes >= 0.5 else Verdict.GOOD
+
+
 def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, float], manifest: Manifest) -> Inspection:
-    """The screen's Inspection with what the review found: it may settle UNCERTAIN, never turn DEFECT into GOOD."""
+    """The screen's Inspection with what the review found."""
     after = replace(
         inspection,
         p_yes=finding.p_yes,
@@ -465,8 +472,7 @@ def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, fl
         features=None,
     )
     if inspection.verdict is Verdict.UNCERTAIN:
-        settled = Verdict.DEFECT if finding.p_yes >= 0.5 else Verdict.GOOD
-        after = replace(after, verdict=settled, decided_by="review")
+        after = replace(after, verdict=settled(inspection.verdict, finding.p_yes), decided_by="review")
     if finding.token_scores is not None and inspection.features is not None:
         size = inspection.frame.pixels.shape[0], inspection.frame.pixels.shape[1]
         scores, view = finding.token_scores, inspection.features.view
