@@ -13,13 +13,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from vmad_edge.export.graphs.onnx_export import save_model
 from vmad_edge.runtime.bundle import Manifest, Precision
 from vmad_edge.runtime.engines import Arrays
-from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine, ort
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages.language import LanguageModel
 from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cuda_host import HostDevice, Library, compile_kernels
 
+import vmad_edge.export  # noqa: F401  # before a test imports transformers: offline
 from vmad_edge.kernels.cuda import library
 from vmad_edge.runtime import device
 from vmad_edge.runtime.bundle import Bundle

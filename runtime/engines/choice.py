@@ -103,9 +103,9 @@ def _why_not(device: Device, bundle: Bundle, plans: Plans | None) -> str | None:
         return 'ONNX Runtime is not installed (extra "cpu" or "gpu")'
     if device == "cpu":
         return None
-    from onnxruntime import get_available_providers
+    from vmad_edge.runtime.engines.onnxruntime import ort
 
-    if "CUDAExecutionProvider" not in get_available_providers():
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
         return 'this ONNX Runtime has no CUDA (extra "gpu", in place of "cpu")'
     return _no_gpu()
 

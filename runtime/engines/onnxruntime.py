@@ -20,6 +20,8 @@ from vmad_edge.runtime.device import DeviceThread
 from vmad_edge.runtime.engines import Arrays, GiveUp, ran_out_of_memory
 from vmad_edge.runtime.errors import BundleError, VmadError
 
+__all__ = ["OnnxRuntimeEngine", "ort"]  # nothing else imports the library: `runtime/__init__.py` comes before it here
+
 _PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
     # TF32 would make an FP32 graph less than that, unasked; doubling arenas would take memory that llama.cpp needs.
