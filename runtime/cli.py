@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from rich.console import Console
 from rich.progress import Progress, TaskID, track
 from rich.table import Table
+from rich.text import Text
 
 from vmad_edge.kernels import cuda
 from vmad_edge.runtime.benchmark import benchmark, read_benchmark
@@ -23,6 +26,10 @@ from vmad_edge.runtime.benchmark_page import table as benchmark_table
 from vmad_edge.runtime.benchmark_page import write as write_benchmark
 from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, ScreenManifest
 from vmad_edge.runtime.calibrate import Targets, calibrate
+from vmad_edge.runtime.console import err as _err
+from vmad_edge.runtime.console import out as _out
+from vmad_edge.runtime.console import printable
+from vmad_edge.runtime.console import track as _track
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.gpu import gpu
 from vmad_edge.runtime.engines.tensorrt import build_plans
@@ -40,30 +47,64 @@ from vmad_edge.runtime.stages.language import placement
 from vmad_edge.runtime.station import Calibration, Station
 
 Subcommands = Any  # argparse's type for this is private
-_err = Console(stderr=True)
-_out = Console(width=None if sys.stdout.isatty() else 160)
+_USAGE = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; a VmadError becomes one line on standard error and exit status 2."""
+    """Run one subcommand. What goes wrong is one line on standard error.
+
+    Returns:
+        The subcommand's exit status; 2 for a VmadError, or a path that cannot be used; 4 for what nobody expected; 130
+        and 143 after SIGINT and SIGTERM; 141 if nobody reads standard output any more.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that knows ASCII alone is no reason to end
+            stream.reconfigure(errors="backslashreplace")
+    args = _parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    # A polite kill unwinds like an error, so that what was half written goes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush complains
+        return 141
+    except Exception as error:
+        return _failed(error, args.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vmad", description="Find and explain defects on parts never seen before, on the edge."
     )
     parser.add_argument("--version", action="version", version=f"vmad-edge {version('vmad-edge')}")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
     subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in sorted(entry_points(group="vmad.commands"), key=lambda found: found.name):
         add = cast(Callable[[Subcommands], None], command.load())
         add(subcommands)
-    args = parser.parse_args(argv)
-    # A polite kill unwinds like an error, so that what was half written goes.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        return int(args.run(args))
-    except (VmadError, OSError) as error:
-        print(f"vmad: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    for subcommand in subcommands.choices.values():  # behind the command too; there it must not undo the one before it
+        subcommand.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    """Say it; the exit status."""
+    if debug:
+        traceback.print_exc()
+    known = isinstance(error, VmadError | OSError)
+    lines = "\n".join(map(printable, str(error).splitlines()))
+    if known:
+        print(f"vmad: {lines}", file=sys.stderr)
+    else:
+        advice = "" if debug else " (run again with --debug for the traceback)"
+        kind, what = type(error).__name__, " ".join(lines.split())
+        print(f"vmad: unexpected {kind}{what and f': {what}'}{advice}", file=sys.stderr)
+    return 2 if isinstance(error, VmadError | _USAGE) else 4
 
 
 def add_enroll(subcommands: Subcommands) -> None:
@@ -324,7 +365,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         unlabelled=args.unlabelled,
         categories=args.categories,
         device=cast(Device, args.device),
-        progress=lambda frames, name: track(frames, name, console=_err, transient=True),
+        progress=_track,
     )
     page = write_page(evaluation, out)
     for warning in warnings(evaluation):
@@ -369,7 +410,7 @@ def _bench(args: argparse.Namespace) -> int:
         banks=args.banks,
         target_ms=args.target_ms,
         device=cast(Device, args.device),
-        progress=lambda turns, what: track(turns, what, console=_err, transient=True),
+        progress=_track,
     )
     ratios = {} if before is None else compare_benchmarks(found, before)
     out = write_benchmark(found, args.out or station.path / "results" / "bench")
@@ -425,7 +466,7 @@ def _figures(rows: dict[str, Figures]) -> Table:
     table = Table("%", *(name.replace("_", " ") for name in Figures.model_fields), box=None)
     for name, figures in rows.items():
         values = figures.model_dump().values()
-        table.add_row(name, *("–" if value is None else f"{100 * value:.1f}" for value in values))
+        table.add_row(printable(name), *("–" if value is None else f"{100 * value:.1f}" for value in values))
     return table
 
 
@@ -437,12 +478,12 @@ def _compare(first: Path, second: Path, as_json: bool) -> int:
     table = Table("change, %", *(name.replace("_", " ") for name in Figures.model_fields), "flipped", box=None)
     for c in compared:
         changes = ("–" if value is None else f"{100 * value:+.2f}" for value in c.difference.values())
-        table.add_row(c.name, *changes, f"{len(c.flipped)} of {c.frames}")
+        table.add_row(printable(c.name), *changes, f"{len(c.flipped)} of {c.frames}")
     _out.print(table)
     for c in compared:
         for flip in c.flipped:
             kind = "defective" if flip.defective else "good"
-            print(f"{c.name}: {flip.frame} ({kind}): {flip.before.value} → {flip.after.value}")
+            print(f"{printable(c.name)}: {printable(flip.frame)} ({kind}): {flip.before.value} → {flip.after.value}")
     return 0
 
 
@@ -452,7 +493,7 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(box=None, show_header=False)
     for name, value in facts.items():
-        table.add_row(f"[bold]{name}[/]", str(value))
+        table.add_row(Text(printable(name), "bold"), printable(str(value)))
     _out.print(table)
 
 
