@@ -45,7 +45,8 @@ def warn(text: str) -> None:
 
 
 def progress(disable: bool = False) -> Progress:
-    """A bar on standard error that is gone when it ends; it leaves standard output alone."""
+    """A bar on standard error, if that is a terminal, which is gone when it ends; it leaves standard output alone."""
+    disable = disable or not err.is_terminal
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     return Progress(
         *columns, console=err, transient=True, redirect_stdout=False, redirect_stderr=False, disable=disable

@@ -100,7 +100,7 @@ class Report:
 def write_png(path: Path, image: Image.Image) -> None:
     """Raises: OSError: it cannot be written there; then nothing is."""
     png = io.BytesIO()
-    image.save(png, "PNG")
+    image.save(png, "PNG", compress_level=1)
     write_whole(path, png.getvalue())
 
 

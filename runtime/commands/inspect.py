@@ -230,7 +230,7 @@ def _say_how_to_go_on(args: argparse.Namespace, what: str) -> None:
     advice = f"go on with: {again}" if args.jsonl not in (None, "-") else "with --jsonl FILE, --resume could go on"
     if args.stream or args.unlabelled:
         advice = "such a run cannot go on; begin it anew"
-    err.print(f"vmad: stopped by {what}; what they gave is written; {printable(advice)}", soft_wrap=True)
+    err.print(f"vmad: stopped by {what}, whose results stand; {printable(advice)}", soft_wrap=True)
 
 
 class _Output(Protocol):
