@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
+from rich.text import Text
 
 from vmad_edge.runtime.benchmark import Benchmark, Lane, Ratio, Spread
 from vmad_edge.runtime.files import write_whole
@@ -33,7 +34,7 @@ def table(benchmark: Benchmark, ratios: dict[str, Ratio]) -> Table:
             ratio = ratios.get(name)
             cells += ["", ""] if ratio is None else [f"{ratio.p50:.2f}", f"{ratio.p99:.2f}" if ratio.p99 else ""]
         stage = ":" in name
-        found.add_row(f"  {name.partition(': ')[2]}" if stage else f"[bold]{name}[/]", *cells)
+        found.add_row(f"  {name.partition(': ')[2]}" if stage else Text(name, "bold"), *cells)
     return found
 
 

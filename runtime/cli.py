@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
-import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from PIL import Image
-from rich.console import Console
 from rich.progress import Progress, TaskID, track
 from rich.table import Table
+from rich.text import Text
 
 from vmad_edge.kernels import cuda
 from vmad_edge.runtime.benchmark import benchmark, read_benchmark
@@ -25,6 +26,10 @@ from vmad_edge.runtime.benchmark_page import table as benchmark_table
 from vmad_edge.runtime.benchmark_page import write as write_benchmark
 from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, ScreenManifest
 from vmad_edge.runtime.calibrate import Targets, calibrate
+from vmad_edge.runtime.console import err as _err
+from vmad_edge.runtime.console import out as _out
+from vmad_edge.runtime.console import printable
+from vmad_edge.runtime.console import track as _track
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.gpu import gpu
 from vmad_edge.runtime.engines.tensorrt import build_plans
@@ -34,92 +39,72 @@ from vmad_edge.runtime.evaluate_page import warnings, write_page
 from vmad_edge.runtime.floors import chain_of, floors
 from vmad_edge.runtime.floors import facts as floors_facts
 from vmad_edge.runtime.floors import table as floors_table
-from vmad_edge.runtime.folders import find_images, list_images
+from vmad_edge.runtime.folders import list_images
 from vmad_edge.runtime.hardware import HARDWARE
-from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import RunInProgress
-from vmad_edge.runtime.report import Report, write_map
 from vmad_edge.runtime.stages.language import placement
 from vmad_edge.runtime.station import Calibration, Fallback, Station, same_frames
 
 Subcommands = Any  # argparse's type for this is private
-_STYLE = {
-    Verdict.GOOD: "green",
-    Verdict.DEFECT: "bold red",
-    Verdict.UNCERTAIN: "yellow",
-    Verdict.NOT_INSPECTED: "magenta",
-}
-_err = Console(stderr=True)
-_out = Console(width=None if sys.stdout.isatty() else 160)
+_USAGE = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; a VmadError becomes one line on standard error and exit status 2."""
+    """Run one subcommand. What goes wrong is one line on standard error.
+
+    Returns:
+        The subcommand's exit status; 2 for a VmadError, or a path that cannot be used; 4 for what nobody expected; 130
+        and 143 after SIGINT and SIGTERM; 141 if nobody reads standard output any more.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that knows ASCII alone is no reason to end
+            stream.reconfigure(errors="backslashreplace")
+    args = _parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
+    # A polite kill unwinds like an error, so that what was half written goes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush complains
+        return 141
+    except Exception as error:
+        return _failed(error, args.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vmad", description="Find and explain defects on parts never seen before, on the edge."
     )
     parser.add_argument("--version", action="version", version=f"vmad-edge {version('vmad-edge')}")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
     subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in sorted(entry_points(group="vmad.commands"), key=lambda found: found.name):
         add = cast(Callable[[Subcommands], None], command.load())
         add(subcommands)
-    args = parser.parse_args(argv)
-    # A polite kill unwinds like an error, so that what was half written goes.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        return int(args.run(args))
-    except (VmadError, OSError) as error:
-        print(f"vmad: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    for subcommand in subcommands.choices.values():  # behind the command too; there it must not undo the one before it
+        subcommand.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
 
 
-def add_inspect(subcommands: Subcommands) -> None:
-    parser = subcommands.add_parser(
-        "inspect",
-        help="inspect images: verdict, heat map, mask, explanation",
-        description="Inspect images. Every frame is screened; suspects are reviewed by the language model.",
-        epilog="Exit status: 0 all GOOD; 1 a DEFECT; 2 usage or bundle error; "
-        "3 UNCERTAIN or NOT_INSPECTED, or a file left out that may be an image, but no DEFECT. Left out of folders are "
-        "names that begin with a dot, folders of NAS systems and notebooks, and files that are no images: all are "
-        "named, and those with endings such as .txt, .json, .csv or .db leave the status as it is.",
-    )
-    _add_bundle(parser)
-    parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="image files, or folders of them (with all below; links are followed)"
-    )
-    sources = parser.add_mutually_exclusive_group()
-    sources.add_argument("--references", metavar="DIR", help="compare with the normal parts in DIR, for this run alone")
-    sources.add_argument(
-        "--unlabelled",
-        action="store_true",
-        help="compare the frames with each other, whatever they are: the screen ranks them and leaves all UNCERTAIN",
-    )
-    parser.add_argument(
-        "--stream", metavar="N", type=int, default=0, help="find, too, what is unusual among the last N frames"
-    )
-    _add_fallback(parser)
-    _add_frames(parser)
-    parser.add_argument("--question", metavar="TEXT", help="ask this instead; {object} is replaced by the name")
-    parser.add_argument("--answer", choices=["full", "short"], help="a whole sentence, or yes/no and the mask")
-    parser.add_argument("--no-review", action="store_true", help="the screen alone: no sentence, no mask")
-    parser.add_argument("--deadline-ms", type=float, metavar="N", help="per frame; late screens are NOT_INSPECTED")
-    parser.add_argument(
-        "--report",
-        metavar="DIR",
-        type=Path,
-        help="write a page for people (index.html) and a picture for each frame into DIR",
-    )
-    parser.add_argument(
-        "--maps",
-        metavar="DIR",
-        type=Path,
-        help="write each frame's map (.tiff, float32: what MVTec AD's evaluation reads), a review's language map and "
-        "its mask (.png) into DIR, in the frames' own folders",
-    )
-    parser.set_defaults(run=_inspect)
+def _failed(error: Exception, debug: bool) -> int:
+    """Say it; the exit status."""
+    if debug:
+        traceback.print_exc()
+    known = isinstance(error, VmadError | OSError)
+    lines = "\n".join(map(printable, str(error).splitlines()))
+    if known:
+        print(f"vmad: {lines}", file=sys.stderr)
+    else:
+        advice = "" if debug else " (run again with --debug for the traceback)"
+        kind, what = type(error).__name__, " ".join(lines.split())
+        print(f"vmad: unexpected {kind}{what and f': {what}'}{advice}", file=sys.stderr)
+    return 2 if isinstance(error, VmadError | _USAGE) else 4
 
 
 def add_enroll(subcommands: Subcommands) -> None:
@@ -294,103 +279,6 @@ def _open(args: argparse.Namespace, stream: int = 0, fallback: Fallback | None =
     return Inspector.open(args.bundle, args.station, cast(Device, args.device), stream=stream, fallback=fallback)
 
 
-def _inspect(args: argparse.Namespace) -> int:
-    if args.stream and args.unlabelled:
-        raise VmadError("expected --stream or --unlabelled, got both")
-    found = find_images(args.paths)
-    paths = found.paths
-    if found.left_out:
-        _err.print(found.said, markup=False, soft_wrap=True)
-    if args.maps is not None and len(places := set(map(_in_folders, paths))) < len(paths):
-        raise VmadError(
-            f"--maps: {len(paths)} frames would write {len(places)} maps: some differ by their ending alone"
-        )
-    done: list[Inspection] = []
-    with _open(args, args.stream, args.fallback) as inspector:
-        if not (args.unlabelled or args.references):
-            _note_left_behind(inspector, args.object)
-        if args.unlabelled:
-            frames = track(paths, "reading all", console=_err, transient=True)
-            inspector.compare_unlabelled(frames, object=args.object, bit_depth=args.bit_depth)
-        if args.references is not None:
-            references = track(list_images([args.references]), "enrolling", console=_err, transient=True)
-            inspector.enroll(references, object=args.object, keep=False, bit_depth=args.bit_depth)
-        report = None if args.report is None else Report(args.report, inspector.heat_top(args.object))
-        for path in track(paths, "inspecting", console=_err, transient=True, disable=len(paths) == 1):
-            inspection = inspector.inspect(
-                path,
-                object=args.object,
-                question=args.question,
-                answer=cast("Answer | None", args.answer),
-                review=not args.no_review,
-                deadline_ms=args.deadline_ms,
-                bit_depth=args.bit_depth,
-            )
-            if report is not None:
-                report.add(inspection)
-            if args.maps is not None:
-                _write_maps(inspection, args.maps)
-            done.append(inspection.without_arrays())
-    if report is not None:
-        report.write(_report_facts(done, args))
-    if args.json:
-        print(json.dumps([inspection.to_json() for inspection in done], indent=2, allow_nan=False))
-    else:
-        _out.print(_table(done))
-    verdicts = {inspection.verdict for inspection in done}
-    if Verdict.DEFECT in verdicts:
-        return 1
-    return 0 if verdicts == {Verdict.GOOD} and not found.missed else 3
-
-
-def _note_left_behind(inspector: Inspector, object: str | None) -> None:
-    """The bundle's own object is compared with its features, although it is enrolled with an earlier bundle."""
-    own = inspector.bundle.manifest.object
-    if object in (None, own) and (left_behind := inspector.station.left_behind(own)) is not None:
-        _err.print(f"note: {left_behind}", markup=False, soft_wrap=True)
-
-
-def _write_maps(inspection: Inspection, folder: Path) -> None:
-    if inspection.map is None:  # not inspected
-        return
-    place = folder / _in_folders(inspection.frame.path or inspection.frame.id)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    for name, heat in ((place.name, inspection.map), (f"{place.name}_language", inspection.language_map)):
-        if heat is not None:
-            write_map(place.with_name(f"{name}.tiff"), heat)
-    if inspection.mask is not None:
-        Image.fromarray(inspection.mask).save(place.with_name(f"{place.name}_mask.png"))
-
-
-def _in_folders(path: str) -> Path:
-    """A frame's path as given, without its ending, to be put into another folder."""
-    return Path(*(part for part in Path(path).with_suffix("").parts if part not in ("/", "..")))
-
-
-def _report_facts(done: list[Inspection], args: argparse.Namespace) -> list[str]:
-    counts = [f"{sum(i.verdict is verdict for i in done)} {verdict.value}" for verdict in Verdict]
-    when = time.strftime("%Y-%m-%d %H:%M")
-    return [
-        f"{len(done)} frames: {', '.join(counts)}.",
-        f"Bundle {args.bundle}, {when}, vmad-edge {version('vmad-edge')}.",
-    ]
-
-
-def _table(done: list[Inspection]) -> Table:
-    table = Table("frame", "verdict", "score", "P(yes)", "compared with", "ms screen + review", "explanation or reason")
-    for inspection in done:
-        table.add_row(
-            Path(inspection.frame.path or inspection.frame.id).name,
-            f"[{_STYLE[inspection.verdict]}]{inspection.verdict.value}[/]",
-            "" if inspection.score is None else f"{inspection.score:.3f}",
-            "" if inspection.p_yes is None else f"{inspection.p_yes:.2f}",
-            inspection.compared_with or "",
-            f"{inspection.timings_ms.get('screen', 0):.0f} + {inspection.timings_ms.get('review', 0):.0f}",
-            " ".join(filter(None, (inspection.explanation, inspection.reason))),
-        )
-    return table
-
-
 def _enroll(args: argparse.Namespace) -> int:
     if (args.folder is None) == (args.from_station is None):
         args.usage_error("expected DIR, or --from-station OLD in its place")
@@ -505,7 +393,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         unlabelled=args.unlabelled,
         categories=args.categories,
         device=cast(Device, args.device),
-        progress=lambda frames, name: track(frames, name, console=_err, transient=True),
+        progress=_track,
     )
     page = write_page(evaluation, out)
     for warning in warnings(evaluation):
@@ -555,7 +443,7 @@ def _bench(args: argparse.Namespace) -> int:
         banks=args.banks,
         target_ms=args.target_ms,
         device=cast(Device, args.device),
-        progress=lambda turns, what: track(turns, what, console=_err, transient=True),
+        progress=_track,
     )
     ratios = {} if before is None else compare_benchmarks(found, before)
     out = write_benchmark(found, args.out or station.path / "results" / "bench")
@@ -612,7 +500,7 @@ def _figures(rows: dict[str, Figures]) -> Table:
     table = Table("%", *(name.replace("_", " ") for name in Figures.model_fields), box=None)
     for name, figures in rows.items():
         values = figures.model_dump().values()
-        table.add_row(name, *("–" if value is None else f"{100 * value:.1f}" for value in values))
+        table.add_row(printable(name), *("–" if value is None else f"{100 * value:.1f}" for value in values))
     return table
 
 
@@ -624,12 +512,12 @@ def _compare(first: Path, second: Path, as_json: bool) -> int:
     table = Table("change, %", *(name.replace("_", " ") for name in Figures.model_fields), "flipped", box=None)
     for c in compared:
         changes = ("–" if value is None else f"{100 * value:+.2f}" for value in c.difference.values())
-        table.add_row(c.name, *changes, f"{len(c.flipped)} of {c.frames}")
+        table.add_row(printable(c.name), *changes, f"{len(c.flipped)} of {c.frames}")
     _out.print(table)
     for c in compared:
         for flip in c.flipped:
             kind = "defective" if flip.defective else "good"
-            print(f"{c.name}: {flip.frame} ({kind}): {flip.before.value} → {flip.after.value}")
+            print(f"{printable(c.name)}: {printable(flip.frame)} ({kind}): {flip.before.value} → {flip.after.value}")
     return 0
 
 
@@ -639,7 +527,7 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(box=None, show_header=False)
     for name, value in facts.items():
-        table.add_row(f"[bold]{name}[/]", str(value))
+        table.add_row(Text(printable(name), "bold"), printable(str(value)))
     _out.print(table)
 
 

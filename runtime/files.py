@@ -28,6 +28,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write its new content to, which takes its place when the block ends well."""
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place, synced to disk, when the block ends well.
 

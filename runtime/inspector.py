@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import threading
@@ -301,6 +302,28 @@ class Inspector:
         source = self._screen.unlabelled(_readable(frames, bit_depth, colour))
         with self._lock:
             self._sources[self._object(object)] = source
+
+    def load_reviews(self) -> None:
+        """Begin to load the review's models, if the bundle has them; returns at once."""
+        if isinstance(self.bundle.manifest, Manifest):
+            self._reviews.start()
+
+    def compared_with(self, object: str | None = None) -> dict[str, str | float | None]:
+        """What the screen's verdicts of `object` hang on, as plain values: equal where those would be equal.
+
+        Thresholds have six digits: an enrolment made anew from the same frames may differ in the last ones.
+        """
+        source = self._source(self._object(object))
+        beside, thresholds = _beside(source), source.thresholds
+        enrolled = "".join(f.pixel_hash for f in beside.frames) if isinstance(beside, References) else None
+        return {
+            "bundle": self.bundle.hash,
+            "object": self._object(object),
+            "compared_with": source.kind,
+            "enrolled": None if enrolled is None else hashlib.sha256(enrolled.encode()).hexdigest(),
+            "good_below": None if thresholds is None else float(f"{thresholds.good_below:.6g}"),
+            "defect_above": None if thresholds is None else float(f"{thresholds.defect_above:.6g}"),
+        }
 
     def heat_top(self, object: str | None = None) -> float:
         """The map value to draw in the hottest colour: against references twice where DEFECT begins, else 1."""

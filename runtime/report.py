@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
+import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cv2
@@ -14,8 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from vmad_edge.runtime.files import write_whole
+from vmad_edge.runtime.console import printable
+from vmad_edge.runtime.files import whole_file, write_whole
 from vmad_edge.runtime.inspection import Inspection, Verdict
+from vmad_edge.runtime.names import Names, joined
+from vmad_edge.runtime.rows import Appended
 
 Pixels = NDArray[np.uint8]
 COLOURS = {
@@ -28,6 +33,7 @@ _MASK = (255, 0, 255)
 _SIDE = 304
 _GAP = 12
 _TEXT_HEIGHT = 96
+_ROW = re.compile('<tr data-name="([^"]*)"')
 _PAGE = Path(__file__).with_name("report.html")
 _STAGE_COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#bab0ac")
 _WHOLES = ("screen", "review")
@@ -35,43 +41,67 @@ _WHOLES = ("screen", "review")
 
 
 class Report:
-    """Collects rows; `write` makes `folder`/index.html. Each frame's picture is written as it comes.
+    """A page of rows, one a frame, and a picture for each. Keeps nothing of them in memory; `write` ends it.
 
     Args:
         heat_top: the map value that is drawn in the hottest colour, one for the whole report.
+        paths: of all frames, so that no two pictures get one name.
     """
 
-    def __init__(self, folder: Path, heat_top: float) -> None:
+    def __init__(self, folder: Path, heat_top: float, paths: Iterable[str] = ()) -> None:
         self._folder, self._heat_top = folder.absolute(), heat_top
-        self._rows: list[str] = []
+        self._names = Names(paths, joined, (".png",))
         folder.mkdir(parents=True, exist_ok=True)
+        self._scratch = self._folder / ".rows.part"
+        self._rows = Appended(self._scratch)
+
+    def take_over(self, paths: Iterable[str]) -> int:
+        """Keep the rows of these frames from the page that an earlier run left here; how many there were."""
+        page, names, found = self._folder / "index.html", set(map(printable, paths)), 0
+        if page.exists():
+            with page.open(encoding="utf-8") as lines:
+                for line in lines:
+                    if (name := _ROW.match(line)) is not None and html.unescape(name[1]) in names:
+                        self._rows.write(line)
+                        found += 1
+        return found
 
     def add(self, inspection: Inspection) -> None:
-        """One frame's picture, and its row. Keeps small JPEGs, not the frame."""
+        """One frame's row, then its picture.
+
+        Raises:
+            OSError: one of them could not be written; the row is the page's nevertheless, if only the picture failed.
+        """
+        path = inspection.frame.path or inspection.frame.id
         panels = _panels(inspection, self._heat_top)
-        _picture(inspection, panels).save(self._folder / f"{file_stem(inspection)}.png")
-        self._rows.append(_row(inspection, inspection.frame.path or inspection.frame.id, panels))
+        self._rows.write(_row(inspection, printable(path), panels) + "\n")
+        write_png(self._folder / f"{self._names.of(path)}.png", _picture(inspection, panels))
 
     def write(self, facts: Sequence[str]) -> Path:
-        """The page. `facts` are sentences for its head."""
+        """`folder`/index.html, whole or not at all. `facts` are sentences for its head."""
         scale = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None].repeat(16, 0), cv2.COLORMAP_TURBO)[:, :, ::-1]
-        page = _PAGE.read_text("utf-8")
+        head, _, foot = _PAGE.read_text("utf-8").partition("{{rows}}")
         for mark, text in (
-            ("{{facts}}", html.escape(" ".join(facts))),
             ("{{scale}}", data_uri(Image.fromarray(scale))),
             ("{{heat_top}}", f"{self._heat_top:.3g}"),
-            ("{{rows}}", "\n".join(self._rows)),
+            ("{{facts}}", html.escape(printable(" ".join(facts)))),
         ):
-            page = page.replace(mark, text, 1)
+            head = head.replace(mark, text, 1)
+        self._rows.close()
         target = self._folder / "index.html"
-        write_whole(target, page)
+        with whole_file(target) as new, new.open("wb") as page, self._scratch.open("rb") as rows:
+            page.write(head.encode())
+            shutil.copyfileobj(rows, page)
+            page.write(foot.lstrip("\n").encode())
+        self._scratch.unlink()
         return target
 
 
-def file_stem(inspection: Inspection) -> str:
-    """A file name for what is written about a frame: its path with the folders joined by `_`."""
-    path = Path(inspection.frame.path or inspection.frame.id)
-    return "_".join(part for part in path.parts if part not in ("/", ".."))
+def write_png(path: Path, image: Image.Image) -> None:
+    """Raises: OSError: it cannot be written there; then nothing is."""
+    png = io.BytesIO()
+    image.save(png, "PNG", compress_level=1)
+    write_whole(path, png.getvalue())
 
 
 def write_map(path: Path, heat: NDArray[np.float32]) -> None:
@@ -157,8 +187,13 @@ def _facts(inspection: Inspection) -> list[str]:
     return facts
 
 
+def in_words(*texts: str | None) -> str:
+    """In one line that can be shown."""
+    return printable(" ".join(" ".join(filter(None, texts)).split()))
+
+
 def _words(inspection: Inspection) -> str:
-    return " ".join(filter(None, (inspection.explanation, inspection.reason)))
+    return in_words(inspection.explanation, inspection.reason)
 
 
 def _row(inspection: Inspection, name: str, panels: dict[str, Image.Image]) -> str:
@@ -167,7 +202,7 @@ def _row(inspection: Inspection, name: str, panels: dict[str, Image.Image]) -> s
         for title in ("frame", "anomaly map", "most similar normal place")
     ]
     nearest = inspection.nearest_normal
-    beside = "" if nearest is None else f"in {html.escape(nearest.frame)}, cosine {nearest.similarity:.3f}"
+    beside = "" if nearest is None else f"in {html.escape(printable(nearest.frame))}, cosine {nearest.similarity:.3f}"
     verdict, *facts = _facts(inspection)
     if inspection.compared_with is not None:
         facts.append(f"compared with {inspection.compared_with}")

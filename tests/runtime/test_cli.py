@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -122,8 +124,9 @@ def test_maps_of_two_frames_of_one_name(tiny_bundle: Path, parts: Path, station:
     shutil.copy(parts / "odd/odd.png", tmp_path / "odd.png")
     shutil.copy(parts / "odd/odd.png", tmp_path / "odd.bmp")
     done = vmad("inspect", tiny_bundle, tmp_path, "--station", station, "--maps", tmp_path / "maps")
-    assert done.returncode == 2 and "2 frames would write 1 maps" in done.stderr
-    assert not (tmp_path / "maps").exists()
+    assert done.returncode == 1, done.stderr
+    maps = [path.name for path in (tmp_path / "maps").rglob("*.tiff") if "_language" not in path.name]
+    assert len(maps) == 2 and all(name.startswith("odd-") for name in maps)
 
 
 def test_info(tiny_bundle: Path, station: Path) -> None:
@@ -237,3 +240,127 @@ def test_a_bundle_exported_anew(tiny_bundle: Path, exported_anew: Path, parts: P
 def test_frames_to_enroll_come_from_one_place(given: list[str], tiny_bundle: Path, parts: Path) -> None:
     done = vmad("enroll", tiny_bundle, *given, cwd=parts)
     assert done.returncode == 2 and "expected DIR, or --from-station OLD in its place" in done.stderr
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_is_readable_and_goes_on(
+    number: signal.Signals, status: int, tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "many").mkdir()
+    for count in range(300):
+        shutil.copy(parts / f"good/{count % 6}.png", tmp_path / f"many/{count:03}.png")
+    args = [
+        "inspect",
+        tiny_bundle,
+        "many",
+        "--station",
+        station,
+        "--no-review",
+        "--jsonl",
+        "run.jsonl",
+        "--report",
+        "r",
+    ]
+    args += ["--csv", "run.csv", "--json"]
+    run = tmp_path / "run.jsonl"
+    with subprocess.Popen(
+        [VMAD, *map(str, args)], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as going:
+        assert going.stdout is not None and going.stdout.readline() == "[\n"
+        going.send_signal(number)
+        out, error = going.communicate(timeout=300)
+    assert going.returncode == status and f"{number.name} after" in error and "--resume" in error
+    done = len(rows_of(run))
+    assert 0 < done < 300 and len(json.loads("[" + out)) == done
+    assert (tmp_path / "r/index.html").read_text().count("<tr data-name") == done
+    with run.open("a") as file:
+        file.write('{"path": "many/299.png", "verdi')
+    before = run.read_text().splitlines()[:done]
+    resumed = vmad(*args, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    rows = rows_of(run)
+    assert run.read_text().splitlines()[:done] == before
+    assert [row["path"] for row in rows] == [f"many/{count:03}.png" for count in range(300)]
+    assert len(json.loads(resumed.stdout)) == 300 and (tmp_path / "run.csv").read_text().count("\n") == 301
+    assert (tmp_path / "r/index.html").read_text().count("<tr data-name") == 300
+
+
+def test_resume_counts_old_rows_and_refuses_other_settings(
+    tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run.jsonl"
+    args = ["inspect", tiny_bundle, "--station", station, "--no-review", "--jsonl", run]
+    assert vmad(*args, parts / "odd").returncode == 1
+    again = vmad(*args, parts / "good")
+    assert again.returncode == 2 and "is there already" in again.stderr
+    assert vmad(*args, parts / "good", "--resume").returncode == 1
+    assert len(rows_of(run)) == 7
+    other = vmad(*args, parts / "good", "--resume", "--answer", "short")
+    assert other.returncode == 2 and "answer none, now short" in other.stderr
+
+
+def test_a_picture_that_cannot_be_written_is_a_warning(
+    tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "r/odd_odd.png.png").mkdir(parents=True)
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps/odd").write_text("a file where a folder would be")
+    args = ["--station", station, "--no-review", "--json", "--report", tmp_path / "r", "--maps", tmp_path / "maps"]
+    done = vmad("inspect", tiny_bundle, "odd", "good/0.png", *args, cwd=parts)
+    assert done.returncode == 1 and len(json.loads(done.stdout)) == 2
+    assert "picture of odd/odd.png is missing" in done.stderr and "maps of odd/odd.png is missing" in done.stderr
+    assert "2 pictures, maps or pages" in done.stderr
+    assert (tmp_path / "r/index.html").read_text().count("<tr data-name") == 2
+
+
+def test_names_are_shown_as_they_are(tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path) -> None:
+    names = ["Bild [kopie].png", "part[red]7.png", "cam:warning:1.png", "\x1b[31mred.png", "ä.png", "x" * 240 + ".png"]
+    for name in [*map(os.fsencode, names), b"caf\xe9.png", b"[/17].png"]:
+        shutil.copy(parts / "good/0.png", os.path.join(os.fsencode(tmp_path), name))  # noqa: PTH118
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "LANG": "C"}
+    args = ["inspect", tiny_bundle, ".", "--station", station, "--no-review", "--report", "r", "--maps", "m"]
+    done = subprocess.run(
+        [VMAD, *map(str, args)], capture_output=True, cwd=tmp_path, env=ascii_only, timeout=300, check=False
+    )
+    told = done.stdout.decode("ascii")
+    assert done.returncode == 0 and done.stderr == b""
+    for shown in (*names[:3], "\\x1b[31mred.png", "\\xe4.png", "caf\\xe9.png", "[/17].png"):
+        assert shown in told
+    assert len(list((tmp_path / "r").glob("*.png"))) == len(list((tmp_path / "m").glob("*.tiff"))) == 8
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_what_nobody_expected_is_4(
+    debug: bool, parts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vmad_edge.runtime import cli
+    from vmad_edge.runtime.bundle import Bundle
+
+    def fails(path: object) -> Bundle:
+        raise TypeError("no such\nthing")
+
+    monkeypatch.setattr(Bundle, "open", fails)
+    assert cli.main(["inspect", "bundle", str(parts / "good"), *(["--debug"] if debug else [])]) == 4
+    said = capsys.readouterr().err
+    assert "vmad: unexpected TypeError: no such thing" in said and ("Traceback" in said) == debug
+    assert debug or said.count("\n") == 1
+
+
+def test_nobody_reads_standard_output(tiny_bundle: Path, parts: Path, station: Path) -> None:
+    args = [VMAD, "inspect", tiny_bundle, parts / "good", "--station", station, "--no-review", "--jsonl"]
+    with subprocess.Popen(list(map(str, args)), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as going:
+        assert going.stdout is not None and going.stderr is not None
+        going.stdout.close()
+        assert going.wait(300) == 141 and going.stderr.read() == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_leaves_the_table(tiny_bundle: Path, parts: Path, station: Path) -> None:
+    args = ["--station", station, "--no-review", "--jsonl", "/dev/full"]
+    done = vmad("inspect", tiny_bundle, parts / "odd", *args)
+    assert done.returncode == 4 and "DEFECT" in done.stdout
+    assert "No space left" in done.stderr and done.stderr.count("\n") == 1
