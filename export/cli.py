@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.table import Table
 
 from vmad_edge.runtime.bundle import Bundle, ClipInput, Language, Precision, Similarity, Weights
+from vmad_edge.runtime.cli import add_reading, reading
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.folders import list_images
@@ -82,6 +83,7 @@ def add_parity(subcommands: Any) -> None:
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help="write the figures and pictures of both sides as HTML"
     )
+    add_reading(parser)
     parser.set_defaults(run=lambda args: _with_extra("parity", _parity, args))
 
 
@@ -219,7 +221,13 @@ def _parity(args: argparse.Namespace) -> int:
     page = ParityPage()
     with Console(stderr=True).status("") as status:
         parity = measure(
-            checkpoint, bundle, images, device=args.device, progress=lambda step: status.update(step), each=page.add
+            checkpoint,
+            bundle,
+            images,
+            device=args.device,
+            reading=reading(args),
+            progress=lambda step: status.update(step),
+            each=page.add,
         )
     if args.page is not None:
         page.write(args.page, parity)

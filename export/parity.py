@@ -31,7 +31,7 @@ from vmad_edge.runtime.bundle import Bundle, Manifest, Precision, Record
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import CheckpointError
-from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
 from vmad_edge.runtime.inspection import Verdict
 from vmad_edge.runtime.inspector import verdict_of
 from vmad_edge.runtime.stages.language import LanguageModel
@@ -284,6 +284,7 @@ def measure(
     images: Sequence[str],
     *,
     device: Device = "cpu",
+    reading: Reading = AS_STORED,
     progress: Callable[[str], None] = lambda step: None,
     each: Callable[[Frame, Stages, Stages], None] = lambda frame, source, exported: None,
 ) -> Parity:
@@ -293,6 +294,7 @@ def measure(
     Masks count where the source says Yes: elsewhere the runtime makes none. If it never does, they have no row.
 
     Args:
+        reading: how the images are read.
         each: gets every frame with both sides' arrays.
 
     Raises:
@@ -302,11 +304,11 @@ def measure(
     manifest = bundle.for_review
     question = manifest.conversation.question.replace("{object}", manifest.conversation.object)
     found: dict[str, list[StageParity]] = {}
-    expected = _run_source(checkpoint, images, question, progress)
+    expected = _run_source(checkpoint, images, question, reading, progress)
     with Exported(bundle, device) as exported:
         for number, (path, theirs) in enumerate(zip(images, expected, strict=True), 1):
             progress(f"parity: export, image {number} of {len(images)}")
-            frame = Frame.read(path)
+            frame = Frame.read(path, **reading)
             ours: Stages = {}
             fault = None
             try:
@@ -334,14 +336,18 @@ def measure(
 
 
 def _run_source(
-    checkpoint: Checkpoint, images: Sequence[str], question: str, progress: Callable[[str], None]
+    checkpoint: Checkpoint,
+    images: Sequence[str],
+    question: str,
+    reading: Reading,
+    progress: Callable[[str], None],
 ) -> list[Stages]:
     """The source's stages of each image. It is gone before the export is opened: both have a model's size."""
     source = Source(checkpoint, checkpoint.streamed_language())
     found = []
     for number, path in enumerate(images, 1):
         progress(f"parity: source, image {number} of {len(images)}")
-        found.append(source.run(Frame.read(path), question))
+        found.append(source.run(Frame.read(path, **reading), question))
     del source
     gc.collect()  # its modules hold one another
     return found

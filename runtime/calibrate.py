@@ -13,6 +13,7 @@ from pathlib import Path
 from vmad_edge.runtime.bundle import Thresholds
 from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.files import sha256
+from vmad_edge.runtime.frame import AS_STORED, Reading
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.station import Calibration, CalibrationFrame
 
@@ -44,12 +45,14 @@ def calibrate(
     object: str | None = None,
     targets: Targets | None = None,
     by: str | None = None,
+    reading: Reading = AS_STORED,
 ) -> Calibration:
     """Screen the frames, set thresholds for `object` from their scores, and write them to the station.
 
     Args:
         inspector: one opened with `calibrated=False`, so that an outdated calibration is not in the way.
         by: who answers for it; None takes the account and the machine.
+        reading: how the frames are read.
 
     Raises:
         FrameError: a frame cannot be inspected, or is one of the enrolled references.
@@ -60,8 +63,8 @@ def calibrate(
     bank = inspector.station.bank_hash(name)
     references = inspector.station.load_references(name)
     enrolled = {frame.pixel_hash for frame in references.frames} if references else set()
-    frames = [_scored(inspector, path, name, False, enrolled) for path in good]
-    frames += [_scored(inspector, path, name, True, enrolled) for path in defects]
+    frames = [_scored(inspector, path, name, False, enrolled, reading) for path in good]
+    frames += [_scored(inspector, path, name, True, enrolled, reading) for path in defects]
     normal = sorted(frame.score for frame in frames if not frame.defective)
     defective = sorted(frame.score for frame in frames if frame.defective)
     if defective:
@@ -183,8 +186,10 @@ def _upper_bound(scores: Sequence[float], share: float, confidence: float) -> fl
     return math.nextafter(scores[n - 1 - beyond], math.inf)  # a score equal to it is still below the threshold
 
 
-def _scored(inspector: Inspector, path: str, object: str, defective: bool, enrolled: set[str]) -> CalibrationFrame:
-    inspection = inspector.inspect(path, object=object, review=False)
+def _scored(
+    inspector: Inspector, path: str, object: str, defective: bool, enrolled: set[str], reading: Reading
+) -> CalibrationFrame:
+    inspection = inspector.inspect(path, object=object, review=False, **reading)
     if inspection.score is None:
         raise FrameError(f"{path} cannot be calibrated with: {inspection.reason}")
     if inspection.frame.pixel_hash in enrolled:

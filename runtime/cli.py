@@ -35,6 +35,7 @@ from vmad_edge.runtime.floors import chain_of, floors
 from vmad_edge.runtime.floors import facts as floors_facts
 from vmad_edge.runtime.floors import table as floors_table
 from vmad_edge.runtime.folders import find_images, list_images
+from vmad_edge.runtime.frame import Colour, Reading
 from vmad_edge.runtime.hardware import HARDWARE
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
@@ -171,6 +172,7 @@ def add_evaluate(subcommands: Subcommands) -> None:
         default=False,
         help="ask the language model about every frame too and measure P(yes); default: the screen alone",
     )
+    add_reading(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="results and page; default: in the station")
     parser.add_argument("--compare", nargs=2, metavar="OUT", type=Path, help="two finished --out folders, nothing else")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -199,6 +201,7 @@ def add_calibrate(subcommands: Subcommands) -> None:
         parser.add_argument(
             f"--{name}", type=float, metavar="SHARE", default=getattr(targets, name), help=f"{meaning}; %(default)s"
         )
+    add_reading(parser)
     parser.add_argument("--by", metavar="NAME", help="who answers for it; default: this account and machine")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_calibrate)
@@ -235,6 +238,7 @@ def add_bench(subcommands: Subcommands) -> None:
         "of the other options --banks and --json count",
     )
     parser.add_argument("--frames", nargs="+", metavar="PATH", help="images, or folders of them; default: drawn ones")
+    add_reading(parser)
     parser.add_argument("--object", metavar="NAME", help="compare with what is enrolled for it in the station")
     parser.add_argument("--no-review", action="store_true", help="measure the screen alone")
     parser.add_argument("--answer", choices=["full", "short"], help="of the reviews; default: the bundle's")
@@ -268,8 +272,23 @@ def _add_bundle(parser: argparse.ArgumentParser, nargs: str | None = None) -> No
 
 def _add_frames(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--object", metavar="NAME", help="the part's name, as in “screw”; references are kept by it")
-    parser.add_argument("--bit-depth", type=int, metavar="N", help="of 16-bit images: how many bits their values use")
+    add_reading(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """The options that `reading` takes."""
+    parser.add_argument("--bit-depth", type=int, metavar="N", help="of 16-bit images: how many bits their values use")
+    parser.add_argument(
+        "--colour",
+        choices=get_args(Colour),
+        default="rgb",
+        help="bgr: the channels were written swapped, as OpenCV's arrays are by other programs; default: %(default)s",
+    )
+
+
+def reading(args: argparse.Namespace) -> Reading:
+    return {"bit_depth": args.bit_depth, "colour": args.colour}
 
 
 def _open(args: argparse.Namespace, stream: int = 0) -> Inspector:
@@ -291,10 +310,10 @@ def _inspect(args: argparse.Namespace) -> int:
     with _open(args, args.stream) as inspector:
         if args.unlabelled:
             frames = track(paths, "reading all", console=_err, transient=True)
-            inspector.compare_unlabelled(frames, object=args.object, bit_depth=args.bit_depth)
+            inspector.compare_unlabelled(frames, object=args.object, **reading(args))
         if args.references is not None:
             references = track(list_images([args.references]), "enrolling", console=_err, transient=True)
-            inspector.enroll(references, object=args.object, keep=False, bit_depth=args.bit_depth)
+            inspector.enroll(references, object=args.object, keep=False, **reading(args))
         report = None if args.report is None else Report(args.report, inspector.heat_top(args.object))
         for path in track(paths, "inspecting", console=_err, transient=True, disable=len(paths) == 1):
             inspection = inspector.inspect(
@@ -304,7 +323,7 @@ def _inspect(args: argparse.Namespace) -> int:
                 answer=cast("Answer | None", args.answer),
                 review=not args.no_review,
                 deadline_ms=args.deadline_ms,
-                bit_depth=args.bit_depth,
+                **reading(args),
             )
             if report is not None:
                 report.add(inspection)
@@ -366,7 +385,8 @@ def _table(done: list[Inspection]) -> Table:
 def _enroll(args: argparse.Namespace) -> int:
     paths = list_images([args.folder])
     with _open(args) as inspector:
-        references = inspector.enroll(track(paths, "enrolling", console=_err, transient=True), object=args.object)
+        frames = track(paths, "enrolling", console=_err, transient=True)
+        references = inspector.enroll(frames, object=args.object, **reading(args))
         thresholds = references.thresholds
         facts = {
             "frames": len(references.frames),
@@ -466,6 +486,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         unlabelled=args.unlabelled,
         categories=args.categories,
         device=cast(Device, args.device),
+        reading=reading(args),
         progress=lambda frames, name: track(frames, name, console=_err, transient=True),
     )
     page = write_page(evaluation, out)
@@ -511,6 +532,7 @@ def _bench(args: argparse.Namespace) -> int:
         banks=args.banks,
         target_ms=args.target_ms,
         device=cast(Device, args.device),
+        reading=reading(args),
         progress=lambda turns, what: track(turns, what, console=_err, transient=True),
     )
     ratios = {} if before is None else compare_benchmarks(found, before)
@@ -547,6 +569,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             object=args.object,
             targets=targets,
             by=args.by,
+            reading=reading(args),
         )
         facts = {**_calibration_facts(calibration), "station": str(inspector.station.path)}
     _print_facts(facts, args.json)
