@@ -171,3 +171,34 @@ def test_usage_errors_are_one_line_and_exit_2(args: list[str], says: str, tiny_b
     assert says in done.stderr and "Traceback" not in done.stderr
     if "usage" not in says:
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name,status", [("notes.txt", 0), (".DS_Store", 0), ("a.heic", 3), ("gone.png", 3), ("odd", 1)]
+)
+def test_what_a_folder_holds_beside_good_frames(
+    name: str, status: int, tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path
+) -> None:
+    shutil.copy(parts / "good/0.png", tmp_path)
+    if name in ("gone.png", "odd"):
+        (tmp_path / name).symlink_to(parts / name)  # one to nothing, one to the folder of a defective part
+    else:
+        (tmp_path / name).touch()
+    done = vmad("inspect", tiny_bundle, tmp_path, "--station", station, "--no-review")
+    assert done.returncode == status, done.stdout + done.stderr
+    assert name in done.stdout + done.stderr
+
+
+def test_deep_frames_are_read_alike_everywhere(tiny_bundle: Path, parts: Path, tmp_path: Path) -> None:
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    for path in (parts / "good").iterdir():
+        grey = np.asarray(Image.open(path).convert("L")).astype(np.uint16)
+        Image.fromarray(grey * 16).save(deep / path.name)
+    where = "--station", tmp_path / "station"
+    how = "--object", "deep", *where, "--bit-depth", "12"
+    assert "16-bit values; say how" in vmad("enroll", tiny_bundle, deep, *where).stderr
+    assert vmad("enroll", tiny_bundle, deep, *how).returncode == 0
+    assert vmad("inspect", tiny_bundle, deep, "--no-review", *how).returncode == 0
+    assert "is one of the enrolled references" in vmad("calibrate", tiny_bundle, "--good", deep, *how).stderr
+    assert vmad("bench", tiny_bundle, "--frames", deep, "--repeats", "1", "--no-review", *how).returncode == 0
