@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from vmad_edge.runtime.bundle import Bundle, ClipInput, Language, Precision, Similarity, Weights
+from vmad_edge.runtime.cli import add_reading, reading
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.errors import VmadError
 
@@ -87,6 +88,7 @@ def add_parity(subcommands: Any) -> None:
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help="write the figures and pictures of both sides as HTML"
     )
+    add_reading(parser)
     parser.set_defaults(run=lambda args: _with_extra("parity", _parity, args))
 
 
@@ -246,6 +248,7 @@ def _parity(args: argparse.Namespace) -> int:
             images,
             more,
             device=args.device,
+            reading=reading(args),
             progress=lambda step: status.update(step),
             each=page.add,
         )

@@ -37,7 +37,7 @@ from vmad_edge.runtime.calibrate import largest_share
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import CheckpointError
-from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
 from vmad_edge.runtime.inspection import Verdict, verdict_of
 from vmad_edge.runtime.inspector import settled
 from vmad_edge.runtime.stages.language import LanguageModel
@@ -366,6 +366,7 @@ def measure(
     more: Sequence[Callable[[], Frame]] = (),
     *,
     device: Device = "cpu",
+    reading: Reading = AS_STORED,
     progress: Callable[[str], None] = lambda step: None,
     each: Callable[[Frame, Stages, Stages], None] = lambda frame, source, exported: None,
 ) -> Parity:
@@ -378,6 +379,7 @@ def measure(
     Args:
         images: compared on all stages; both sides' arrays are kept meanwhile.
         more: give further frames, to compare score, P(yes) and decisions on. Each is called twice.
+        reading: how the images are read.
         each: gets every frame of `images` with both sides' arrays.
 
     Raises:
@@ -389,7 +391,7 @@ def measure(
     thresholds = checkpoint.config.similarity.thresholds
     allowed = limits(manifest)
     found: dict[str, list[StageParity]] = {}
-    expected, decided = _run_source(checkpoint, images, more, question, progress)
+    expected, decided = _run_source(checkpoint, images, more, question, reading, progress)
 
     def note(frame: Frame, theirs: Stages, ours: Stages, fault: str | None) -> None:
         clear = _clear(theirs, thresholds, allowed)
@@ -411,7 +413,7 @@ def measure(
     with Exported(bundle, device) as exported:
         for number, (path, theirs) in enumerate(zip(images, expected, strict=True), 1):
             progress(f"parity: export, image {number} of {len(images)}")
-            frame = Frame.read(path)
+            frame = Frame.read(path, **reading)
             ours, fault = _until_fault(exported.run(frame, question, theirs["answer"]))
             if not np.array_equal(theirs["answer"], ours.get("answer", theirs["answer"])):
                 del theirs["h_seg_full"]  # after other words it is another state
@@ -448,6 +450,7 @@ def _run_source(
     images: Sequence[str],
     more: Sequence[Callable[[], Frame]],
     question: str,
+    reading: Reading,
     progress: Callable[[str], None],
 ) -> tuple[list[Stages], list[Stages]]:
     """The source's stages of `images` and of `more`. It is gone before the export is opened: both are large."""
@@ -455,7 +458,7 @@ def _run_source(
     found, decided = [], []
     for number, path in enumerate(images, 1):
         progress(f"parity: source, image {number} of {len(images)}")
-        found.append(source.run(Frame.read(path), question))
+        found.append(source.run(Frame.read(path, **reading), question))
     for number, read in enumerate(more, 1):
         progress(f"parity: source, decision {number} of {len(more)}")
         decided.append(source.decide(read(), question))

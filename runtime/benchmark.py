@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 from vmad_edge.runtime.bundle import Answer, Bundle, ClipInput, Manifest, Record, first_fault
 from vmad_edge.runtime.engines import Device, Engine
 from vmad_edge.runtime.errors import VmadError
-from vmad_edge.runtime.frame import Frame, FrameSource
+from vmad_edge.runtime.frame import AS_STORED, Frame, FrameSource, Reading
 from vmad_edge.runtime.inspection import Inspection
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import Run, RunInProgress, peak_mib
@@ -209,6 +209,7 @@ def benchmark(
     banks: Sequence[int] = (1, 10, 50, 200),
     target_ms: float | None = None,
     device: Device = "auto",
+    reading: Reading = AS_STORED,
     progress: Progress = lambda turns, _: turns,
 ) -> Benchmark:
     """Time the screen and the review of `frames`, the screen over bank sizes, and the CLIP encoder in batches.
@@ -222,6 +223,7 @@ def benchmark(
         repeats: runs of each thing that count.
         banks: numbers of enrolled frames.
         target_ms: the time that the screen must hold at p99.
+        reading: how the frames are read.
 
     Raises:
         BundleError: the station knows other objects but not `object`.
@@ -249,22 +251,22 @@ def benchmark(
         start = time.perf_counter()
         with Inspector.open(bundle.path, scratch, device) as inspector:
             open_ms = _since(start)
-            compared_with = _take_references(inspector, station, name, frames)
-            things = {"screen": _screen_of(inspector, name)}
+            compared_with = _take_references(inspector, station, name, frames, reading)
+            things = {"screen": _screen_of(inspector, name, reading)}
             if mode is not None:
-                things["review"] = lambda frame: reviewed(inspector, frame, name, mode)
+                things["review"] = lambda frame: reviewed(inspector, frame, name, mode, reading)
             first = {lane: thing(frames[0])[WHOLE] for lane, thing in things.items()}
             for number in progress(range(len(frames)), "warming up"):
                 take_turns(things, [frames[number]], 1)
             inspector_mib = peak_mib(os.getpid())
 
-            few = inspector.enroll(frames[:_ENROLLED], object=_bank(0), keep=False)
+            few = inspector.enroll(frames[:_ENROLLED], object=_bank(0), keep=False, **reading)
             patches = {}
             for size in sorted(set(banks)):
                 references = repeated(few, size)
                 patches[size] = len(references.features)
                 own.save_references(_bank(size), references)
-                things[_bank(size)] = _screen_of(inspector, _bank(size))
+                things[_bank(size)] = _screen_of(inspector, _bank(size), reading)
                 things[_bank(size)](frames[0])
             runs = take_turns(things, frames, repeats, progress)
             memory = Memory(
@@ -272,7 +274,9 @@ def benchmark(
             )
             provider, engines = inspector.provider, inspector.engines
     sizes = [size for size in BATCHES if size <= manifest.dynamic_axes.get("batch", 1)]
-    batches = _batches(engines.open("clip_encoder"), sizes, manifest.clip, frames, max(3, repeats // 10), progress)
+    batches = _batches(
+        engines.open("clip_encoder"), sizes, manifest.clip, frames, reading, max(3, repeats // 10), progress
+    )
     return Benchmark(
         run=run.end(),
         settings=Settings(
@@ -303,14 +307,16 @@ def benchmark(
     )
 
 
-def screened(inspector: Inspector, frame: FrameSource, object: str) -> tuple[Inspection, Times]:
+def screened(
+    inspector: Inspector, frame: FrameSource, object: str, reading: Reading = AS_STORED
+) -> tuple[Inspection, Times]:
     """One screen, timed from outside.
 
     Raises:
         VmadError: the frame was not inspected.
     """
     start = time.perf_counter()
-    inspection = inspector.inspect(frame, object=object, review=False)
+    inspection = inspector.inspect(frame, object=object, review=False, **reading)
     whole = _since(start)
     if inspection.score is None:
         raise VmadError(f"{inspection.frame.id} cannot be measured with: {inspection.reason}")
@@ -318,13 +324,15 @@ def screened(inspector: Inspector, frame: FrameSource, object: str) -> tuple[Ins
     return inspection, {WHOLE: whole, **stages, "verdict": whole - inspection.timings_ms["screen"]}
 
 
-def reviewed(inspector: Inspector, frame: FrameSource, object: str, answer: Answer) -> Times:
+def reviewed(
+    inspector: Inspector, frame: FrameSource, object: str, answer: Answer, reading: Reading = AS_STORED
+) -> Times:
     """One review, whatever the verdict, timed from the finished screen on.
 
     Raises:
         VmadError: the frame was not inspected, or its review failed.
     """
-    inspection, _ = screened(inspector, frame, object)
+    inspection, _ = screened(inspector, frame, object, reading)
     start = time.perf_counter()
     handle = inspector.review(inspection, answer=answer)
     after = handle.wait()
@@ -427,8 +435,8 @@ def _stage(runs: Sequence[Times], stage: str) -> list[float]:
     return [run[stage] for run in runs if stage in run]
 
 
-def _screen_of(inspector: Inspector, object: str) -> Thing:
-    return lambda frame: screened(inspector, frame, object)[1]
+def _screen_of(inspector: Inspector, object: str, reading: Reading) -> Thing:
+    return lambda frame: screened(inspector, frame, object, reading)[1]
 
 
 def _prefill(bundle: Bundle, object: str, runs: Sequence[Times]) -> Prefill:
@@ -444,7 +452,9 @@ def _bank(frames: int) -> str:
     return f"{frames} frames"
 
 
-def _take_references(inspector: Inspector, station: Station, object: str, frames: Sequence[FrameSource]) -> str:
+def _take_references(
+    inspector: Inspector, station: Station, object: str, frames: Sequence[FrameSource], reading: Reading
+) -> str:
     """Put what `object` is compared with on the device into the inspector's own station; says what it is."""
     references = station.load_references(object)
     if references is not None:
@@ -452,7 +462,7 @@ def _take_references(inspector: Inspector, station: Station, object: str, frames
         return f"{len(references.features)} enrolled patches of {object!r}"
     if "similarity.safetensors" in inspector.bundle.manifest.files:
         return "the bundle's normal features"
-    count = len(inspector.enroll(frames[:_ENROLLED], object=object, keep=False).features)
+    count = len(inspector.enroll(frames[:_ENROLLED], object=object, keep=False, **reading).features)
     return f"{count} patches of the first frames: this bundle has no normal features, and {object!r} is not enrolled"
 
 
@@ -461,10 +471,11 @@ def _batches(
     sizes: Sequence[int],
     clip: ClipInput,
     frames: Sequence[FrameSource],
+    reading: Reading,
     turns: int,
     progress: Progress,
 ) -> tuple[Batch, ...]:
-    read = [Frame.read(frames[number % len(frames)]) for number in range(max(sizes))]
+    read = [Frame.read(frames[number % len(frames)], **reading) for number in range(max(sizes))]
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     for turn in progress(range(turns + 1), "batches"):
         for size in sizes:

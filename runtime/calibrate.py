@@ -14,6 +14,7 @@ from pathlib import Path
 from vmad_edge.runtime.bundle import Thresholds
 from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.files import sha256
+from vmad_edge.runtime.frame import AS_STORED, Reading
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.station import Calibration, CalibrationFrame
 
@@ -45,12 +46,14 @@ def calibrate(
     object: str | None = None,
     targets: Targets | None = None,
     by: str | None = None,
+    reading: Reading = AS_STORED,
 ) -> Calibration:
     """Screen the frames, set thresholds for `object` from their scores, and write them to the station.
 
     Args:
         inspector: one opened with `calibrated=False`, so that an outdated calibration is not in the way.
         by: who answers for it; None takes the account and the machine.
+        reading: how the frames are read.
 
     Raises:
         BundleError: the station knows other objects but not this one.
@@ -66,7 +69,7 @@ def calibrate(
     """By their pixels: what shows the same is the same frame, and says nothing more."""
     given = 0
     for path, is_defective in chain(zip(good, repeat(False)), zip(defects, repeat(True))):
-        pixel_hash, frame = _scored(inspector, path, name, is_defective, enrolled)
+        pixel_hash, frame = _scored(inspector, path, name, is_defective, enrolled, reading)
         first = frames.setdefault(pixel_hash, frame)
         if first.defective is not is_defective:
             raise FrameError(f"{path} is given as defective, and {first.path}, which shows the same, as good")
@@ -195,10 +198,10 @@ def _upper_bound(scores: Sequence[float], share: float, confidence: float) -> fl
 
 
 def _scored(
-    inspector: Inspector, path: str, object: str, defective: bool, enrolled: set[str]
+    inspector: Inspector, path: str, object: str, defective: bool, enrolled: set[str], reading: Reading
 ) -> tuple[str, CalibrationFrame]:
     """The frame's pixel hash, and what is kept of it."""
-    inspection = inspector.inspect(path, object=object, review=False)
+    inspection = inspector.inspect(path, object=object, review=False, **reading)
     if inspection.score is None:
         raise FrameError(f"{path} cannot be calibrated with: {inspection.reason}")
     pixel_hash = inspection.frame.pixel_hash

@@ -14,7 +14,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from rich.progress import Progress, TaskID, track
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
@@ -28,8 +28,7 @@ from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, ScreenManifest
 from vmad_edge.runtime.calibrate import Targets, calibrate
 from vmad_edge.runtime.console import err as _err
 from vmad_edge.runtime.console import out as _out
-from vmad_edge.runtime.console import printable
-from vmad_edge.runtime.console import track as _track
+from vmad_edge.runtime.console import printable, track
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.gpu import gpu
 from vmad_edge.runtime.engines.tensorrt import build_plans
@@ -40,6 +39,7 @@ from vmad_edge.runtime.floors import chain_of, floors
 from vmad_edge.runtime.floors import facts as floors_facts
 from vmad_edge.runtime.floors import table as floors_table
 from vmad_edge.runtime.folders import list_images
+from vmad_edge.runtime.frame import Colour, Reading
 from vmad_edge.runtime.hardware import HARDWARE
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import RunInProgress
@@ -164,6 +164,7 @@ def add_evaluate(subcommands: Subcommands) -> None:
         default=False,
         help="ask the language model about every frame too and measure P(yes); default: the screen alone",
     )
+    add_reading(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="results and page; default: in the station")
     parser.add_argument("--compare", nargs=2, metavar="OUT", type=Path, help="two finished --out folders, nothing else")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -193,6 +194,7 @@ def add_calibrate(subcommands: Subcommands) -> None:
         parser.add_argument(
             f"--{name}", type=float, metavar="SHARE", default=getattr(targets, name), help=f"{meaning}; %(default)s"
         )
+    add_reading(parser)
     parser.add_argument("--by", metavar="NAME", help="who answers for it; default: this account and machine")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_calibrate)
@@ -229,6 +231,7 @@ def add_bench(subcommands: Subcommands) -> None:
         "of the other options --banks and --json count",
     )
     parser.add_argument("--frames", nargs="+", metavar="PATH", help="images, or folders of them; default: drawn ones")
+    add_reading(parser)
     parser.add_argument("--object", metavar="NAME", help="compare with what is enrolled for it in the station")
     _add_fallback(parser)
     parser.add_argument("--no-review", action="store_true", help="measure the screen alone")
@@ -271,8 +274,23 @@ def _add_fallback(parser: argparse.ArgumentParser) -> None:
 
 def _add_frames(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--object", metavar="NAME", help="the part's name, as in “screw”; references are kept by it")
-    parser.add_argument("--bit-depth", type=int, metavar="N", help="of 16-bit images: how many bits their values use")
+    add_reading(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """The options that `reading` takes."""
+    parser.add_argument("--bit-depth", type=int, metavar="N", help="of 16-bit images: how many bits their values use")
+    parser.add_argument(
+        "--colour",
+        choices=get_args(Colour),
+        default="rgb",
+        help="bgr: the channels were written swapped, as OpenCV's arrays are by other programs; default: %(default)s",
+    )
+
+
+def reading(args: argparse.Namespace) -> Reading:
+    return {"bit_depth": args.bit_depth, "colour": args.colour}
 
 
 def _open(args: argparse.Namespace, stream: int = 0, fallback: Fallback | None = None) -> Inspector:
@@ -287,10 +305,10 @@ def _enroll(args: argparse.Namespace) -> int:
         if args.from_station is not None:
             name = inspector.bundle.manifest.object if args.object is None else args.object
             enrolled = inspector.station.enrolled_with(args.from_station, name)
-            frames = same_frames(track(enrolled, "enrolling", console=_err, transient=True), args.bit_depth)
+            frames = same_frames(track(enrolled, "enrolling"), reading(args))
             references = inspector.enroll(frames, object=args.object)
         else:
-            references = inspector.enroll(track(paths, "enrolling", console=_err, transient=True), object=args.object)
+            references = inspector.enroll(track(paths, "enrolling"), object=args.object, **reading(args))
         thresholds = references.thresholds
         facts = {
             "frames": len(references.frames),
@@ -393,7 +411,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         unlabelled=args.unlabelled,
         categories=args.categories,
         device=cast(Device, args.device),
-        progress=_track,
+        reading=reading(args),
+        progress=track,
     )
     page = write_page(evaluation, out)
     for warning in warnings(evaluation):
@@ -443,7 +462,8 @@ def _bench(args: argparse.Namespace) -> int:
         banks=args.banks,
         target_ms=args.target_ms,
         device=cast(Device, args.device),
-        progress=_track,
+        reading=reading(args),
+        progress=track,
     )
     ratios = {} if before is None else compare_benchmarks(found, before)
     out = write_benchmark(found, args.out or station.path / "results" / "bench")
@@ -475,11 +495,12 @@ def _calibrate(args: argparse.Namespace) -> int:
     with Inspector.open(args.bundle, args.station, device, calibrated=False, fallback=args.fallback) as inspector:
         calibration = calibrate(
             inspector,
-            track(good, "good frames", console=_err, transient=True),
-            track(defects, "defects", console=_err, transient=True, disable=not defects),
+            track(good, "good frames"),
+            track(defects, "defects", disable=not defects),
             object=args.object,
             targets=targets,
             by=args.by,
+            reading=reading(args),
         )
         facts = {**_calibration_facts(calibration), "station": str(inspector.station.path)}
     _print_facts(facts, args.json)

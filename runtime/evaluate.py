@@ -25,6 +25,7 @@ from vmad_edge.runtime.dataset import Category, LabelledFrame, read_dataset
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.files import sha256, whole_folder, write_whole
+from vmad_edge.runtime.frame import AS_STORED, Colour, Reading
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.metrics import Scores, measure, pixel_scores
@@ -46,6 +47,8 @@ class Settings(Record):
     seed: int
     review: bool
     unlabelled: bool = False
+    bit_depth: int | None = None
+    colour: Colour = "rgb"
 
 
 class FrameResult(Record):
@@ -129,6 +132,7 @@ def evaluate(
     unlabelled: bool = False,
     categories: Iterable[str] = (),
     device: Device = "auto",
+    reading: Reading = AS_STORED,
     progress: Progress = lambda frames, _: frames,
 ) -> Evaluation:
     """Inspect the frames to test of every category, keep what was found in `out`, and measure it.
@@ -140,6 +144,7 @@ def evaluate(
         shots: normal frames to enroll before a category, drawn with `seed`; 0 compares with the bundle's features.
         review: ask the language model about every frame too.
         unlabelled: enroll nothing; compare a category's frames to test with each other.
+        reading: how the frames are read.
 
     Raises:
         VmadError: `out` belongs to another run, a category has fewer normal frames than `shots`, or there are shots
@@ -156,6 +161,7 @@ def evaluate(
         seed=seed,
         review=review,
         unlabelled=unlabelled,
+        **reading,
     )
     found = read_dataset(dataset, categories)
     out.mkdir(parents=True, exist_ok=True)
@@ -189,6 +195,7 @@ def read_evaluation(folder: Path) -> Evaluation:
 def _evaluate_category(
     inspector: Inspector, category: Category, settings: Settings, folder: Path, progress: Progress
 ) -> CategoryResult:
+    reading: Reading = {"bit_depth": settings.bit_depth, "colour": settings.colour}
     references = drawn(category, settings.shots, settings.seed)
     known = [frame.path for frame in category.test] if settings.unlabelled else references
     enrolled = _all(map(_hash, known))
@@ -206,11 +213,11 @@ def _evaluate_category(
             continue
         if not ready:
             if settings.unlabelled:
-                inspector.compare_unlabelled(known, object=name)
+                inspector.compare_unlabelled(known, object=name, **reading)
             else:
-                inspector.enroll(references, object=name, keep=False)
+                inspector.enroll(references, object=name, keep=False, **reading)
             ready = True
-        inspection = inspector.inspect(frame.path, object=name, review=False)
+        inspection = inspector.inspect(frame.path, object=name, review=False, **reading)
         if settings.review and inspection.features is not None:
             inspection = inspector.review(inspection).wait()
         _keep_frame(place, frame, inspection, made_of[frame.name], inspector.heat_top(name))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, TypedDict, get_args
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -77,7 +78,9 @@ class Frame:
         else:
             id = name if isinstance(name := getattr(source, "name", None), str) else "file"
             pixels = decode(_read(source, id), id, bit_depth)
-        return Frame(pixels if colour == "rgb" else np.ascontiguousarray(pixels[:, :, ::-1]), id, path)
+        if colour == "bgr":
+            pixels = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), np.uint8)
+        return Frame(pixels, id, path)
 
     @property
     def pixel_hash(self) -> str:
@@ -85,9 +88,7 @@ class Frame:
         return hashlib.sha256(f"{self.pixels.shape}".encode() + self.pixels.tobytes()).hexdigest()
 
 
-FrameSource = (
-    Frame | NDArray[Any] | Image.Image | bytes | bytearray | memoryview | str | os.PathLike[str] | IO[bytes]
-)  # fmt: skip
+FrameSource = Frame | NDArray[Any] | Image.Image | bytes | bytearray | memoryview | str | os.PathLike[str] | IO[bytes]
 
 
 class Reading(TypedDict):
@@ -136,7 +137,7 @@ def _check_array(array: NDArray[Any], bit_depth: int | None) -> None:
 
 def _from_array(array: NDArray[Any], bit_depth: int | None) -> NDArray[np.uint8]:
     check_size(array.shape[1], array.shape[0], "the array")
-    return in_rgb(array if array.dtype == np.uint8 else to_8_bits(array, bit_depth, "the array"))
+    return in_rgb(array if array.dtype == np.uint8 else to_8_bits(array.astype(np.uint16), bit_depth, "the array"))
 
 
 def _read(file: IO[bytes], name: str) -> bytes:

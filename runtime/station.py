@@ -31,7 +31,7 @@ from vmad_edge.runtime.bundle import Bundle, Record, Thresholds, first_fault
 from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import BundleError, FrameError
 from vmad_edge.runtime.files import sha256, whole_folder
-from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
 from vmad_edge.runtime.objects import alike, folder_name, listed, object_name
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, NormalFeatures, References
@@ -313,11 +313,11 @@ class Station:
         return [path for path in _stations_in(self._root) if path != self.path]
 
 
-def same_frames(enrolled: Iterable[EnrolledFrame], bit_depth: int | None = None) -> Iterator[Frame]:
+def same_frames(enrolled: Iterable[EnrolledFrame], reading: Reading = AS_STORED) -> Iterator[Frame]:
     """Read enrolled frames again from where they lay.
 
     Args:
-        bit_depth: of 16-bit frames, see `Frame.read`.
+        reading: as they were read then.
 
     Raises:
         BundleError: at the end, naming all those that are gone, or show something else than they did.
@@ -326,7 +326,7 @@ def same_frames(enrolled: Iterable[EnrolledFrame], bit_depth: int | None = None)
     for frame in enrolled:
         path = frame.path or frame.id  # an older bank has the id alone: the path as it was given
         try:
-            again = Frame.read(path, bit_depth)
+            again = Frame.read(path, **reading)
         except FrameError as error:
             lost.append(str(error))
             continue

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmad_edge.runtime.bundle import Answer, Manifest
-from vmad_edge.runtime.cli import Subcommands, _add_bundle, _add_fallback, _add_frames, _open
+from vmad_edge.runtime.cli import Subcommands, _add_bundle, _add_fallback, _add_frames, _open, reading
 from vmad_edge.runtime.console import err, out, printable, progress, track, warn
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.folders import find_images, list_images
@@ -46,7 +46,8 @@ def add_inspect(subcommands: Subcommands) -> None:
         "3 UNCERTAIN or NOT_INSPECTED, or a file left out that may be an image, but no DEFECT; 4 an unexpected error; "
         "130, 143 stopped by a signal: what was done until then is written, and the next run can go on with "
         "it (--resume). Left out of folders are names that begin with a dot, folders of NAS systems and notebooks, and "
-        "files that are no images: all are named, and those with endings such as .txt, .json, .csv or .db leave the status as it is.",
+        "files that are no images: all are named, and those with endings such as .txt, .json, .csv or .db "
+        "leave the status as it is.",
     )
     _add_bundle(parser)
     parser.add_argument(
@@ -121,10 +122,10 @@ def _inspect(args: argparse.Namespace) -> int:
             _note_left_behind(inspector, args.object)
         if args.unlabelled:
             frames = track(paths, "reading all")
-            inspector.compare_unlabelled(frames, object=args.object, bit_depth=args.bit_depth)
+            inspector.compare_unlabelled(frames, object=args.object, **reading(args))
         if args.references is not None:
             references = track(list_images([args.references]), "enrolling")
-            inspector.enroll(references, object=args.object, keep=False, bit_depth=args.bit_depth)
+            inspector.enroll(references, object=args.object, keep=False, **reading(args))
         settings = _settings(inspector, args)
         jobs = args.jobs or (1 if args.stream or args.deadline_ms else min(4, len(os.sched_getaffinity(0))))
         resumed = args.resume and Path(args.jsonl).exists()
@@ -175,7 +176,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _settings(inspector: Inspector, args: argparse.Namespace) -> Row:
     """What a frame's result hangs on beside its file: rows with equal settings can be told together."""
-    named = ("question", "answer", "deadline_ms", "bit_depth")
+    named = ("question", "answer", "deadline_ms", "bit_depth", "colour")
     return {
         **inspector.compared_with(args.object),
         "device": inspector.engines.device,
@@ -224,7 +225,7 @@ def _stages(inspector: Inspector, args: argparse.Namespace, jobs: int) -> list[S
             object=args.object,
             review=whole and not args.no_review,
             deadline_ms=args.deadline_ms,
-            bit_depth=args.bit_depth,
+            **reading(args),
             **asking,
         )
         return inspection, facts

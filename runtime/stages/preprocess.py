@@ -21,6 +21,8 @@ _RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_BAND = 1 << 22
+"""Pixels of a padded frame that are there at a time."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,7 @@ def clip_pixels(frame: Frame, spec: ClipInput) -> tuple[NDArray[np.float32], Vie
     image = Image.fromarray(frame.pixels)
     geometry = clip_geometry(image.height, image.width, spec)
     if geometry.canvas != (image.height, image.width):
-        square = Image.new("RGB", geometry.canvas[::-1], padding_colour(spec))
-        square.paste(image, geometry.place[::-1])
-        image = square
+        image = _across(image, geometry, spec)
     image = image.resize(geometry.resized[::-1], _RESAMPLE[spec.resample])
     top, left = geometry.crop
     image = image.crop((left, top, left + spec.size, top + spec.size))
@@ -94,10 +94,26 @@ def clip_pixels(frame: Frame, spec: ClipInput) -> tuple[NDArray[np.float32], Vie
     return pixels, geometry.view
 
 
+def _across(image: Image.Image, geometry: ClipGeometry, spec: ClipInput) -> Image.Image:
+    """The padded frame, resized to its final width, as Pillow's first pass does it: row by row.
+
+    The canvas is never there as a whole: it may be a hundred times as large as the frame.
+    """
+    (height, width), (top, left), colour = geometry.canvas, geometry.place, padding_colour(spec)
+    across = Image.new("RGB", (geometry.resized[1], height), colour)
+    rows = max(1, _BAND // width)
+    for start in range(0, image.height, rows):
+        piece = image.crop((0, start, image.width, min(start + rows, image.height)))
+        band = Image.new("RGB", (width, piece.height), colour)
+        band.paste(piece, (left, 0))
+        across.paste(band.resize((across.width, piece.height), _RESAMPLE[spec.resample]), (0, top + start))
+    return across
+
+
 def sam_covered(height: int, width: int, spec: SamInput) -> tuple[int, int]:
     """The (height, width) in `sam_pixels` that frames of `height` × `width` cover."""
     scale = spec.size / max(height, width)
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def sam_pixels(frame: Frame, spec: SamInput) -> tuple[NDArray[np.float32], tuple[int, int]]:

@@ -364,3 +364,47 @@ def test_a_full_disk_leaves_the_table(tiny_bundle: Path, parts: Path, station: P
     done = vmad("inspect", tiny_bundle, parts / "odd", *args)
     assert done.returncode == 4 and "DEFECT" in done.stdout
     assert "No space left" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name,status", [("notes.txt", 0), (".DS_Store", 0), ("a.heic", 3), ("gone.png", 3), ("odd", 1)]
+)
+def test_what_a_folder_holds_beside_good_frames(
+    name: str, status: int, tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path
+) -> None:
+    shutil.copy(parts / "good/0.png", tmp_path)
+    if name in ("gone.png", "odd"):
+        (tmp_path / name).symlink_to(parts / name)  # one to nothing, one to the folder of a defective part
+    else:
+        (tmp_path / name).touch()
+    done = vmad("inspect", tiny_bundle, tmp_path, "--station", station, "--no-review")
+    assert done.returncode == status, done.stdout + done.stderr
+    assert name in done.stdout + done.stderr
+
+
+def test_deep_frames_are_read_alike_everywhere(tiny_bundle: Path, parts: Path, tmp_path: Path) -> None:
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    for path in (parts / "good").iterdir():
+        grey = np.asarray(Image.open(path).convert("L")).astype(np.uint16)
+        Image.fromarray(grey * 16).save(deep / path.name)
+    where = "--station", tmp_path / "station"
+    how = "--object", "deep", *where, "--bit-depth", "12"
+    assert "16-bit values; say how" in vmad("enroll", tiny_bundle, deep, *where).stderr
+    assert vmad("enroll", tiny_bundle, deep, *how).returncode == 0
+    assert vmad("inspect", tiny_bundle, deep, "--no-review", *how).returncode == 0
+    assert "is one of the enrolled references" in vmad("calibrate", tiny_bundle, "--good", deep, *how).stderr
+    assert vmad("bench", tiny_bundle, "--frames", deep, "--repeats", "1", "--no-review", *how).returncode == 0
+
+
+def test_a_log_that_is_no_terminal_gets_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    from vmad_edge.runtime import console
+
+    monkeypatch.setattr(console, "_BETWEEN_LINES_S", 0.0)
+    monkeypatch.setattr(console, "err", Console(stderr=True, markup=False))
+    assert list(console.track(["a", "b", "c"], "enrolling [M3]")) == ["a", "b", "c"]
+    assert capsys.readouterr().err.splitlines() == [f"enrolling [M3]: {count} of 3" for count in range(3)]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -113,3 +115,122 @@ def test_deep_values_keep_their_high_bits(bits: int, kind: str, colour: bool) ->
 def test_wrong_bit_depth(depth: int, says: str) -> None:
     with pytest.raises(FrameError, match=says):
         Frame.read(np.full((20, 20), 2000, np.uint16), bit_depth=depth)
+
+
+class Tensor:
+    """As torch's: arrays can be made of it, but it is none."""
+
+    def __array__(self) -> NDArray[np.uint8]:
+        return RGB
+
+
+@pytest.mark.parametrize(
+    "source", [None, 3, [[1, 2], [3, 4]], Tensor(), object(), (RGB,), {"image": RGB}], ids=lambda s: type(s).__name__
+)
+def test_what_is_no_source_of_frames_is_a_type_error(source: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected a NumPy array, a PIL image, a path, .* got \S+$") as caught:
+        Frame.read(source)
+    assert "0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", ["12", 12.0, True])
+def test_a_bit_depth_is_a_number(depth: Any) -> None:
+    with pytest.raises(TypeError, match="bit_depth: expected an int or None"):
+        Frame.read(RGB, depth)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: Image.fromarray(RGB), id="PIL image"),
+        pytest.param(lambda: Image.open(io.BytesIO(PNG)), id="PIL image, opened"),
+        pytest.param(lambda: Image.fromarray(RGB).convert("RGBA"), id="PIL image with alpha"),
+        pytest.param(lambda: bytearray(PNG), id="bytearray"),
+        pytest.param(lambda: memoryview(PNG), id="memoryview"),
+        pytest.param(lambda: io.BytesIO(PNG), id="file"),
+        pytest.param(lambda: io.BufferedReader(io.BytesIO(PNG)), id="buffered file"),
+    ],
+)
+def test_images_buffers_and_files_are_frames(make: Callable[[], Any]) -> None:
+    np.testing.assert_array_equal(Frame.read(make()).pixels, RGB)
+    np.testing.assert_array_equal(Frame.read(make(), colour="bgr").pixels, RGB[:, :, ::-1])
+
+
+def test_a_text_file_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="file: expected a file opened in binary mode, got str"):
+        Frame.read(io.StringIO("hello"))  # type: ignore[arg-type]
+
+
+def test_a_deep_pil_image() -> None:
+    values = np.arange(600, dtype=np.uint16).reshape(20, 30) * 6
+    expected = np.repeat((values >> 4)[:, :, None], 3, 2)
+    np.testing.assert_array_equal(Frame.read(Image.fromarray(values), 12).pixels, expected)
+    for file in (values, np.repeat(values[:, :, None], 3, 2)):
+        with pytest.raises(FrameError, match="give the path or the file's bytes instead"):
+            Frame.read(Image.open(io.BytesIO(deep_file(".png", file))), 12)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [RGB, RGB[:, :, 0], RGB[:, :, :1], np.dstack([RGB, RGB[:, :, 0]]), RGB.astype(np.uint16), RGB[::-1]],
+    ids=["rgb", "grey", "one channel", "rgba", "uint16", "a view"],
+)
+@pytest.mark.parametrize("colour", ["rgb", "bgr"])
+def test_a_frame_keeps_its_pixels_when_the_buffer_is_used_again(array: NDArray[Any], colour: Any) -> None:
+    buffer = array.copy()
+    frame = Frame.read(buffer, 9, colour)
+    before = frame.pixels.copy()
+    buffer[:] = 0
+    assert not np.shares_memory(buffer, frame.pixels)
+    np.testing.assert_array_equal(frame.pixels, before)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("kind", ["array", "png"])
+def test_opencvs_colours(channels: int, kind: str) -> None:
+    swapped = cv2.cvtColor(RGB, cv2.COLOR_RGB2BGR if channels == 3 else cv2.COLOR_RGB2BGRA)
+    source = swapped if kind == "array" else encoded(Image.fromarray(swapped))
+    np.testing.assert_array_equal(Frame.read(source, colour="bgr").pixels, RGB)
+    with pytest.raises(FrameError, match="colour: expected rgb or bgr, got 'gbr'"):
+        Frame.read(source, colour="gbr")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_either_byte_order_of_an_array(order: str) -> None:
+    values = np.arange(600).reshape(20, 30) * 6
+    read = Frame.read(values.astype(f"{order}u2"), 12)
+    np.testing.assert_array_equal(read.pixels[:, :, 0], values >> 4)
+
+
+@pytest.mark.parametrize(
+    "height,width,says",
+    [
+        (8, 100_000, "sides of at most 65,535"),
+        (8, 801, "at most 100 times the short one"),
+        (8, 150_000_000, "at most 150,000,000"),
+        (7, 500, "at least 8×8"),
+        (65_536, 1000, "sides of at most 65,535"),
+    ],
+)
+def test_shapes_beyond_the_limits_are_refused_before_they_are_decoded(height: int, width: int, says: str) -> None:
+    for side in ((height, width), (width, height)):
+        whole = np.broadcast_to(np.uint8(7), side)
+        header = b"P5 %d %d 255\n" % side[::-1]
+        for source in (whole, header, Image.new("1", side[::-1]) if height * width < 10**8 else header):
+            with pytest.raises(FrameError, match=f"{side[1]}×{side[0]} pixels; expected .*{says}|exceeds limits"):
+                Frame.read(source)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"hello", PNG[:50], JPEG[:-2], b"II*\0" + bytes(9), b"\x89PNG\r\n\x1a\n", b"GIF89a"]
+)
+def test_no_message_shows_the_inside_of_a_library(data: bytes) -> None:
+    with pytest.raises(FrameError, match=r"^the given bytes: ") as caught:
+        Frame.read(data)
+    assert not any(word in str(caught.value) for word in ("0x", "<", "object", "BytesIO", "buffer", "PIL"))
+
+
+@pytest.mark.parametrize("pixels", [RGB.astype(float), RGB[:, :, 0], RGB[:, :, :2]], ids=["float", "grey", "two"])
+def test_a_frame_is_made_of_rgb_bytes(pixels: Any) -> None:
+    with pytest.raises(FrameError, match=r"expected pixels \[h,w,3\] of uint8, got"):
+        Frame(pixels, "x")

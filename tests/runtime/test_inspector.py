@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,11 +114,27 @@ def test_review_process_that_dies_is_replaced(inspector: Inspector) -> None:
     assert inspector.inspect(image(0)).p_yes is not None
 
 
-@pytest.mark.parametrize("source", [b"no image", "missing.png", np.zeros((3, 3), np.uint8), np.zeros((9, 9), float)])
+@pytest.mark.parametrize("source", [b"no image", "missing.png", np.zeros((3, 3), np.uint8), np.zeros((8, 900), "u1")])
 def test_bad_frame_is_not_inspected(inspector: Inspector, source: NDArray[np.uint8] | bytes | str) -> None:
     result = inspector.inspect(source)
     assert result.verdict is Verdict.NOT_INSPECTED
     assert result.reason and result.score is None and result.map is None
+
+
+@pytest.mark.parametrize(
+    "source,options,error",
+    [
+        *[(None, {}, TypeError), ([1, 2], {}, TypeError), (image(0), {"bit_depth": "12"}, TypeError)],
+        *[(np.zeros((9, 9)), {}, FrameError), (np.zeros((9, 9), np.int64), {}, FrameError)],
+        *[(np.zeros((9, 9), np.uint16), {}, FrameError), (np.zeros((9, 9, 2), np.uint8), {}, FrameError)],
+        *[(image(0), {"bit_depth": 8}, FrameError), (image(0), {"colour": "grb"}, FrameError)],
+    ],
+)
+def test_what_is_no_frame_raises_at_once(inspector: Inspector, source: Any, options: Any, error: type) -> None:
+    with pytest.raises(error):
+        inspector.inspect(source, **options)
+    with pytest.raises(error):
+        inspector.compare_unlabelled([image(0), source], object="other", **options)
 
 
 def test_late_screen_is_not_inspected(inspector: Inspector) -> None:

@@ -47,7 +47,7 @@ def test_centre_crop_equals_transformers(height: int, width: int) -> None:
     assert min(height, width) == pytest.approx(max(view.right - view.left, view.bottom - view.top), rel=0.02)
 
 
-@pytest.mark.parametrize("height,width", [(300, 200), (200, 300), (100, 100)])
+@pytest.mark.parametrize("height,width", [(300, 200), (200, 300), (100, 100), (2400, 1800), (1800, 2401), (3000, 31)])
 def test_padding_is_llavas_expand2square(height: int, width: int) -> None:
     frame = frame_of(height, width)
     side = max(height, width)
@@ -70,3 +70,22 @@ def test_sam_pixels_equal_transformers(height: int, width: int) -> None:
     # transformers works on values of 0…1 with rounded constants, segment-anything (and this project) on 0…255.
     np.testing.assert_allclose(pixels, expected["pixel_values"], atol=2e-6)
     assert covered == tuple(expected["reshaped_input_sizes"][0])
+
+
+@pytest.mark.parametrize("height,width", [(8, 800), (800, 8), (40, 4000)])
+def test_the_thinnest_frames_have_pixels(height: int, width: int) -> None:
+    for spec in (clip_input(), clip_input("shortest_edge"), clip_input(pad=True)):
+        assert np.isfinite(clip_pixels(frame_of(height, width), spec)[0]).all()
+    assert min(sam_pixels(frame_of(height, width), SamInput(size=32))[1]) >= 1
+
+
+def test_a_thin_frames_padding_is_never_there_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    new, largest = Image.new, [0]
+
+    def watched(mode: str, size: tuple[int, int], colour: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
+        largest[0] = max(largest[0], size[0] * size[1])
+        return new(mode, size, colour)
+
+    monkeypatch.setattr(Image, "new", watched)
+    clip_pixels(Frame(np.zeros((600, 60_000, 3), np.uint8), "line scan"), clip_input(pad=True))
+    assert 0 < largest[0] <= 60_000 * 600  # the frame itself, of 3,600 million
