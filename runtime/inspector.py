@@ -253,6 +253,10 @@ class Inspector:
         with self._lock:
             self._sources[self._object(object)] = source
 
+    def thresholds(self, object: str | None = None) -> Thresholds | None:
+        """Of `object` as it is compared now; None where there are none (unlabelled frames)."""
+        return self._source(self._object(object)).thresholds
+
     def heat_top(self, object: str | None = None) -> float:
         """The map value to draw in the hottest colour: against references twice where DEFECT begins, else 1."""
         source = self._source(self._object(object))
