@@ -166,6 +166,11 @@ def add_evaluate(subcommands: Subcommands) -> None:
     )
     add_reading(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="results and page; default: in the station")
+    parser.add_argument(
+        "--submission",
+        action="store_true",
+        help="write the maps of frames without labels to submission in --out, as MVTec AD 2's server takes them",
+    )
     parser.add_argument("--compare", nargs=2, metavar="OUT", type=Path, help="two finished --out folders, nothing else")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_evaluate, usage_error=parser.error)
@@ -410,6 +415,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         review=args.review,
         unlabelled=args.unlabelled,
         categories=args.categories,
+        submit=args.submission,
         device=cast(Device, args.device),
         reading=reading(args),
         progress=track,
@@ -438,7 +444,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     else:
         _out.print(_figures({**rows, "mean": evaluation.mean}))
         _err.print(f"{'with reviews' if args.review else 'the screen alone'}; page: {page}", soft_wrap=True)
-    return 3 if any(category.not_inspected for category in evaluation.categories) else 0
+    return 3 if any(category.not_inspected or category.not_submitted for category in evaluation.categories) else 0
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -18,10 +18,14 @@ def read_dataset(folder: Path, only: Iterable[str] = ()) -> list[Category]:
     Raises:
         FrameError: no known layout, a category that is not there or has no frames to test, a frame that is missing.
     """
-    if not folder.is_dir():
-        raise FrameError(f"{folder}: expected a data set's folder, found none")
-    read = (read_visa, read_kinds, read_real_iad, read_sides)  # Real-IAD has OK beside NG as well
-    found = next((categories for reader in read if (categories := reader(folder)) is not None), [])
+    try:
+        found = _found(folder)
+        lost = [path.name for path in sorted(folder.iterdir()) if path.name[0] != "." and not path.exists()]
+    except OSError as error:
+        raise FrameError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    wanted = set(only)
+    if lost and not wanted:
+        raise FrameError(f"{folder}: {', '.join(lost)} leads nowhere: mount it, remove the link or choose --categories")
     if not found:
         raise FrameError(
             f"{folder}: expected MVTec AD's layout (CATEGORY/train/good, CATEGORY/test/KIND, "
@@ -29,7 +33,6 @@ def read_dataset(folder: Path, only: Iterable[str] = ()) -> list[Category]:
             "VisA (split_csv/1cls.csv) or Real-IAD (realiad_jsons), or CATEGORY/normal beside CATEGORY/abnormal; "
             "found none of them"
         )
-    wanted = set(only)
     if missing := wanted - {category.name for category in found}:
         names = ", ".join(sorted(category.name for category in found))
         raise FrameError(f"{folder} has no category {', '.join(sorted(missing))}; it has {names}")
@@ -39,3 +42,10 @@ def read_dataset(folder: Path, only: Iterable[str] = ()) -> list[Category]:
             left_out = f"; left out: {category.left_out}" if category.left_out else ""
             raise FrameError(f"{folder}: category {category.name} has no frames to test{left_out}")
     return sorted(chosen, key=lambda category: category.name)
+
+
+def _found(folder: Path) -> list[Category]:
+    if not folder.is_dir():
+        raise FrameError(f"{folder}: expected a data set's folder, found none")
+    readers = (read_visa, read_kinds, read_real_iad, read_sides)  # Real-IAD has OK beside NG as well
+    return next((categories for read in readers if (categories := read(folder)) is not None), [])

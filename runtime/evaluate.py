@@ -5,6 +5,7 @@ OUT/
   CATEGORY/frames/NAME/         a frame's result.json, panel.jpg and scores.npy: whole or absent, so a run can go on
   CATEGORY/result.json          written last; the frames' scores.npy (4 bytes a pixel) go then
   results.json  index.html      all categories
+  submission/                   maps of frames without labels, if asked for: see `submission`
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Literal, TypeAlias, TypeVar
 
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vmad_edge.runtime import submission
 from vmad_edge.runtime.bundle import Bundle, Record
 from vmad_edge.runtime.dataset import Category, LabelledFrame, read_dataset
 from vmad_edge.runtime.engines import Device
@@ -49,6 +52,10 @@ class Settings(Record):
     unlabelled: bool = False
     bit_depth: int | None = None
     colour: Colour = "rgb"
+
+    @property
+    def reading(self) -> Reading:
+        return {"bit_depth": self.bit_depth, "colour": self.colour}
 
 
 class FrameResult(Record):
@@ -99,6 +106,8 @@ class CategoryResult(Record):
     """What lies in its folders and was not read, in words."""
     unlabelled: int = 0
     """Frames to test that have no labels; they are in no figure."""
+    not_submitted: tuple[str, ...] = ()
+    """Those of them that could not be inspected, with why: a submission lacks their maps."""
 
     @property
     def not_inspected(self) -> int:
@@ -131,6 +140,7 @@ def evaluate(
     review: bool = False,
     unlabelled: bool = False,
     categories: Iterable[str] = (),
+    submit: bool = False,
     device: Device = "auto",
     reading: Reading = AS_STORED,
     progress: Progress = lambda frames, _: frames,
@@ -145,10 +155,11 @@ def evaluate(
         review: ask the language model about every frame too.
         unlabelled: enroll nothing; compare a category's frames to test with each other.
         reading: how the frames are read.
+        submit: write the maps of frames without labels to `out`/submission too; those that are there are kept.
 
     Raises:
-        VmadError: `out` belongs to another run, a category has fewer normal frames than `shots`, or there are shots
-            for an evaluation without labels.
+        VmadError: `out` belongs to another run, a category has fewer normal frames than `shots`, there are shots
+            for an evaluation without labels, or nothing to submit.
         FrameError: the data set is not readable, see `read_dataset` and `LabelledFrame.read_mask`; too few frames to
             compare with each other.
     """
@@ -164,6 +175,8 @@ def evaluate(
         **reading,
     )
     found = read_dataset(dataset, categories)
+    if submit and (unlabelled or not any(category.unlabelled for category in found)):
+        raise VmadError("expected frames without labels (MVTec AD 2) and thresholds for a submission, found none")
     out.mkdir(parents=True, exist_ok=True)
     earlier = _kept(out / "settings.json", Settings)
     if earlier != settings and any(out.iterdir()):
@@ -173,9 +186,12 @@ def evaluate(
         tempfile.TemporaryDirectory() as nothing,
         Inspector(bundle, Station(Path(nothing), bundle), device) as inspector,
     ):
-        results = [
-            _evaluate_category(inspector, category, settings, out / category.name, progress) for category in found
-        ]
+        results = []
+        for category in found:
+            prepare = cache(partial(_prepare, inspector, category, settings))
+            result = _evaluate_category(inspector, category, settings, out / category.name, progress, prepare)
+            lacking = _submit(inspector, category, reading, out / "submission", progress, prepare) if submit else ()
+            results.append(result.model_copy(update={"not_submitted": lacking}))
     evaluation = Evaluation(settings=settings, categories=tuple(results))
     write_whole(out / "results.json", evaluation.model_dump_json(indent=2))
     return evaluation
@@ -192,10 +208,52 @@ def read_evaluation(folder: Path) -> Evaluation:
     return found
 
 
+def _prepare(inspector: Inspector, category: Category, settings: Settings) -> None:
+    """Enroll what the category's frames are compared with."""
+    name = _object(category)
+    if settings.unlabelled:
+        inspector.compare_unlabelled([frame.path for frame in category.test], object=name, **settings.reading)
+    elif settings.shots:
+        references = drawn(category, settings.shots, settings.seed)
+        inspector.enroll(references, object=name, keep=False, **settings.reading)
+
+
+def _object(category: Category) -> str:
+    return category.name.replace("_", " ")
+
+
+def _submit(
+    inspector: Inspector,
+    category: Category,
+    reading: Reading,
+    folder: Path,
+    progress: Progress,
+    prepare: Callable[[], None],
+) -> tuple[str, ...]:
+    """Write the maps of the category's frames without labels; those that were not inspected, with why."""
+    lacking = []
+    frames = [LabelledFrame(path.name, path, defective=False, mask=None) for path in category.unlabelled]
+    for frame in progress(frames, f"{category.name}, without labels"):
+        if submission.is_there(folder, category.name, frame.path):
+            continue
+        prepare()
+        inspection = inspector.inspect(frame.path, object=_object(category), review=False, **reading)
+        thresholds = inspector.thresholds(_object(category))
+        if inspection.map is None or thresholds is None:
+            lacking.append(f"{frame.path}: {inspection.reason}")
+        else:
+            submission.write(folder, category.name, frame.path, inspection.map, thresholds.defect_above)
+    return tuple(lacking)
+
+
 def _evaluate_category(
-    inspector: Inspector, category: Category, settings: Settings, folder: Path, progress: Progress
+    inspector: Inspector,
+    category: Category,
+    settings: Settings,
+    folder: Path,
+    progress: Progress,
+    prepare: Callable[[], None],
 ) -> CategoryResult:
-    reading: Reading = {"bit_depth": settings.bit_depth, "colour": settings.colour}
     references = drawn(category, settings.shots, settings.seed)
     known = [frame.path for frame in category.test] if settings.unlabelled else references
     enrolled = _all(map(_hash, known))
@@ -204,20 +262,14 @@ def _evaluate_category(
     before = _kept(folder / "result.json", CategoryResult)
     if before is not None and {frame.name: frame.made_of for frame in before.frames} == made_of:
         return before.model_copy(update=beside)
-    name = category.name.replace("_", " ")
-    ready = not known
+    name = _object(category)
     for frame in progress(category.test, category.name):
         place = folder / "frames" / frame.name
         kept = _kept(place / "result.json", FrameResult)
         if kept is not None and kept.made_of == made_of[frame.name] and (place / "scores.npy").exists():
             continue
-        if not ready:
-            if settings.unlabelled:
-                inspector.compare_unlabelled(known, object=name, **reading)
-            else:
-                inspector.enroll(references, object=name, keep=False, **reading)
-            ready = True
-        inspection = inspector.inspect(frame.path, object=name, review=False, **reading)
+        prepare()
+        inspection = inspector.inspect(frame.path, object=name, review=False, **settings.reading)
         if settings.review and inspection.features is not None:
             inspection = inspector.review(inspection).wait()
         _keep_frame(place, frame, inspection, made_of[frame.name], inspector.heat_top(name))

@@ -104,6 +104,11 @@ def warnings(evaluation: Evaluation) -> list[str]:
             found.append(f"{category.name}: left out: {category.left_out}")
         if category.unlabelled:
             found.append(f"{category.name}: {category.unlabelled} more frames have no labels and are in no figure")
+        if category.not_submitted:
+            found.append(
+                f"{category.name}: the submission lacks {len(category.not_submitted)} maps "
+                f"(the first: {category.not_submitted[0]})"
+            )
         sides = {frame.defective for frame in category.frames if frame.score is not None}
         kinds = {False: "normal (in a folder called good, ok or normal)", True: "defective"}
         if missing := [kind for side, kind in kinds.items() if side not in sides]:

@@ -325,6 +325,10 @@ class Inspector:
             "defect_above": None if thresholds is None else float(f"{thresholds.defect_above:.6g}"),
         }
 
+    def thresholds(self, object: str | None = None) -> Thresholds | None:
+        """Of `object` as it is compared now; None where there are none (unlabelled frames)."""
+        return self._source(self._object(object)).thresholds
+
     def heat_top(self, object: str | None = None) -> float:
         """The map value to draw in the hottest colour: against references twice where DEFECT begins, else 1."""
         source = self._source(self._object(object))

@@ -79,9 +79,11 @@ def _category(folder: Path, kinds: Path, truth: Path, found: Images, train: Imag
     """What was `found` in the folders of `kinds`, with its masks in `truth`."""
     test = []
     for path in map(Path, found.paths):
-        place = path.relative_to(kinds)
+        if path == kinds:
+            raise FrameError(f"{path}: cannot be listed")
         if truth in path.parents:
             continue
+        place = path.relative_to(kinds)
         if len(place.parts) == 1 and path.suffix and not path.is_dir():  # a kind that cannot be read is not loose
             found.left_out[str(path)] = "in no kind's folder"
             continue

@@ -402,6 +402,19 @@ def test_no_layout(names: list[str], tmp_path: Path) -> None:
         read_dataset(tmp_path / "set" / names[0])
 
 
+def test_a_category_behind_a_dead_link_is_an_error(tmp_path: Path) -> None:
+    draw(tmp_path / "nut/test", ["good/0.png"])
+    (tmp_path / "bolt").symlink_to("/not/mounted")
+    with pytest.raises(FrameError, match="bolt leads nowhere"):
+        read_dataset(tmp_path)
+    assert [category.name for category in read_dataset(tmp_path, ["nut"])] == ["nut"]
+
+
+def test_what_cannot_be_read_at_all_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FrameError, match=r"xxx: cannot be read \(File name too long\)"):
+        read_dataset(tmp_path / ("x" * 300))
+
+
 def test_no_frames_to_test(tmp_path: Path) -> None:
     draw(tmp_path / "nut/test", ["overview.png"])
     with pytest.raises(

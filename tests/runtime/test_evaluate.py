@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -242,3 +243,101 @@ def test_usage_errors(
     except SystemExit as left:  # argparse's way
         status = int(str(left.code))
     assert status == 2 and says in capsys.readouterr().err
+
+
+def evaluated_as_json(
+    bundle: Bundle, folder: Path, out: Path, capsys: pytest.CaptureFixture[str], status: int = 0
+) -> tuple[dict[str, Any], str]:
+    """What `vmad evaluate --json` printed, and the page; every warning stands in both and on standard error."""
+    assert main(["evaluate", str(bundle.path), str(folder), "--out", str(out), "--json"]) == status
+    printed = capsys.readouterr()
+    facts = json.loads(printed.out)
+    page = (out / "index.html").read_text("utf-8")
+    for warning in facts["warnings"]:
+        assert "".join(warning.split()) in "".join(printed.err.split())
+        assert html.escape(warning) in page
+    return facts, page
+
+
+@pytest.mark.parametrize(
+    "gone,says,left",
+    [
+        ("test/scratch", "no inspected frame is defective", 2),
+        ("test/good", "no inspected frame is normal (in a folder called good, ok or normal)", 3),
+    ],
+)
+def test_a_set_of_one_side_says_that_there_is_nothing_to_tell_apart(
+    gone: str, says: str, left: int, bundle: Bundle, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(dataset / "nut", tmp_path / "nut")
+    shutil.rmtree(tmp_path / "nut" / gone)
+    facts, _ = evaluated_as_json(bundle, tmp_path / "nut", tmp_path / "out", capsys)
+    assert facts["warnings"] == [f"nut: nothing to tell apart, so no figures: {says}"]
+    assert facts["categories"]["nut"]["image_auroc"] is None and facts["categories"]["nut"]["frames"] == left
+
+
+def test_what_was_left_out_is_said_each_time(
+    bundle: Bundle, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "nut"
+    shutil.copytree(dataset / "nut", folder)
+    before, _ = evaluated_as_json(bundle, folder, tmp_path / "before", capsys)
+    assert before["warnings"] == []
+    shutil.copy(folder / "test/good/0.png", folder / "test/overview<1>.png")
+    (folder / "test/.ipynb_checkpoints").mkdir()
+    shutil.copy(folder / "test/good/0.png", folder / "test/.ipynb_checkpoints/0-checkpoint.png")
+    for _ in range(2):  # the second time nothing is left to inspect
+        after, _ = evaluated_as_json(bundle, folder, tmp_path / "after", capsys)
+        assert after["categories"] == before["categories"]
+        (warning,) = after["warnings"]
+        assert "overview<1>.png" in warning and ".ipynb_checkpoints" in warning
+
+
+def test_figures_do_not_hang_on_how_masks_are_saved(
+    bundle: Bundle, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(dataset / "nut", tmp_path / "grey/nut")
+    shutil.copytree(dataset / "nut", tmp_path / "other/nut")
+    for number, name in enumerate(("0_mask", "1", "2_mask")):
+        path = tmp_path / f"other/nut/ground_truth/scratch/{name}.png"
+        mask = cv2.imread(str(path), 0)
+        path.unlink()
+        if number == 0:  # alpha
+            write(path, np.dstack([mask, mask, mask, np.full_like(mask, 255)]))
+        elif number == 1:  # one file a region, in a folder
+            for region in range(2):
+                write(path.with_suffix("") / f"{region:03}.png", (cv2.connectedComponents(mask)[1] == region + 1) * 254)
+        else:
+            write(path.with_suffix(".BMP"), mask)
+    grey, other = (
+        evaluated_as_json(bundle, tmp_path / name, tmp_path / f"out_{name}", capsys)[0] for name in ("grey", "other")
+    )
+    assert other["categories"] == grey["categories"] and not other["warnings"]
+
+
+def test_a_mask_in_doubt_and_one_of_the_whole_frame_are_said(
+    bundle: Bundle, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "nut"
+    shutil.copytree(dataset / "nut", folder)
+    write(folder / "ground_truth/scratch/0_mask.png", np.full((64, 48), 255, np.uint8))
+    numbers = cv2.imread(str(folder / "ground_truth/scratch/1.png"), 0) // 255
+    numbers[:10] *= 3
+    write(folder / "ground_truth/scratch/1.png", numbers)
+    facts, _ = evaluated_as_json(bundle, folder, tmp_path / "out", capsys)
+    (warning,) = facts["warnings"]
+    assert warning.startswith("nut: 2 masks may mean something else than they are taken for")
+    assert "test/scratch/0.png: 0_mask.png: it marks the whole frame" in warning
+    frames = {frame.name: frame for frame in read_evaluation(tmp_path / "out").categories[0].frames}
+    assert frames["test/scratch/0.png"].pixels == (0, 64 * 48)
+    assert "values from 1 to 3" in (frames["test/scratch/1.png"].doubt or "")
+
+
+def test_a_frame_behind_a_dead_link_is_not_inspected(
+    bundle: Bundle, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "nut"
+    shutil.copytree(dataset / "nut", folder)
+    (folder / "test/scratch/9.png").symlink_to("/not/mounted/9.png")
+    facts, _ = evaluated_as_json(bundle, folder, tmp_path / "out", capsys, status=3)
+    assert facts["categories"]["nut"]["not_inspected"] == 1 and facts["categories"]["nut"]["frames"] == 6

@@ -132,3 +132,10 @@ def test_what_was_not_inspected_is_never_found() -> None:
     part, regions = pixel_scores(heat, mask)
     measured = measure([part], regions)
     assert measured.auroc == 0 and measured.aupro == 0
+
+
+def test_a_frame_that_is_marked_whole_has_one_region() -> None:
+    heat = np.random.default_rng(0).random((48, 64), np.float32)
+    scores, regions = pixel_scores(heat, np.ones((48, 64), np.bool_))
+    assert regions == 1 and len(scores.normal) == 0
+    np.testing.assert_array_equal(scores.share, np.full(48 * 64, 1 / (48 * 64)))
