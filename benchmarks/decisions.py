@@ -45,7 +45,7 @@ def _append(checkpoint: Checkpoint, bundles: list[Bundle], rows: Path, numbers: 
     source = Source(checkpoint, checkpoint.language())
     with ExitStack() as stack, rows.open("a", buffering=1) as file:
         sides = [source, *(stack.enter_context(Exported(bundle, "cpu", exact=False)) for bundle in bundles)]
-        write = csv.writer(file).writerow
+        write = csv.writer(file, lineterminator="\n").writerow
         for number in track(numbers, "deciding"):
             (part,) = unseen(1, first=number)
             question = checkpoint.config.conversation.question.replace("{object}", part.object)
