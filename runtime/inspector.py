@@ -18,7 +18,7 @@ from types import TracebackType
 
 import numpy as np
 
-from vmad_edge.runtime.bundle import Answer, Bundle, Manifest
+from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, Thresholds
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
