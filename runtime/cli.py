@@ -362,7 +362,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _cuda_kernels() -> str:
     try:
-        return cuda.targets() or "none: no nvcc was found when this was installed"
+        return cuda.targets() or "none: this was installed without a GPU that has an nvcc, and without CUDACXX"
     except RuntimeError as error:  # of another build
         return f"none: {error}"
 

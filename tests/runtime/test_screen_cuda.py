@@ -272,7 +272,7 @@ def _no_pycuda(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        (_no_library, "no CUDA kernels: no nvcc was found"),
+        (_no_library, "no CUDA kernels: they are compiled where a GPU"),
         (
             _for_other_chips,
             "no kernel image is available; the kernels are for the host. Install",
