@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,15 +23,14 @@ def sha256(path: Path) -> str:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write or replace a file (text in UTF-8), never leaving half of it."""
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_bytes(content.encode() if isinstance(content, str) else content)
-    scratch.replace(path)
+    with whole_file(path) as scratch:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A place beside `path` to write its new content to, which takes its place when the block ends well."""
-    scratch = path.with_name(f".{path.name}.part")
+    scratch = path.with_name(f".{secrets.token_hex(8)}.part")  # a name as long as `path`'s own may be too long
     try:
         yield scratch
         scratch.replace(path)
@@ -46,7 +46,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=".", suffix=".part", dir=target.parent))
     new, old = scratch / "new", scratch / "old"
     try:
         new.mkdir()

@@ -79,8 +79,8 @@ def library() -> ctypes.CDLL:
     path = _path()
     if path is None:
         raise RuntimeError(
-            "this build of vmad-edge has no CUDA kernels: they are compiled where a GPU with an nvcc is, or CUDACXX names "
-            "one. Install it again there, or use the kernels on the CPU."
+            "this build of vmad-edge has no CUDA kernels: they are compiled where a GPU with an nvcc is, or CUDACXX "
+            "names one. Install it again there, or use the kernels on the CPU."
         )
     return open_library(path)
 
