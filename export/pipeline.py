@@ -59,6 +59,7 @@ def export(
     progress("checkpoint")
     source = Checkpoint.open(checkpoint)
     images = list_images([str(parity_images or own_images(source))])
+    source.check_weights()
     with new_bundle(bundle) as folder:
         for graph in (clip_encoder, ltc_projector, sam_encoder, mask_decoder):
             name = graph.__name__.rpartition(".")[2]
