@@ -4,7 +4,7 @@ checkpoint/
   config.json                 the Config below
   vision/                     CLIPVisionModel + preprocessor_config.json
   language/                   LlamaForCausalLM + tokenizer
-  adapter/                    PEFT LoRA
+  adapter/                    PEFT LoRA; absent where it is merged into language/ already
   projector.safetensors       LTC (models/ltc.py)
   segmenter/                  SamModel, or MobileSAM with its published names (models/mobile_sam.py)
   seg_projection.safetensors  Γ (models/seg_projection.py)
@@ -114,6 +114,7 @@ class Checkpoint:
         """
         folder = Path(path)
         _refuse_pickles(folder)
+        _refuse_lfs_pointers(folder)
         config = _validate(Config, folder / "config.json", _read_json(folder / "config.json"))
         vision = _check_model(folder / "vision")
         language, vocabulary, space_prefix = _check_language(folder)
@@ -142,6 +143,21 @@ class Checkpoint:
         """K."""
         return (self.grid // self.config.ltc.scale_factor) ** 2
 
+    def check_weights(self) -> None:
+        """Read all weights once, one tensor at a time.
+
+        Raises:
+            CheckpointError: a tensor holds NaN or infinity.
+        """
+        import torch
+
+        for path in sorted(self.path.rglob("*.safetensors")):
+            for name in read_shapes(path):
+                with safe_open(path, "pt") as file:  # one left open would keep all that was read mapped
+                    finite = bool(torch.isfinite(file.get_tensor(name)).all())
+                found = "NaN or infinity: the training overflowed. Export an earlier checkpoint of it"
+                _expect(path, name, "finite numbers", found, ok=finite)
+
     def vision(self) -> CLIPVisionModel:
         from transformers import CLIPVisionModel
 
@@ -169,15 +185,23 @@ class Checkpoint:
         module = SegProjection(self.language_width, PROMPT_WIDTH)
         return _load_into(module, self.path / "seg_projection.safetensors")
 
+    @property
+    def adapter(self) -> Path | None:
+        """The LoRA's folder; None where `language/` is merged already."""
+        folder = self.path / "adapter"
+        return folder if folder.exists() else None
+
     def language(self) -> LlamaForCausalLM:
-        """The language model with its LoRA merged by peft, in FP32."""
+        """The language model with its LoRA, if there is one, merged by peft, in FP32."""
         from peft import PeftModel
         from transformers import LlamaForCausalLM
 
         base = _load(LlamaForCausalLM, self.path / "language")
         if base.config.vocab_size != self.vocabulary:
             base.resize_token_embeddings(self.vocabulary, mean_resizing=False)
-        merged: LlamaForCausalLM = PeftModel.from_pretrained(base, str(self.path / "adapter")).merge_and_unload()
+        if self.adapter is None:
+            return base
+        merged: LlamaForCausalLM = PeftModel.from_pretrained(base, str(self.adapter)).merge_and_unload()
         return merged
 
     def streamed_language(self) -> LlamaForCausalLM:
@@ -197,8 +221,9 @@ class Checkpoint:
                 base.resize_token_embeddings(self.vocabulary, mean_resizing=False)
         base.model.rotary_emb = type(base.model.rotary_emb)(config)  # computed, not read
         modules = _empty(base)
-        # It changes `base` in place.
-        adapted: torch.nn.Module = PeftModel.from_pretrained(base, str(self.path / "adapter"), low_cpu_mem_usage=True)
+        adapted: torch.nn.Module = base
+        if self.adapter is not None:  # it changes `base` in place
+            adapted = PeftModel.from_pretrained(base, str(self.adapter), low_cpu_mem_usage=True)
         adapted.float().eval()
         _read_when_called(modules, self.path / "language")
         return base
@@ -212,7 +237,11 @@ def read_shapes(path: Path) -> Shapes:
     """
     if path.is_dir():
         index = path / "model.safetensors.index.json"
-        names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        names = ["model.safetensors"]
+        if index.exists():
+            weight_map = _read_json(index).get("weight_map")
+            _expect(index, "weight_map", "the file of each tensor", weight_map, ok=isinstance(weight_map, dict))
+            names = sorted({str(file) for file in cast("dict[str, Any]", weight_map).values()})
         return {name: shape for file in names for name, shape in read_shapes(path / file).items()}
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: expected weights in safetensors there. Save them with save_file.")
@@ -232,11 +261,26 @@ def _refuse_pickles(folder: Path) -> None:
             )
 
 
+def _refuse_lfs_pointers(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        # At most 1,024 bytes: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+        if path.is_file() and path.stat().st_size <= 1024 and path.read_bytes().startswith(_LFS):
+            raise CheckpointError(
+                f"{path} is a git-LFS pointer, which stands for a file that was not downloaded: run `git lfs pull` in "
+                "the clone that it comes from, and copy the file again."
+            )
+
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text("utf-8"))
     except OSError:
         raise CheckpointError(f"{path} is missing: expected a JSON file there") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: expected a JSON object of settings, found lists nested too deeply") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: expected JSON, found something else ({error})") from None
     if not isinstance(data, dict):
@@ -402,9 +446,9 @@ def _check_language(folder: Path) -> tuple[LlamaConfig, int, SpacePrefix]:
 
 def _check_tokens(folder: Path, config: Config, vocabulary: int) -> int:
     """The id of the seg token."""
-    from transformers import AutoTokenizer
+    from vmad_edge.export.language import read_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "language")
+    tokenizer = read_tokenizer(folder / "language")
     path = folder / "config.json"
     ids = tokenizer.encode(config.seg_token, add_special_tokens=False)
     known = len(ids) == 1 and tokenizer.convert_ids_to_tokens(ids[0]) == config.seg_token
@@ -426,6 +470,9 @@ _CLIP_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImagePr
 _CLIP_SETTINGS = frozenset(
     {"crop_size", "do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "resample", "size"}
     | {"feature_extractor_type", "image_mean", "image_processor_type", "image_std", "processor_class", "rescale_factor"}
+    | {"default_to_square", "use_square_size"}
+    # How transformers passes arrays about; no pixel of a frame hangs on them.
+    | {"_valid_processor_keys", "data_format", "device", "disable_grouping", "input_data_format", "return_tensors"}
 )
 
 
@@ -442,6 +489,9 @@ def _clip_input(path: Path, config: Config, image_size: int) -> ClipInput:
             path, name, "no such setting (this runtime would ignore it)", data[name], ok=data[name] in (None, False)
         )
     size, exact = _square(data["size"])
+    # A plain number is the shorter side, and {"shortest_edge": …} too, unless one of these is on.
+    exact |= isinstance(data["size"], int) and data.get("default_to_square") is True
+    exact |= data.get("use_square_size") is True
     _expect(path, "size", f"{image_size}, vision/config.json's image_size", data["size"], ok=size == image_size)
     if data["do_center_crop"]:
         crop = data.get("crop_size")
@@ -455,16 +505,24 @@ def _clip_input(path: Path, config: Config, image_size: int) -> ClipInput:
             False,
             ok=whole,
         )
-    _expect(path, "resample", f"one of {_RESAMPLE}", data["resample"], ok=data["resample"] in _RESAMPLE)
-    return ClipInput(
-        size=image_size,
-        resize="exact" if exact else "shortest_edge",
-        pad_to_square=config.image_aspect_ratio == "pad",
-        resample=_RESAMPLE[data["resample"]],
-        rescale_factor=data.get("rescale_factor", 1 / 255),
-        mean=data["image_mean"],
-        std=data["image_std"],
-    )
+    resample = data["resample"]
+    _expect(path, "resample", f"one of {_RESAMPLE}", resample, ok=isinstance(resample, int) and resample in _RESAMPLE)
+    settings = {
+        "size": image_size,
+        "resize": "exact" if exact else "shortest_edge",
+        "pad_to_square": config.image_aspect_ratio == "pad",
+        "resample": _RESAMPLE[data["resample"]],
+        "rescale_factor": _rescale_factor(data),
+        "mean": data["image_mean"],
+        "std": data["image_std"],
+    }
+    return _validate(ClipInput, path, settings)
+
+
+def _rescale_factor(data: dict[str, Any]) -> Any:
+    """null is transformers' way to say: the processor's own."""
+    given = data.get("rescale_factor")
+    return 1 / 255 if given is None else given
 
 
 def _square(size: object) -> tuple[int | None, bool]:
@@ -503,9 +561,11 @@ def _sam_input(folder: Path, segmenter: PretrainedConfig) -> SamInput:
         ("do_rescale", True),
     ):
         _expect(path, what, str(value), data.get(what), ok=data.get(what) == value)
-    scale = data.get("rescale_factor", 1 / 255)
-    mean, std = ([value / scale for value in data[name]] for name in ("image_mean", "image_std"))
-    return SamInput.model_validate({"size": size, "mean": mean, "std": std})
+    scale, statistics = _rescale_factor(data), {"mean": data.get("image_mean"), "std": data.get("image_std")}
+    _expect(path, "rescale_factor", "a number above 0", scale, ok=isinstance(scale, int | float) and scale > 0)
+    given = _validate(SamInput, path, {"size": size, **statistics})
+    scaled = {name: tuple(value / scale for value in getattr(given, name)) for name in statistics}
+    return SamInput.model_validate({"size": size, **scaled})
 
 
 def _load(model_class: type[Model], folder: Path) -> Model:

@@ -188,14 +188,16 @@ def _check(args: argparse.Namespace) -> int:
 
     path = args.checkpoint
     checkpoint = Checkpoint.open(path)
+    checkpoint.check_weights()
     config = checkpoint.config
+    adapter = "with the LoRA in adapter/" if checkpoint.adapter else "merged already: there is no adapter/"
     print(
         f"{path} can be exported.\n"
         f"  CLIP       {checkpoint.clip.size} px ({checkpoint.clip.resize}), {checkpoint.grid}×{checkpoint.grid} "
         f"patches × {checkpoint.width}, levels {', '.join(map(str, config.levels))}\n"
         f"  LTC        {checkpoint.visual_tokens} visual tokens × {checkpoint.language_width}\n"
         f"  LLM        {checkpoint.vocabulary} tokens, {config.seg_token} = {checkpoint.seg_token_id}, "
-        f"context {checkpoint.context_length}\n"
+        f"context {checkpoint.context_length}, {adapter}\n"
         f"  SAM        {checkpoint.sam.size} px\n"
         f"  weights    {config.weights.origin} ({config.weights.licence})"
     )

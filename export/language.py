@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -42,11 +43,16 @@ _VOCABULARY = {"model.embed_tokens.weight", "lm_head.weight"}
 # (DoRA, lora_bias, layer_replication, one that a later peft brings) would change the weights: refused by name.
 _OBEYED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
 _OBEYED |= {"exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights"}
+_OBEYED |= {"trainable_token_indices"}
 _HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"}
 _HARMLESS |= {"megatron_core", "qalora_group_size", "peft_version", "ensure_weight_tying"}
 _HARMLESS |= {"fan_in_fan_out"}  # of Conv1D, which LLaMA does not have; peft ignores it on Linear
 # Other initialisations (PiSSA, OLoRA, CorDA, LoftQ) change the base weights before training.
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal")
+_MERGE_IT = (
+    "Merge the adapter with peft (`model.merge_and_unload().save_pretrained(FOLDER)`), put what it saved into "
+    "language/, and remove adapter/: a checkpoint without one is exported as it is."
+)
 
 
 def export_language(language: Path, adapter: Path, target: Path, quantization: Quantization) -> None:
@@ -55,7 +61,7 @@ def export_language(language: Path, adapter: Path, target: Path, quantization: Q
     Args:
         language: folder of a LlamaForCausalLM (safetensors, one file or shards) with its tokenizer: SentencePiece's
             tokenizer.model, or BPE over bytes in a tokenizer.json.
-        adapter: folder of a PEFT LoRA.
+        adapter: folder of a PEFT LoRA; where there is none, `language` is taken as merged already.
         quantization: f32 and f16 are written directly (vectors stay F32); q8_0 and q4_k_m are made by llama.cpp from
             an F16 file beside `target`, which is removed. Rows that are no multiple of the block size get a type
             of llama.cpp's choice: `type_mix` tells which.
@@ -86,7 +92,8 @@ def merged_tensors(language: Path, adapter: Path) -> Iterator[tuple[str, Array]]
     """Names (of LlamaForCausalLM) and float32 values of the merged model, one tensor at a time.
 
     W' = W + s·B·A with s = alpha / r, or alpha / √r for rsLoRA (LoRA: arXiv 2106.09685, rsLoRA: arXiv 2312.03732),
-    summed in float32. A tied lm_head appears only where the adapter gave it, or the embedding, weights of its own.
+    summed in float32; rows that the adapter trained alone (trainable_token_indices) take their place. A tied lm_head
+    appears only where the adapter gave it, or the embedding, weights of its own.
 
     Raises:
         CheckpointError: as export_language.
@@ -113,8 +120,9 @@ def _read_config(language: Path) -> Config:
         raise CheckpointError(f"{path} is missing: expected the folder of a LlamaForCausalLM.")
     try:
         config: Config = AutoConfig.from_pretrained(language, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # transformers raises many kinds on a config that makes no model
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: expected a config of LlamaForCausalLM, found: {reason:.200}") from None
     if config.model_type != "llama":
         raise CheckpointError(f"{path}: expected model_type 'llama', found {config.model_type!r}.")
     if getattr(config, "quantization_config", None) is not None:
@@ -209,17 +217,22 @@ def _read_base(language: Path, config: Config) -> dict[str, _Tensor]:
 def _merge(language: Path, adapter: Path, config: Config) -> list[_Tensor]:
     """The merged model's tensors in the order of LlamaForCausalLM, each merged when it is read."""
     base = _read_base(language, config)
+    if not adapter.exists():
+        return [t for name, t in base.items() if name != "lm_head.weight" or not config.tie_word_embeddings]
     lora = _read_lora_config(adapter)
     stored = _open(adapter / "adapter_model.safetensors")
+    rows_alone = {key: stored.pop(key) for key in list(stored) if key.endswith(_ROWS)}
     full, pairs = _sort_adapter(adapter, stored, base)
     _check_targets(adapter, lora, full, pairs, base)
+    trained_rows = _trained_rows(adapter, lora, rows_alone, base)
     tensors = {}
     for name, tensor in base.items():
         free = 1 if name in _VOCABULARY else 0  # the adapter may have grown it
         tensor = replace(full.get(name, tensor), name=name)
         if tensor.shape[free:] != base[name].shape[free:]:
             raise CheckpointError(f"{adapter}: {name}: expected {base[name].shape}, found {tensor.shape}.")
-        tensors[name] = _add_pair(adapter, lora, tensor, *pairs[name]) if name in pairs else tensor
+        tensor = _add_pair(adapter, lora, tensor, *pairs[name]) if name in pairs else tensor
+        tensors[name] = _put_rows(adapter, tensor, *trained_rows[name]) if name in trained_rows else tensor
     rows = {name: tensors[name].shape[0] for name in _VOCABULARY}
     if len(set(rows.values())) > 1:
         raise CheckpointError(f"{adapter}: rows of the vocabulary differ: {rows}. Save both after resizing.")
@@ -228,7 +241,7 @@ def _merge(language: Path, adapter: Path, config: Config) -> list[_Tensor]:
             raise CheckpointError(
                 f"{adapter}: LoRA on {_some(both)} of a model that ties them: untie it before training."
             )
-        if not _VOCABULARY & full.keys():
+        if not _VOCABULARY & full.keys() and "lm_head.weight" not in trained_rows:
             del tensors["lm_head.weight"]
     return list(tensors.values())
 
@@ -237,14 +250,14 @@ def _read_lora_config(adapter: Path) -> dict[str, Any]:
     path = adapter / "adapter_config.json"
     lora = _read_json(path)
     if lora.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: expected peft_type 'LORA', found {lora.get('peft_type')!r}.")
+        raise CheckpointError(f"{path}: expected peft_type 'LORA', found {lora.get('peft_type')!r}. {_MERGE_IT}")
     on = {key: value for key, value in lora.items() if key not in _OBEYED | _HARMLESS and value and value != "none"}
     if on:
-        raise CheckpointError(f"{path}: {_some(on)} cannot be merged here. Merge it with peft and save the model.")
+        raise CheckpointError(f"{path}: {_some(on)} cannot be merged here. {_MERGE_IT}")
     if (init := lora.get("init_lora_weights")) not in _PLAIN_INITS:
         raise CheckpointError(
             f"{path}: init_lora_weights {init!r} changes the base weights; save the adapter with peft's "
-            "path_initial_model_for_weight_conversion, which makes a plain LoRA of it."
+            f"path_initial_model_for_weight_conversion, which makes a plain LoRA of it. Or: {_MERGE_IT}"
         )
     return lora
 
@@ -298,6 +311,52 @@ def _check_targets(
     for module in lora.get("modules_to_save") or []:
         if not any(name.rpartition(".")[0].endswith(module) for name in full):
             raise CheckpointError(f"{adapter}: modules_to_save names {module}, but the file does not hold it.")
+
+
+_ROWS = ".token_adapter.trainable_tokens_delta"
+"""How peft names rows that were trained alone: they are the rows themselves, not what is added to them."""
+
+
+def _trained_rows(
+    adapter: Path, lora: dict[str, Any], stored: dict[str, _Tensor], base: dict[str, _Tensor]
+) -> dict[str, tuple[list[int], _Tensor]]:
+    """Which rows of which tensor were trained alone, and their values."""
+    given = lora.get("trainable_token_indices") or {}
+    if isinstance(given, list):
+        given = {"embed_tokens": given}
+    found = {}
+    for key, rows in stored.items():
+        module = key.removeprefix("base_model.model.").removesuffix(_ROWS)
+        name = f"{module}.weight"
+        indices = next((i for target, i in given.items() if module == target or module.endswith(f".{target}")), None)
+        if name not in _VOCABULARY & base.keys() or indices is None:
+            raise CheckpointError(f"{adapter}: {key} matches no trainable_token_indices of the language model's.")
+        if rows.shape != (len(indices), base[name].shape[1]):
+            raise CheckpointError(
+                f"{adapter}: {key}: expected {(len(indices), base[name].shape[1])}, found {rows.shape}."
+            )
+        found[name] = indices, rows
+    if len(found) != len(given):
+        raise CheckpointError(
+            f"{adapter}: trainable_token_indices name rows of {_some(given)}, but the file holds those of "
+            f"{_some(found) or 'none'}. Save the adapter again."
+        )
+    return found
+
+
+def _put_rows(adapter: Path, base: _Tensor, indices: list[int], rows: _Tensor) -> _Tensor:
+    if not all(0 <= index < base.shape[0] for index in indices):
+        raise CheckpointError(
+            f"{adapter}: trainable_token_indices {max(indices)}, but {base.name} has {base.shape[0]} rows. Save the "
+            "language model after its vocabulary was resized."
+        )
+
+    def read() -> Array:
+        whole = base.read().copy()
+        whole[indices] = rows.read()
+        return whole
+
+    return _Tensor(base.name, base.shape, read)
 
 
 def _add_pair(adapter: Path, lora: dict[str, Any], base: _Tensor, a: _Tensor, b: _Tensor) -> _Tensor:
@@ -359,19 +418,64 @@ def read_vocabulary(language: Path) -> Vocabulary:
     Raises:
         CheckpointError: a tokenizer that llama.cpp does not have, or files that contradict each other.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(language, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds, tokenizers Exception itself
-        raise CheckpointError(f"{language}: the tokenizer cannot be read ({error}).") from None
+    tokenizer = read_tokenizer(language)
     path = language / "tokenizer.model"
     return _read_sentencepiece(path, tokenizer) if path.is_file() else _read_bpe(language / "tokenizer.json", tokenizer)
 
 
-def _read_sentencepiece(path: Path, tokenizer: Any) -> Vocabulary:
+def read_tokenizer(language: Path) -> Any:
+    """transformers' tokenizer of the language model, as the model was trained with it.
+
+    Raises:
+        CheckpointError: transformers cannot read it, or special tokens are empty.
+    """
+    path, options = language / "tokenizer_config.json", {}
+    said = _read_json(path) if path.is_file() else {}
+    if empty := [name for name in ("bos_token", "eos_token", "unk_token") if said.get(name) == ""]:
+        raise CheckpointError(
+            f"{path}: {_some(empty)} is an empty text, which is no token{_suggested(language)}. transformers 4 took id "
+            "0 for it, unless the training code set the tokens, as LLaVA's and LISA's do."
+        )
+    # Only transformers 5 writes "backend"; it has "legacy" off, and does not write it.
+    if (language / "tokenizer.model").is_file() and not {"legacy", "backend"} & said.keys():
+        options["legacy"] = True
+        warnings.warn(
+            f'{path} does not say "legacy": taken as true, as transformers 4 took it (▁ before every text after a '
+            'special token). Write "legacy": true or false there to say which.',
+            stacklevel=2,
+        )
     try:
-        pieces = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: the tokenizer cannot be read ({error}).") from None
+        return AutoTokenizer.from_pretrained(language, local_files_only=True, **options)
+    except RecursionError:  # of a special token that the vocabulary does not have
+        raise CheckpointError(
+            f"{language}: the tokenizer cannot be read: its special tokens are not in its vocabulary"
+            f"{_suggested(language)}."
+        ) from None
+    except Exception as error:  # transformers raises many kinds, tokenizers Exception itself
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{language}: the tokenizer cannot be read ({reason:.200}).") from None
+
+
+def _suggested(language: Path) -> str:
+    """What tokenizer_config.json should say, where SentencePiece's model knows it."""
+    path = language / "tokenizer.model"
+    if not path.is_file():
+        return ""
+    pieces = _pieces(path)
+    ids = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
+    tokens = {name: pieces.id_to_piece(token_id) for name, token_id in ids.items() if token_id >= 0}
+    return f". Write {json.dumps(tokens)[1:-1]} (those of tokenizer.model) into tokenizer_config.json"
+
+
+def _pieces(path: Path) -> SentencePieceProcessor:
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError):  # its words are of its own source's lines
+        raise CheckpointError(f"{path}: expected a SentencePiece model, found something else. Copy it again.") from None
+
+
+def _read_sentencepiece(path: Path, tokenizer: Any) -> Vocabulary:
+    pieces = _pieces(path)
     tokens, scores, types = [], [], []
     for token_id in range(pieces.vocab_size()):
         tokens.append(pieces.id_to_piece(token_id))
@@ -664,6 +768,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        raise CheckpointError(f"{path} is no JSON object of settings: lists nested too deeply.") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}.") from None
     if not isinstance(content, dict):

@@ -28,10 +28,10 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoTokenizer, CLIPImageProcessorPil, LlamaForCausalLM, SamImageProcessorPil
+from transformers import CLIPImageProcessorPil, LlamaForCausalLM, SamImageProcessorPil
 
 from vmad_edge.export.checkpoint import Checkpoint
-from vmad_edge.export.language import type_mix
+from vmad_edge.export.language import read_tokenizer, type_mix
 from vmad_edge.runtime.bundle import Bundle, Manifest, Precision, Record, Thresholds
 from vmad_edge.runtime.calibrate import largest_share
 from vmad_edge.runtime.engines import Device
@@ -635,7 +635,7 @@ class Source:
             image_std=checkpoint.sam.std,
             do_rescale=False,
         )
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.path / "language")
+        self._tokenizer = read_tokenizer(checkpoint.path / "language")
         self._vision = checkpoint.vision()
         self._projector = checkpoint.projector()
         self._language = language

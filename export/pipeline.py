@@ -63,6 +63,7 @@ def export(
     progress("checkpoint")
     source = Checkpoint.open(checkpoint)
     images, more = images_to_compare(source, parity_images, parity_count)
+    source.check_weights()
     with new_bundle(bundle) as folder:
         for graph in (clip_encoder, ltc_projector, sam_encoder, mask_decoder):
             name = graph.__name__.rpartition(".")[2]

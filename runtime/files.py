@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+_KEPT = 40
+"""Characters of a name that its temporary neighbour keeps: with all of them it could be too long."""
+
+
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file, read in 1 MiB blocks."""
     digest = hashlib.sha256()
@@ -30,7 +34,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A place beside `path` to write its new content to, which takes its place when the block ends well."""
-    scratch = path.with_name(f".{secrets.token_hex(8)}.part")  # a name as long as `path`'s own may be too long
+    scratch = path.with_name(f".{path.name[:_KEPT]}.{secrets.token_hex(8)}.part")
     try:
         yield scratch
         scratch.replace(path)
@@ -46,7 +50,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".", suffix=".part", dir=target.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name[:_KEPT]}.", dir=target.parent))
     new, old = scratch / "new", scratch / "old"
     try:
         new.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,23 @@ PREPROCESSORS = {
     "crop that takes nothing": {"do_center_crop": True, "crop_size": {"height": 56, "width": 56}},
     "bilinear": {"resample": 2},
     "lanczos": {"resample": 1},
+    "bookkeeping of transformers 4.38 to 4.41": {"_valid_processor_keys": ["images", "size"], "use_square_size": False},
+    "bookkeeping of fast processors": {
+        "image_processor_type": "CLIPImageProcessorFast",
+        "data_format": "channels_first",
+        "default_to_square": True,
+        "input_data_format": "channels_last",
+        "device": "cpu",
+        "rescale_factor": 1 / 255,
+    },
+    "a number, for both sides": {"size": 56, "default_to_square": True},
+    "a number, for the shorter side": {
+        "size": 56,
+        "default_to_square": False,
+        "do_center_crop": True,
+        "crop_size": 56,
+    },
+    "a shortest edge, for both sides": {"size": {"shortest_edge": 56}, "use_square_size": True},
     "other statistics": {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "rescale_factor": 1 / 127},
 }
 
@@ -97,6 +115,7 @@ def test_preprocessing_is_the_checkpoint_s(copy: Path, change: dict[str, Any]) -
     edit(path, change)
     pixels = np.random.default_rng(0).integers(0, 256, (70, 101, 3), np.uint8)
     found, _ = clip_pixels(Frame.read(pixels), Checkpoint.open(copy).clip)
+    edit(path, dict.fromkeys(("data_format", "input_data_format", "device"), None))  # of the oracle's output alone
     expected = CLIPImageProcessorPil.from_pretrained(path.parent)(pixels, return_tensors="np").pixel_values
     assert np.array_equal(found, expected)
 
@@ -121,6 +140,58 @@ def test_sam_statistics_are_the_segmenter_s(copy: Path) -> None:
     sam = Checkpoint.open(copy).sam
     assert sam.mean == pytest.approx([25.5, 51, 76.5])
     assert sam.std == pytest.approx([102, 127.5, 153])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    "file",
+    ["vision/model", "segmenter/model", "language/model", "adapter/adapter_model", "projector", "seg_projection"],
+)
+def test_a_weight_that_overflowed_is_named(copy: Path, file: str, value: float) -> None:
+    path = copy / f"{file}.safetensors"
+    held = load_file(path)
+    name = sorted(held)[-1]
+    held[name].view(-1)[-1] = value
+    save_file(held, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: {name}: expected finite numbers")):
+        Checkpoint.open(copy).check_weights()
+
+
+def test_a_merged_model_needs_no_adapter(tiny: Path, copy: Path) -> None:
+    merged = Checkpoint.open(tiny).language()
+    for path in (copy / "language").glob("*.safetensors"):
+        path.unlink()
+    merged.save_pretrained(copy / "language")
+    shutil.rmtree(copy / "adapter")
+    checkpoint = Checkpoint.open(copy)
+    assert checkpoint.adapter is None
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        expected = merged(ids).logits
+        for found in (checkpoint.language()(ids).logits, checkpoint.streamed_language()(ids).logits):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision/model.safetensors",
+        "language/tokenizer.model",
+        "language/tokenizer.json",
+        "config.json",
+        "vision/preprocessor_config.json",
+        "adapter/adapter_model.safetensors",
+        "similarity.safetensors",
+    ],
+)
+def test_a_pointer_of_git_lfs_is_told(copy: Path, name: str) -> None:
+    (copy / name).write_text(LFS_POINTER)
+    with pytest.raises(CheckpointError, match=r"git-LFS pointer.*git lfs pull") as error:
+        Checkpoint.open(copy)
+    assert str(copy / name) in str(error.value)
 
 
 Broken = tuple[str, Fault]
@@ -175,6 +246,18 @@ def tensors(name: str, **change: tuple[int, ...] | None) -> Broken:
     return name.removesuffix("/model.safetensors"), fault
 
 
+def nested(name: str) -> Fault:
+    return lambda folder: (folder / name).write_text("[" * 100_000) and None
+
+
+def garbage(name: str) -> Fault:
+    return lambda folder: (folder / name).write_bytes(b"no model" * 500) and None
+
+
+def index_without_files(folder: Path) -> None:
+    (folder / "vision" / "model.safetensors.index.json").write_text("{}")
+
+
 LTC, GAMMA, SIMILARITY = "projector.safetensors", "seg_projection.safetensors", "similarity.safetensors"
 FAULTS: dict[str, tuple[Broken, str]] = {
     # what is wrong: (how to bring it about, what the error says)
@@ -217,6 +300,10 @@ FAULTS: dict[str, tuple[Broken, str]] = {
     "nearest neighbour": (processor(resample=0), "resample: expected one of.*found 0"),
     "no normalisation": (processor(do_normalize=False), "do_normalize: expected true, found False"),
     "a step unknown here": (processor(do_grayscale=True), "do_grayscale.*found True"),
+    "no statistics": (processor(image_mean="none"), "mean: .*found 'none'"),
+    "lists without end": (("config.json", nested("config.json")), "nested too deeply"),
+    "an index without files": (("model.safetensors.index.json", index_without_files), "weight_map: expected"),
+    "no SentencePiece": (("language/tokenizer.model", garbage("language/tokenizer.model")), "expected a SentencePiece"),
     "a value missing": (processor(image_mean=...), "image_mean"),
     "levels that LTC was not trained on": (
         (LTC, config(levels=[-1, -2])[1]),
@@ -247,5 +334,6 @@ def test_fault_is_one_error_that_names_it(copy: Path, broken: Broken, says: str)
     fault(copy)
     with pytest.raises(CheckpointError, match=says) as error:
         Checkpoint.open(copy)
-    assert str(copy / where) in str(error.value)
+    assert str(copy) in str(error.value) and where in str(error.value)
     assert "\n" not in str(error.value)
+    assert not re.search(r"0x[0-9a-f]{6}|recursion|pydantic|\.cc\(", str(error.value))

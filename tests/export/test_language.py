@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,16 @@ import torch
 from gguf.quants import dequantize
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 from tiny_language import SEG, WIDTH, write_adapter, write_language, write_llama_bpe, write_smollm
 from transformers import AddedToken, AutoTokenizer, LlamaForCausalLM, LlamaTokenizer
 
-from vmad_edge.export.language import export_language, merged_tensors, read_vocabulary, type_mix
+from vmad_edge.export.language import export_language, merged_tensors, read_tokenizer, read_vocabulary, type_mix
 from vmad_edge.runtime.errors import CheckpointError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED = {"tie_word_embeddings": True}
+ROWS = {"modules_to_save": None}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -71,6 +75,14 @@ def copy(checkpoint: Path, tmp_path: Path) -> Path:
         pytest.param(TIED, {"modules_to_save": ["lm_head"]}, id="tied, lm_head trained"),
         pytest.param(TIED, {"modules_to_save": ["embed_tokens"]}, id="tied, embedding trained"),
         pytest.param(TIED, {"ensure_weight_tying": True}, id="tied, both trained as one"),
+        pytest.param({}, {**ROWS, "trainable_token_indices": [7, 3]}, id="two rows of the embedding"),
+        pytest.param(
+            {}, {**ROWS, "trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [5]}}, id="rows of both"
+        ),
+        pytest.param(
+            {}, {"modules_to_save": ["lm_head"], "trainable_token_indices": [7]}, id="rows beside a whole lm_head"
+        ),
+        pytest.param(TIED, {**ROWS, "trainable_token_indices": [7, 3]}, id="tied, rows of both as one"),
     ],
 )
 def test_merge_equals_peft(tmp_path: Path, model: dict[str, Any], lora: dict[str, Any]) -> None:
@@ -87,10 +99,38 @@ def test_merge_equals_peft(tmp_path: Path, model: dict[str, Any], lora: dict[str
         np.testing.assert_allclose(merged[name], tensor.numpy(), rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("model", [{}, TIED], ids=["", "tied"])
+def test_without_an_adapter_the_model_is_taken_as_it_is(tmp_path: Path, model: dict[str, Any]) -> None:
+    expected = write_language(tmp_path / "language", **model).state_dict()
+    found = dict(merged_tensors(tmp_path / "language", tmp_path / "adapter"))
+    assert found.keys() == expected.keys() - ({HEAD} if model else set())
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, expected[name].numpy(), err_msg=name)
+
+
 def test_tied_head_is_written_once(tmp_path: Path) -> None:
     write_language(tmp_path / "language", tie_word_embeddings=True)
     write_adapter(tmp_path / "adapter", modules_to_save=None)
     assert HEAD not in dict(merged_tensors(tmp_path / "language", tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"trainable_token_indices": [7, 3, 9]}, r"expected \(3, 256\), found \(2, 256\)"),
+        ({"trainable_token_indices": [7, 9999]}, "9999.*resized"),
+        ({"trainable_token_indices": None}, "matches no trainable_token_indices"),
+        ({"trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [1]}}, "lm_head"),
+    ],
+    ids=str,
+)
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any], names: str) -> None:
+    write_language(tmp_path / "language")
+    write_adapter(tmp_path / "adapter", **ROWS, trainable_token_indices=[7, 3])
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=names):
+        next(merged_tensors(tmp_path / "language", tmp_path / "adapter"))
 
 
 def test_lora_on_one_of_two_tied_tensors_is_refused(tmp_path: Path) -> None:
@@ -173,7 +213,8 @@ def test_quantized(
         ({"use_dora": True}, "use_dora"),
         ({"bias": "lora_only"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"use_dora": True}, r"merge_and_unload\(\).*into language/, and remove adapter/"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),  # and the file has none
         ({"target_parameters": ["q_proj.weight"]}, "target_parameters"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"use_qalora": True}, "use_qalora"),
@@ -306,6 +347,64 @@ def test_language_folder_that_cannot_be_exported(copy: Path, change: Callable[[P
     change(copy / "language")
     with pytest.raises(CheckpointError, match=names):
         export_language(copy / "language", copy / "adapter", copy / "llm.gguf", "f16")
+
+
+def _of_2023(folder: Path, **change: Any) -> None:
+    """tokenizer_config.json as conversions of that time wrote it, and no tokenizer.json."""
+    (folder / "tokenizer.json").unlink()
+    said = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | {"add_bos_token": True} | change))
+    (folder / "added_tokens.json").write_text(json.dumps({SEG: 400}))
+
+
+TEXT = f"USER: the gear{SEG}No. {SEG} Yes"
+
+
+def test_without_legacy_a_tokenizer_of_transformers_4_is_read_as_4_read_it(copy: Path) -> None:
+    """▁ before each text between added tokens: SentencePiece's own ids of each."""
+    language = copy / "language"
+    _of_2023(language)
+    with pytest.warns(UserWarning, match=r'tokenizer_config.json does not say "legacy": taken as true'):
+        vocabulary = read_vocabulary(language)
+    assert vocabulary.space_prefix == "always"
+    pieces = SentencePieceProcessor(model_file=str(language / "tokenizer.model"))
+    expected = [pieces.bos_id()]
+    for part in re.split(f"({SEG})", TEXT):
+        expected += [400] if part == SEG else pieces.encode(part)
+    with pytest.warns(UserWarning):
+        assert read_tokenizer(language).encode(TEXT) == expected
+
+
+@pytest.mark.parametrize(("said", "prefix"), [({"legacy": True}, "always"), ({"legacy": False}, "first")], ids=str)
+def test_legacy_that_is_said_is_obeyed(copy: Path, said: dict[str, bool], prefix: str) -> None:
+    _of_2023(copy / "language", **said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert read_vocabulary(copy / "language").space_prefix == prefix
+
+
+def test_what_transformers_5_saved_is_read_as_5_reads_it(copy: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert read_vocabulary(copy / "language").space_prefix == "first"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"bos_token": "", "eos_token": "", "unk_token": ""}, r'empty.*"bos_token": "<s>", "eos_token": "</s>", "unk'),
+        ({"eos_token": ""}, r"eos_token is an empty text"),
+        ({"unk_token": "<none>", "bos_token": "<none>", "eos_token": "<none>"}, ""),
+    ],
+    ids=str,
+)
+def test_special_tokens_that_are_none_are_refused_with_what_to_write(
+    copy: Path, change: dict[str, str], says: str
+) -> None:
+    _of_2023(copy / "language", legacy=True, **change)
+    with pytest.raises(CheckpointError, match=says) as error:
+        read_vocabulary(copy / "language")
+    assert "recursion" not in str(error.value)
 
 
 def _change_json(name: str, *keys: str | int, value: Any) -> Callable[[Path], None]:
