@@ -470,7 +470,7 @@ _CLIP_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImagePr
 _CLIP_SETTINGS = frozenset(
     {"crop_size", "do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "resample", "size"}
     | {"feature_extractor_type", "image_mean", "image_processor_type", "image_std", "processor_class", "rescale_factor"}
-    | {"default_to_square", "use_square_size"}
+    | {"default_to_square"}
     # How transformers passes arrays about; no pixel of a frame hangs on them.
     | {"_valid_processor_keys", "data_format", "device", "disable_grouping", "input_data_format", "return_tensors"}
 )
@@ -489,9 +489,7 @@ def _clip_input(path: Path, config: Config, image_size: int) -> ClipInput:
             path, name, "no such setting (this runtime would ignore it)", data[name], ok=data[name] in (None, False)
         )
     size, exact = _square(data["size"])
-    # A plain number is the shorter side, and {"shortest_edge": …} too, unless one of these is on.
     exact |= isinstance(data["size"], int) and data.get("default_to_square") is True
-    exact |= data.get("use_square_size") is True
     _expect(path, "size", f"{image_size}, vision/config.json's image_size", data["size"], ok=size == image_size)
     if data["do_center_crop"]:
         crop = data.get("crop_size")

@@ -180,7 +180,9 @@ def _with_extra(command: str, run: Callable[[argparse.Namespace], int], args: ar
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("vmad_edge"):
             raise
-        raise VmadError(f"vmad {command} needs {error.name}: pip install 'vmad-edge[cpu,export]'") from None
+        raise VmadError(
+            f"vmad {command} needs {error.name}: in vmad-edge's checkout run pip install -e '.[cpu,export]'"
+        ) from None
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ class Device:
             from cuda.bindings import driver
         except ImportError as error:
             raise VmadError(
-                f'the GPU needs pycuda, cuda-bindings (pip install "vmad-edge[gpu]") and an NVIDIA driver: {error}'
+                f"the GPU needs pycuda, cuda-bindings (pip install pycuda cuda-bindings) and an NVIDIA driver: {error}"
             ) from None
         self._pycuda, self._driver = pycuda.driver, driver
         try:

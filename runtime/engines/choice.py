@@ -98,15 +98,15 @@ def _why_not(device: Device, bundle: Bundle, plans: Plans | None) -> str | None:
     if device == "tensorrt":
         return _no_gpu() or why_not(bundle, plans, gpu())
     if device == "openvino":
-        return None if find_spec("openvino") else 'OpenVINO is not installed (extra "openvino")'
+        return None if find_spec("openvino") else "OpenVINO is not installed (pip install openvino)"
     if not find_spec("onnxruntime"):
-        return 'ONNX Runtime is not installed (extra "cpu" or "gpu")'
+        return "ONNX Runtime is not installed (pip install onnxruntime, or onnxruntime-gpu)"
     if device == "cpu":
         return None
     from vmad_edge.runtime.engines.onnxruntime import ort
 
     if "CUDAExecutionProvider" not in ort.get_available_providers():
-        return 'this ONNX Runtime has no CUDA (extra "gpu", in place of "cpu")'
+        return "this ONNX Runtime has no CUDA (pip uninstall onnxruntime, then pip install onnxruntime-gpu)"
     return _no_gpu()
 
 

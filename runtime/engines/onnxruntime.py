@@ -81,8 +81,8 @@ class OnnxRuntimeEngine:
         if found != provider:
             raise VmadError(
                 f"device {device!r} was asked for, but ONNX Runtime would run {path.name} with {found}: "
-                f'{_why_no_cuda()}. Install the "gpu" extra with the CUDA and cuDNN that onnxruntime-gpu '
-                f"{ort.__version__} was built for (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use device=\"cpu\"."
+                f"{_why_no_cuda()}. Install onnxruntime-gpu in its place, with CUDA and cuDNN (pip uninstall "
+                "onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]'), or use device=\"cpu\"."
             )
         self.provider = f"ONNX Runtime {ort.__version__}, {device.upper()}"
         self._path, self._device, self._thread = path, device, thread

@@ -114,7 +114,7 @@ def why_not(bundle: Bundle, plans: Plans | None, gpu: Gpu) -> str | None:
     if (reason := next(filter(None, reasons), None)) is not None:
         return reason
     if not (find_spec("pycuda") and find_spec("cuda")):
-        return 'running plans needs pycuda and cuda-bindings (extra "gpu")'
+        return "running plans needs pycuda and cuda-bindings (pip install pycuda cuda-bindings)"
     return None
 
 

@@ -103,7 +103,6 @@ PREPROCESSORS = {
         "do_center_crop": True,
         "crop_size": 56,
     },
-    "a shortest edge, for both sides": {"size": {"shortest_edge": 56}, "use_square_size": True},
     "other statistics": {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "rescale_factor": 1 / 127},
 }
 

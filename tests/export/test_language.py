@@ -357,7 +357,7 @@ def _of_2023(folder: Path, **change: Any) -> None:
     (folder / "added_tokens.json").write_text(json.dumps({SEG: 400}))
 
 
-TEXT = f"USER: the gear{SEG}No. {SEG} Yes"
+TEXT = f"USER: the gear{SEG}No.{SEG}Yes"
 
 
 def test_without_legacy_a_tokenizer_of_transformers_4_is_read_as_4_read_it(copy: Path) -> None:
@@ -394,7 +394,6 @@ def test_what_transformers_5_saved_is_read_as_5_reads_it(copy: Path) -> None:
     [
         ({"bos_token": "", "eos_token": "", "unk_token": ""}, r'empty.*"bos_token": "<s>", "eos_token": "</s>", "unk'),
         ({"eos_token": ""}, r"eos_token is an empty text"),
-        ({"unk_token": "<none>", "bos_token": "<none>", "eos_token": "<none>"}, ""),
     ],
     ids=str,
 )
@@ -404,6 +403,18 @@ def test_special_tokens_that_are_none_are_refused_with_what_to_write(
     _of_2023(copy / "language", legacy=True, **change)
     with pytest.raises(CheckpointError, match=says) as error:
         read_vocabulary(copy / "language")
+    assert "recursion" not in str(error.value)
+
+
+def test_empty_special_tokens_of_another_file_are_refused_too(copy: Path) -> None:
+    language = copy / "language"
+    _of_2023(language, legacy=True)
+    said = json.loads((language / "tokenizer_config.json").read_text())
+    tokens = {name: said.pop(name) for name in ("bos_token", "eos_token", "unk_token")}
+    (language / "tokenizer_config.json").write_text(json.dumps(said))
+    (language / "special_tokens_map.json").write_text(json.dumps(dict.fromkeys(tokens, "")))
+    with pytest.raises(CheckpointError, match=r'"bos_token": "<s>"') as error:
+        read_vocabulary(language)
     assert "recursion" not in str(error.value)
 
 

@@ -126,7 +126,7 @@ def test_a_thread_leaves_its_context(driver: Driver, closes: bool) -> None:
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda", None)
-    with pytest.raises(VmadError, match=r"vmad-edge\[gpu\].* and an NVIDIA driver: .*pycuda"):
+    with pytest.raises(VmadError, match=r"pip install pycuda cuda-bindings.* and an NVIDIA driver: .*pycuda"):
         Device()
 
 
