@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
 _KEPT = 40
 """Characters of a name that its temporary neighbour keeps: with all of them it could be too long."""
 
