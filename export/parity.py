@@ -914,8 +914,15 @@ class Exported:
             "patches_multi": screening.features.patches_multi[None],
         }
         visual_tokens = self._engines["ltc_projector"].run(seen)["visual_tokens"]
-        answer = self._language.answer(visual_tokens[0], question, mode="short", stop=lambda: "P(yes) is all")
-        return Figures(screening.score, answer.p_yes)
+        told: list[float] = []
+        self._language.answer(
+            visual_tokens[0],
+            question,
+            mode="short",
+            on_p_yes=told.append,
+            stop=lambda: "P(yes) is all" if told else None,
+        )
+        return Figures(screening.score, told[0])
 
 
 def _given(h_seg: Array | None) -> Array:

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from smollm2 import SEG, package_file, read_weights, write_smollm2
@@ -159,6 +159,7 @@ def test_prompt_ids_equal_transformers(tokenizer: PreTrainedTokenizerFast, model
 @given(text=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n'0a<|_"), min_size=1))
 def test_prompt_ids_of_any_text(tokenizer: PreTrainedTokenizerFast, model: LanguageModel, text: str) -> None:
     """Its vocabulary lacks 21 bytes: text with one of those is refused, all other has transformers' ids."""
+    assume(not any(token.content in text for token in tokenizer.added_tokens_decoder.values()))
     ids = tokenizer(text).input_ids
     try:
         found = model.prompt_ids(text)
