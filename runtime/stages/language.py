@@ -24,6 +24,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vmad_edge.kernels.processors import processors
 from vmad_edge.runtime import bundle
 from vmad_edge.runtime.engines import ran_out_of_memory
 from vmad_edge.runtime.errors import BundleError, VmadError
@@ -246,7 +247,7 @@ class LanguageModel:
         try:
             self._vocab = llama.llama_model_get_vocab(self._model)
             self._check(gguf)
-            self._context = self._open_context(threads or max(1, len(os.sched_getaffinity(0)) - 1), gpu, exact)
+            self._context = self._open_context(threads or max(1, processors() - 1), gpu, exact)
         except BaseException:
             self.close()
             raise
