@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoTokenizer
 
+from vmad_edge.kernels.processors import processors
 from vmad_edge.runtime.bundle import SpacePrefix
 from vmad_edge.runtime.errors import CheckpointError
 from vmad_edge.runtime.stages.language import llama_messages
@@ -758,7 +759,7 @@ def _permute(name: str, array: Array, config: Config) -> Array:
 def _quantize(source: Path, target: Path, ftype: int) -> None:
     params = llama.llama_model_quantize_default_params()
     params.ftype = ftype
-    params.nthread = len(os.sched_getaffinity(0))
+    params.nthread = processors()
     if llama.llama_model_quantize(os.fsencode(source), os.fsencode(target), params):
         raise CheckpointError(f"llama.cpp could not quantize {source}: {llama_messages()}")
 

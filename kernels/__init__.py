@@ -12,7 +12,8 @@ and never holds the Q·M cosines. The rules that all share:
   rank either way.
 - Arrays are float32. float16 and float64 are converted (a float64 beyond float32's range counts as infinite) and
   so are arrays that are not C-contiguous: that is a copy. Other memory is O(Q·k) or O(Q·S), and a block a thread.
-- `threads=None` is OMP_NUM_THREADS, else all processors that this process may use. The GIL is released.
+- `threads=None` is OMP_NUM_THREADS, else all processors that this process may use, by affinity and CPU quota
+  (`processors.py`). The GIL is released.
 - The code takes the best path that the processor can, one of `paths()`; VMAD_PATH=NAME makes it another. A path has
   its own rounding: bits are the same on one path.
 """
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 from vmad_edge.kernels import _cpu
 from vmad_edge.kernels._cpu import paths
 from vmad_edge.kernels.bank import Dtype, Features, ReferenceBank, path_number, rows_of
+from vmad_edge.kernels.processors import processors
 
 __all__ = ["Dtype", "ReferenceBank", "interval_mean", "max_cosine", "mutual_score", "paths", "segmented_max_cosine"]
 
@@ -198,4 +200,4 @@ def _thread_count(threads: int | None) -> int:
         if not first.isdecimal() or int(first) < 1:
             raise ValueError(f"OMP_NUM_THREADS: expected an integer of at least 1, got {setting!r}")
         return int(first)
-    return len(os.sched_getaffinity(0))
+    return processors()

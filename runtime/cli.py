@@ -45,6 +45,7 @@ from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import RunInProgress
 from vmad_edge.runtime.stages.language import placement
 from vmad_edge.runtime.station import Calibration, Fallback, Station, same_frames
+from vmad_edge.runtime.system import check_system
 
 Subcommands = Any  # argparse's type for this is private
 _USAGE = FileNotFoundError | FileExistsError | NotADirectoryError | IsADirectoryError | PermissionError
@@ -54,12 +55,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand. What goes wrong is one line on standard error.
 
     Returns:
-        The subcommand's exit status; 2 for a VmadError, or a path that cannot be used; 4 for what nobody expected; 130
-        and 143 after SIGINT and SIGTERM; 141 if nobody reads standard output any more.
+        The subcommand's exit status; 2 for a VmadError, a system that is not Linux, or a path that cannot be used; 4
+        for what nobody expected; 130 and 143 after SIGINT and SIGTERM; 141 if nobody reads standard output any more.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that knows ASCII alone is no reason to end
             stream.reconfigure(errors="backslashreplace")
+    try:
+        check_system()
+    except VmadError as error:
+        return _failed(error, debug=False)
     args = _parser().parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     # A polite kill unwinds like an error, so that what was half written goes.

@@ -29,6 +29,7 @@ from vmad_edge.runtime.stages.language import check_vocabulary
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
 from vmad_edge.runtime.station import Fallback, Station
+from vmad_edge.runtime.system import check_system
 from vmad_edge.runtime.systems.vmad import Finding, Screen, SimilaritySource
 from vmad_edge.runtime.timing import Stopwatch
 
@@ -130,9 +131,10 @@ class Inspector:
                 if it knows others; None takes its name for a mistake (see `Station.check_known`).
 
         Raises:
-            VmadError: a stream of too few frames, an unknown fallback.
+            VmadError: a stream of too few frames, an unknown fallback, a system that is not Linux.
             BundleError: the bundle must not be used.
         """
+        check_system()
         if stream and stream < LEAST_STREAM:
             raise VmadError(f"stream: expected 0 or at least {LEAST_STREAM} frames, got {stream}")
         if fallback not in (None, "bundle"):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from vmad_edge.kernels.processors import processors
 from vmad_edge.runtime.bundle import Record
 from vmad_edge.runtime.engines.gpu import gpu
 from vmad_edge.runtime.errors import VmadError
@@ -108,7 +109,7 @@ def describe_machine(root: Path = Path("/")) -> Machine:
     """What the files of /proc and /sys (under `root`), nvpmodel and the NVIDIA driver tell."""
     return Machine(
         processor=_processor(root),
-        cores=len(os.sched_getaffinity(0)),
+        cores=processors(root),
         memory_gib=_memory_gib(root),
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
         accelerator=_accelerator(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
+from vmad_edge.kernels.processors import processors
 from vmad_edge.runtime.bundle import Answer, Manifest
 from vmad_edge.runtime.cli import Subcommands, _add_bundle, _add_fallback, _add_frames, _open, reading
 from vmad_edge.runtime.console import err, out, printable, progress, track, warn
@@ -127,7 +127,7 @@ def _inspect(args: argparse.Namespace) -> int:
             references = track(list_images([args.references]), "enrolling")
             inspector.enroll(references, object=args.object, keep=False, **reading(args))
         settings = _settings(inspector, args)
-        jobs = args.jobs or (1 if args.stream or args.deadline_ms else min(4, len(os.sched_getaffinity(0))))
+        jobs = args.jobs or (1 if args.stream or args.deadline_ms else min(4, processors()))
         resumed = args.resume and Path(args.jsonl).exists()
         done = take_up(Path(args.jsonl), paths, settings, jobs) if resumed else set()
         results = _Results(args, paths, inspector.heat_top(args.object))

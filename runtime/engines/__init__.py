@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -10,6 +11,7 @@ from typing import Any, Literal, Protocol
 from numpy.typing import NDArray
 
 from vmad_edge.kernels.cuda import DeviceArray
+from vmad_edge.kernels.processors import processors
 from vmad_edge.runtime.device import DeviceThread
 
 Arrays = dict[str, NDArray[Any]]
@@ -81,3 +83,9 @@ class DeviceEngine(Engine, Protocol):
 def ran_out_of_memory(message: str) -> bool:
     """Whether a library's error says so, in its words."""
     return any(words in message.lower() for words in ("out of memory", "outofmemory", "failed to allocate"))
+
+
+def limited_processors() -> int | None:
+    """How many threads a library may have where the process is not allowed all processors; None: its own choice."""
+    allowed = processors()
+    return allowed if allowed < (os.cpu_count() or 1) else None

@@ -17,7 +17,7 @@ import onnxruntime as ort
 from vmad_edge.kernels import paths
 from vmad_edge.kernels.cuda import DeviceArray
 from vmad_edge.runtime.device import DeviceThread
-from vmad_edge.runtime.engines import Arrays, GiveUp, ran_out_of_memory
+from vmad_edge.runtime.engines import Arrays, GiveUp, limited_processors, ran_out_of_memory
 from vmad_edge.runtime.errors import BundleError, VmadError
 
 __all__ = ["OnnxRuntimeEngine", "ort"]  # nothing else imports the library: `runtime/__init__.py` comes before it here
@@ -34,7 +34,7 @@ class OnnxRuntimeEngine:
 
     Args:
         path: the graph.
-        threads: intra-op threads; None lets ONNX Runtime use every core.
+        threads: intra-op threads; None lets ONNX Runtime use every core that the process is allowed.
         thread: whose device's stream and memory it runs on, in turns with what else does; None: a stream of its own.
 
     Raises:
@@ -51,7 +51,7 @@ class OnnxRuntimeEngine:
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = threads or 0
+        options.intra_op_num_threads = threads or limited_processors() or 0
         # Spinning threads would steal the cores from llama.cpp and from the other lane.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # SAM ViT-H's activations take 4.6 GB: kept between runs, and once more for the pattern that the second run lays

@@ -8,7 +8,7 @@ from pathlib import Path
 import openvino
 
 from vmad_edge.runtime.bundle import Precision
-from vmad_edge.runtime.engines import Arrays, GiveUp
+from vmad_edge.runtime.engines import Arrays, GiveUp, limited_processors
 from vmad_edge.runtime.errors import BundleError
 from vmad_edge.runtime.machine import lacks_vnni
 
@@ -39,6 +39,8 @@ class OpenVinoEngine:
         has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         computes = "bf16" if has_bf16 and precision != "fp32" else "f32"
         self._path, self._settings = path, _SETTINGS | {"INFERENCE_PRECISION_HINT": computes}
+        if (limit := limited_processors()) is not None:
+            self._settings["INFERENCE_NUM_THREADS"] = limit
         if precision == "int8" and lacks_vnni():
             self._settings["LP_TRANSFORMS_MODE"] = "NO"
         self._compiled: dict[_Shapes, openvino.CompiledModel] = {}

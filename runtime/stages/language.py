@@ -24,6 +24,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vmad_edge.kernels.processors import processors
 from vmad_edge.runtime import bundle
 from vmad_edge.runtime.engines import ran_out_of_memory
 from vmad_edge.runtime.errors import BundleError, VmadError
@@ -120,11 +121,20 @@ def prompt_lengths(
         return len(before), len(after), len(tokenizer.tokenize(conversation.short_answer))
 
 
+def _model_params() -> Any:
+    """What every load of a model begins with."""
+    params = llama.llama_model_default_params()
+    # Repacked weights. llama.cpp built for this very processor (-march=native, as pip builds it) would use AMX where
+    # it is, and crashes on Q8_0.
+    params.use_extra_bufts = False
+    params.kv_overrides = _NO_SPACE_PREFIX
+    return params
+
+
 @contextmanager
 def _vocabulary(gguf: Path) -> Iterator[Any]:
-    params = llama.llama_model_default_params()
+    params = _model_params()
     params.vocab_only = True
-    params.kv_overrides = _NO_SPACE_PREFIX
     model = llama.llama_model_load_from_file(os.fsencode(gguf), params)
     if not model:
         raise BundleError(f"{gguf}: llama.cpp cannot load it ({llama_messages()}). Export the bundle again.")
@@ -231,9 +241,7 @@ class LanguageModel:
         self._kept: list[int] | None = None
         self._prompt: tuple[list[int], bytes, list[int]] | None = None
         llama.llama_backend_init()
-        params = llama.llama_model_default_params()
-        params.use_extra_bufts = False  # repacked weights: llama.cpp's AMX path crashes on Q8_0
-        params.kv_overrides = _NO_SPACE_PREFIX
+        params = _model_params()
         params.n_gpu_layers = language.llama.gpu_layers if gpu else 0
         if params.n_gpu_layers != -1:
             _refuse_larger_than_memory(gguf)
@@ -246,7 +254,7 @@ class LanguageModel:
         try:
             self._vocab = llama.llama_model_get_vocab(self._model)
             self._check(gguf)
-            self._context = self._open_context(threads or max(1, len(os.sched_getaffinity(0)) - 1), gpu, exact)
+            self._context = self._open_context(threads or max(1, processors() - 1), gpu, exact)
         except BaseException:
             self.close()
             raise

@@ -307,3 +307,26 @@ def test_gpu_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: Driver())
     found = gpu.gpu()
     assert str(found) == "Orin, SM 8.7" and found.driver.endswith("CUDA 13.0")
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [(3, 3), (8, 0)])
+def test_onnx_runtime_obeys_quota_and_affinity(
+    allowed: int, expected: int, demo: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 processors; with all of them the library chooses."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("vmad_edge.runtime.engines.processors", lambda: allowed)
+    engine = OnnxRuntimeEngine(demo.file("mask_decoder.onnx"))
+    assert engine._session.get_session_options().intra_op_num_threads == expected
+
+
+@needs_openvino
+def test_openvino_obeys_quota_and_affinity(demo: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmad_edge.runtime.engines.openvino import OpenVinoEngine
+
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("vmad_edge.runtime.engines.processors", lambda: 1)
+    engine = OpenVinoEngine(demo.file("mask_decoder.onnx"))
+    assert [c.get_property("INFERENCE_NUM_THREADS") for c in engine._compiled.values()] == [1]
+    monkeypatch.setattr("vmad_edge.runtime.engines.processors", lambda: 8)
+    assert "INFERENCE_NUM_THREADS" not in OpenVinoEngine(demo.file("mask_decoder.onnx"))._settings

@@ -590,3 +590,30 @@ def test_closed(source: Source) -> None:
     with pytest.raises(ValueError, match="closed"):
         model.answer(VISUAL, QUESTION, mode="full")
     model.close()
+
+
+def test_models_are_loaded_with_the_same_params(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp as pip builds it crashes with the repacked weights of AMX, which this processor may not have."""
+    loaded = []
+    load = llama.llama_model_load_from_file
+
+    def spy(path: bytes, params: Any) -> Any:
+        loaded.append((params.vocab_only, params.use_extra_bufts))
+        return load(path, params)
+
+    monkeypatch.setattr(llama, "llama_model_load_from_file", spy)
+    with source.open():
+        language.check_vocabulary(source.gguf, source.language)
+    assert loaded == [(False, False), (True, False)]
+
+
+def test_one_place_makes_params_and_one_file_loads() -> None:
+    root = Path(__file__).parents[2]
+    files = [f for wing in ("runtime", "export", "kernels") for f in (root / wing).rglob("*.py")]
+    makes, loads = (
+        [f.relative_to(root).as_posix() for f in files for _ in range(f.read_text("utf-8").count(name))]
+        for name in ("llama_model_default_params", "llama_model_load_from")
+    )
+    assert makes == ["runtime/stages/language.py"]
+    assert set(loads) == {"runtime/stages/language.py"}
+    assert not [f for f in files if "Llama(model_path" in f.read_text("utf-8")]  # llama-cpp-python's own loader
