@@ -199,7 +199,7 @@ class Inspector:
         Raises:
             BundleError: the object's references or calibration in the station must not be used, there is nothing to
                 compare with, or the station knows other objects but not this one (see `fallback` of `open`).
-            VmadError: the inspector is closed.
+            VmadError: the inspector is closed; an answer mode that there is not.
             TypeError, FrameError: what is no frame at all, see `check_source`.
 
         Args:
@@ -480,6 +480,7 @@ def _deadline(deadline_ms: float | None) -> float | None:
     """As a time.monotonic() value; what is no number has passed."""
     if deadline_ms is None:
         return None
+    deadline_ms = float(deadline_ms)  # added to a NumPy float32, the clock would lose its milliseconds
     return time.monotonic() + (-1.0 if math.isnan(deadline_ms) else deadline_ms / 1e3)
 
 

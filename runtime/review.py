@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -202,8 +202,10 @@ class ReviewProcess:
             deadline: a time.monotonic() value at which it stops by itself.
 
         Raises:
-            VmadError: closed.
+            VmadError: closed; an answer mode that there is not.
         """
+        if mode not in get_args(Answer):
+            raise VmadError(f"answer: expected {' or '.join(get_args(Answer))}, got {mode!r}")
         self.start()
         head: dict[str, Any] = {"kind": "review", "question": question, "mode": mode, "deadline": deadline}
         head["view"] = astuple(features.view)
@@ -285,11 +287,16 @@ class ReviewProcess:
                 self._begin()
                 continue
             stream = cast(IO[bytes], child.process.stdin)
-            with suppress(OSError, ValueError):  # it just ended: its reader faults what it was sent
+            try:
                 for number in cancels:
                     _send(stream, {"kind": "cancel", "id": number}, {})
                 if job is not None:
                     _send(stream, *job.message)
+            except Exception as error:  # half a message is no beginning for the next one; this thread must live on
+                # Its reader faults what it was sent. Mostly it just ended, and the reader knows better why.
+                if not isinstance(error, OSError | ValueError):
+                    child.reason = f"the review could not be sent: {type(error).__name__}: {error}"
+                child.process.kill()
 
     def _to_do(self) -> bool:
         if self._child is None:

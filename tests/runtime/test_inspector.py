@@ -80,6 +80,13 @@ def test_question_that_cannot_be_asked(inspector: Inspector, question: str, says
     assert inspector.inspect(image(0)).p_yes is not None  # the next review is none the worse
 
 
+@pytest.mark.parametrize("answer", ["long", 3, {1}])
+def test_an_answer_mode_that_there_is_not_raises_at_once(inspector: Inspector, answer: Any) -> None:
+    with pytest.raises(VmadError, match="expected full or short"):
+        inspector.inspect(image(0), answer=answer)
+    assert inspector.inspect(image(0)).p_yes is not None
+
+
 def test_review_streams_its_text(inspector: Inspector) -> None:
     screened = inspector.inspect(image(0), review=False)
     handle = inspector.review(screened, answer="full")
@@ -192,7 +199,7 @@ def test_a_deadline_that_has_passed_is_missed(inspector: Inspector, deadline_ms:
     assert inspector.inspect(image(0), deadline_ms=deadline_ms).reason_code is Reason.SCREEN_LATE
 
 
-@pytest.mark.parametrize("deadline_ms", [float("inf"), 1e300, 1e9])
+@pytest.mark.parametrize("deadline_ms", [float("inf"), 1e300, 1e9, np.float32(1e9), np.int64(10**9)])
 def test_a_deadline_far_off_is_met(inspector: Inspector, deadline_ms: float) -> None:
     result = inspector.inspect(image(0), deadline_ms=deadline_ms)
     assert result.deadline_met is True and result.p_yes is not None

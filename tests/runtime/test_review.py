@@ -17,6 +17,7 @@ from examples import MANIFEST
 from numpy.typing import NDArray
 from PIL import Image
 
+from vmad_edge.runtime import review as review_module
 from vmad_edge.runtime.bundle import Bundle, Manifest
 from vmad_edge.runtime.engines import GiveUp
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -111,6 +112,20 @@ def test_a_process_without_a_sign_of_life_is_replaced(inspector: Inspector) -> N
     assert failed.verdict is Verdict.UNCERTAIN
     assert inspector.inspect(camera_frame(1)).p_yes is not None
     assert inspector.review_pid != pid
+
+
+def test_what_cannot_be_sent_is_a_fault_and_the_next_review_is_none_the_worse(
+    inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError("no room")
+
+    screened = inspector.inspect(camera_frame(0), review=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(review_module, "_send", full)
+        failed = inspector.review(screened).wait(60)
+    assert failed.reason_code is Reason.REVIEW_FAULT and "MemoryError: no room" in (failed.reason or "")
+    assert inspector.review(screened).wait(60).p_yes is not None
 
 
 STUB = """
