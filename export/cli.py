@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from vmad_edge.runtime.bundle import Bundle, ClipInput, Language, Precision, Similarity, Weights
 from vmad_edge.runtime.cli import add_reading, reading
+from vmad_edge.runtime.console import steps
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.errors import VmadError
 
@@ -212,7 +213,7 @@ def _export(args: argparse.Namespace) -> int:
 
     _silence_transformers()
     try:
-        with Console(stderr=True).status("") as status:
+        with steps() as tell:
             export(
                 args.checkpoint,
                 args.bundle,
@@ -221,7 +222,7 @@ def _export(args: argparse.Namespace) -> int:
                 calibrate=args.calibrate,
                 parity_images=args.parity_images,
                 parity_count=args.images,
-                progress=lambda step: status.update(f"export: {step}"),
+                progress=lambda step: tell(f"export: {step}"),
             )
     except ParityError as error:
         _print(error.parity, sys.stderr)
@@ -245,7 +246,7 @@ def _parity(args: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(args.checkpoint)
     images, more = images_to_compare(checkpoint, args.folder, args.images)
     page = ParityPage()
-    with Console(stderr=True).status("") as status:
+    with steps() as tell:
         parity = measure(
             checkpoint,
             bundle,
@@ -253,7 +254,7 @@ def _parity(args: argparse.Namespace) -> int:
             more,
             device=args.device,
             reading=reading(args),
-            progress=lambda step: status.update(step),
+            progress=tell,
             each=page.add,
         )
     if args.page is not None:

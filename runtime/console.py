@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
 from rich.console import Console
@@ -68,3 +71,24 @@ def track(items: Iterable[T], description: str, total: int | None = None, disabl
             said = time.monotonic()
             err.print(f"{printable(description)}: {number}{'' if whole is None else f' of {whole}'}", soft_wrap=True)
         yield item
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str], None]]:
+    """Gives what tells the step at hand: in a line that changes, or line by line where standard error is no terminal.
+
+    Steps that differ in their numbers alone are one there, told again every ten seconds.
+    """
+    if err.is_terminal:
+        with err.status("") as status:
+            yield lambda step: status.update(printable(step))
+        return
+    said: dict[str, float] = {}
+
+    def tell(step: str) -> None:
+        kind = re.sub(r"\d+", "", step)
+        if time.monotonic() - said.get(kind, -math.inf) >= _BETWEEN_LINES_S:
+            said[kind] = time.monotonic()
+            err.print(printable(step), soft_wrap=True)
+
+    yield tell

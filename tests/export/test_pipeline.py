@@ -90,7 +90,8 @@ def test_without_the_extra_it_says_what_to_install(tiny: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.strip() == "vmad: vmad export needs torch: in vmad-edge's checkout run pip install -e '.[cpu,export]'"
+    what_to_do = "in vmad-edge's checkout run pip install -e '.[cpu,export]'"
+    assert result.stderr.strip() == f"vmad: vmad export needs torch: {what_to_do}"
 
 
 CHILD = """

@@ -416,6 +416,20 @@ def test_a_log_that_is_no_terminal_gets_lines(
     assert capsys.readouterr().err.splitlines() == [f"enrolling [M3]: {count} of 3" for count in range(3)]
 
 
+def test_steps_in_a_log_that_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    from vmad_edge.runtime import console
+
+    monkeypatch.setattr(console, "err", Console(stderr=True, markup=False))
+    with console.steps() as tell:
+        for step in ("checkpoint", "image 1 of 3", "image 2 of 3", "checkpoint", "bundle"):
+            tell(step)
+    assert capsys.readouterr().err.splitlines() == ["checkpoint", "image 1 of 3", "bundle"]
+
+
 def test_memory_is_flat(tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path) -> None:
     """Kept results, rows of the report and torn heaps took 0.19 MiB a frame."""
     frames = tmp_path / "frames"
