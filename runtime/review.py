@@ -315,7 +315,10 @@ class ReviewProcess:
         try:
             # Without PYTHONSAFEPATH `-m` looks for modules in the working directory first.
             own = {**os.environ, "PYTHONSAFEPATH": "1"}
-            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=own)
+            # In a session of its own: a Ctrl-C is meant for whoever waits for the review.
+            process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=own, start_new_session=True
+            )
         except OSError as error:
             self._ended(None, f"the review process cannot be started ({error.strerror})")
             return
