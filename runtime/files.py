@@ -22,9 +22,8 @@ def sha256(path: Path) -> str:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write or replace a file (text in UTF-8), never leaving half of it."""
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_bytes(content.encode() if isinstance(content, str) else content)
-    scratch.replace(path)
+    with whole_file(path) as scratch:
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
