@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 
@@ -19,7 +20,13 @@ def processors(root: Path = Path("/")) -> int:
     """
     # Linux has affinity; what else can compile the kernels may not.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([allowed, *map(math.ceil, _quotas(root))]))
+    return max(1, min([allowed, *_whole_quotas(root)]))
+
+
+@cache
+def _whole_quotas(root: Path) -> tuple[int, ...]:
+    """Rounded up. Read once: kernels ask at every call."""
+    return tuple(map(math.ceil, _quotas(root)))
 
 
 def _quotas(root: Path) -> Iterator[float]:

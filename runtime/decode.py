@@ -21,7 +21,8 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM",
 """Pillow's names of what is read; of these its build may lack AVIF."""
 MAX_PIXELS = 150_000_000
 """Larger images are refused before they are decoded."""
-MIN_SIDE, MAX_SIDE = 8, 65_535
+MIN_SIDE, MAX_SIDE = 8, 32_766
+"""OpenCV's, in what draws the maps."""
 MAX_ASPECT = 100
 """Long side to short side: a system that pads or crops to a square sees nothing of thinner frames."""
 
@@ -71,6 +72,7 @@ def from_image(image: Image.Image, name: str, bit_depth: int | None) -> NDArray[
         raise FrameError(f"{name}: Pillow does not keep 16-bit files whole; give the path or the file's bytes instead")
     if image.mode.startswith("I;16"):
         return in_rgb(to_8_bits(np.asarray(image).astype(np.uint16), bit_depth, name))
+    _check_mode(image, name)
     try:
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except ValueError:
@@ -127,10 +129,15 @@ def _decode(data: bytes, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
             raise FrameError(f"{name}: JPEG 2000 of {bits} bits a channel is not read; convert it to TIFF or PNG first")
         if image.format == "PNG" and _is_16_bit(image):
             return _deep_png(data, image, name, bit_depth)
-        if image.mode in ("F", "I", "LAB"):
-            kind = "L*a*b* colours" if image.mode == "LAB" else "32"
-            raise FrameError(f"{name}: expected 8 or 16 bits a channel, grey or RGB, found {kind}; convert it first")
+        _check_mode(image, name)
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def _check_mode(image: Image.Image, name: str) -> None:
+    """Raises a FrameError for what Pillow would cut off at 255 without a word, or has no colours of."""
+    if image.mode in ("F", "I", "LAB"):
+        kind = "L*a*b* colours" if image.mode == "LAB" else "32"
+        raise FrameError(f"{name}: expected 8 or 16 bits a channel, grey or RGB, found {kind}; convert it first")
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import time
 from dataclasses import dataclass, field
@@ -117,13 +118,18 @@ def check_source(source: FrameSource, bit_depth: int | None, colour: Colour) -> 
         raise FrameError(f"colour: expected rgb or bgr, got {colour!r}")
     if isinstance(source, np.ndarray):
         _check_array(source, bit_depth)
-    elif not isinstance(
-        source, Frame | Image.Image | bytes | bytearray | memoryview | str | os.PathLike
-    ) and not hasattr(source, "read"):
+    elif not isinstance(source, Frame | Image.Image | bytes | bytearray | memoryview | str | os.PathLike):
+        _check_file(source)
+
+
+def _check_file(source: object) -> None:
+    if not (hasattr(source, "read") and hasattr(source, "closed")):  # OpenCV's VideoCapture can `read` too
         raise TypeError(
             "expected a NumPy array, a PIL image, a path, an encoded image's bytes, a binary file or a Frame, "
             f"got {type(source).__module__}.{type(source).__qualname__}"
         )
+    if source.closed or isinstance(source, io.TextIOBase):
+        raise TypeError(f"expected a binary file, got {'a closed one' if source.closed else 'one opened as text'}")
 
 
 def _check_array(array: NDArray[Any], bit_depth: int | None) -> None:

@@ -223,7 +223,8 @@ class ReviewProcess:
                     return pending
                 self._changed.wait()
             if self._closed:
-                raise VmadError("this inspector is closed")
+                pending._fail(Reason.REVIEW_CANCELLED, "the inspector was closed")
+                return pending
             self._waiting.append(_Job(number, pending, deadline, ({**head, "id": number}, arrays)))
             self._changed.notify_all()
         return pending
@@ -315,7 +316,10 @@ class ReviewProcess:
         try:
             # Without PYTHONSAFEPATH `-m` looks for modules in the working directory first.
             own = {**os.environ, "PYTHONSAFEPATH": "1"}
-            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=own)
+            # In a session of its own: a Ctrl-C is meant for whoever waits for the review.
+            process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=own, start_new_session=True
+            )
         except OSError as error:
             self._ended(None, f"the review process cannot be started ({error.strerror})")
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import time
 from collections import Counter
@@ -68,7 +69,9 @@ def add_inspect(subcommands: Subcommands) -> None:
     parser.add_argument("--question", metavar="TEXT", help="ask this instead; {object} is replaced by the name")
     parser.add_argument("--answer", choices=["full", "short"], help="a whole sentence, or yes/no and the mask")
     parser.add_argument("--no-review", action="store_true", help="the screen alone: no sentence, no mask")
-    parser.add_argument("--deadline-ms", type=float, metavar="N", help="per frame; late screens are NOT_INSPECTED")
+    parser.add_argument(
+        "--deadline-ms", type=_milliseconds, metavar="N", help="per frame; late screens are NOT_INSPECTED"
+    )
     parser.add_argument(
         "--report",
         metavar="DIR",
@@ -109,6 +112,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text!r}")
     return int(text)
+
+
+def _milliseconds(text: str) -> float:
+    """Finite: rows tell it, and JSON has no infinity."""
+    try:
+        if math.isfinite(number := float(text)):
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number of milliseconds, got {text!r}")
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -164,6 +177,8 @@ def _check(args: argparse.Namespace) -> None:
         raise VmadError(f"--stream compares each frame with those before it; expected --jobs 1, got {args.jobs}")
     if args.json and args.jsonl == "-":
         raise VmadError("expected --json or --jsonl on standard output, got both; name a file for --jsonl")
+    if args.csv and args.jsonl not in (None, "-") and args.csv.resolve() == Path(args.jsonl).resolve():
+        raise VmadError(f"expected two files for --jsonl and --csv, got {args.csv} for both")
     if args.resume and args.jsonl in (None, "-"):
         raise VmadError("--resume goes on with the file of --jsonl; expected --jsonl FILE")
     if args.resume and (args.stream or args.unlabelled):

@@ -176,7 +176,8 @@ def test_export_on_a_full_disk(tiny: Path, tmp_path: Path) -> None:
         assert child.stderr is not None
         lines = child.stderr.read().strip().splitlines()
     assert child.returncode == 2
-    (line,) = lines
+    *steps, line = lines
+    assert steps[0] == "export: checkpoint" and all(step.startswith("export: ") for step in steps)
     assert line.startswith(f"vmad: {target} was not written: ")
     assert line.endswith(". Make room there, or name another place.")
     assert list(tmp_path.iterdir()) == []

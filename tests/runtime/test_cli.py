@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vmad_edge.runtime.cli import main
+
 VMAD = str(Path(sys.executable).with_name("vmad"))
 
 
@@ -448,3 +450,20 @@ def test_memory_is_flat(tiny_bundle: Path, parts: Path, station: Path, tmp_path:
                 resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
     assert going.returncode == 1
     assert resident[1] - resident[0] < 20
+
+
+@pytest.mark.parametrize("deadline", ["inf", "nan", "-inf", "1e999", "soon"])
+def test_a_deadline_that_no_row_could_tell_is_refused(deadline: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", "bundle", "parts", f"--deadline-ms={deadline}"])
+    assert f"expected a number of milliseconds, got '{deadline}'" in capsys.readouterr().err
+
+
+def test_rows_of_two_kinds_never_share_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    run.write_text("what an earlier run found")
+    for more in ([], ["--resume"]):
+        files = ["--jsonl", str(run), "--csv", f"{tmp_path}/../{tmp_path.name}/run"]
+        assert main(["inspect", "bundle", "parts", *files, *more]) == 2
+        assert "expected two files for --jsonl and --csv" in capsys.readouterr().err
+    assert run.read_text() == "what an earlier run found"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vmad_edge.runtime.errors import FrameError
-from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.frame import Frame, check_source
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
 
@@ -156,9 +156,29 @@ def test_images_buffers_and_files_are_frames(make: Callable[[], Any]) -> None:
     np.testing.assert_array_equal(Frame.read(make(), colour="bgr").pixels, RGB[:, :, ::-1])
 
 
-def test_a_text_file_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="file: expected a file opened in binary mode, got str"):
-        Frame.read(io.StringIO("hello"))  # type: ignore[arg-type]
+def closed() -> io.BytesIO:
+    file = io.BytesIO(PNG)
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize(
+    "file,says",
+    [
+        (io.StringIO("hello"), "a binary file, got one opened as text"),
+        (closed(), "a binary file, got a closed one"),
+        (cv2.VideoCapture(), "got cv2.VideoCapture"),
+    ],
+)
+def test_what_is_no_open_binary_file_is_a_type_error(file: Any, says: str) -> None:
+    with pytest.raises(TypeError, match=says):
+        check_source(file, None, "rgb")  # so an inspector raises, too
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pil_images_that_pillow_would_cut_off_at_255_are_refused(dtype: type) -> None:
+    with pytest.raises(FrameError, match="expected 8 or 16 bits a channel, grey or RGB, found 32"):
+        Frame.read(Image.fromarray((RGB[:, :, 0] * 16.0).astype(dtype)))
 
 
 def test_a_deep_pil_image() -> None:
@@ -205,11 +225,11 @@ def test_either_byte_order_of_an_array(order: str) -> None:
 @pytest.mark.parametrize(
     "height,width,says",
     [
-        (8, 100_000, "sides of at most 65,535"),
+        (8, 100_000, "sides of at most 32,766"),
         (8, 801, "at most 100 times the short one"),
         (8, 150_000_000, "at most 150,000,000"),
         (7, 500, "at least 8×8"),
-        (65_536, 1000, "sides of at most 65,535"),
+        (32_767, 1000, "sides of at most 32,766"),
     ],
 )
 def test_shapes_beyond_the_limits_are_refused_before_they_are_decoded(height: int, width: int, says: str) -> None:

@@ -114,6 +114,11 @@ def test_a_process_without_a_sign_of_life_is_replaced(inspector: Inspector) -> N
     assert inspector.review_pid != pid
 
 
+def test_a_ctrl_c_of_the_terminal_is_not_the_review_processs(inspector: Inspector) -> None:
+    pid = inspector.review_pid
+    assert pid is not None and os.getpgid(pid) != os.getpgrp()
+
+
 def test_what_cannot_be_sent_is_a_fault_and_the_next_review_is_none_the_worse(
     inspector: Inspector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
