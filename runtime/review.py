@@ -202,7 +202,7 @@ class ReviewProcess:
             deadline: a time.monotonic() value at which it stops by itself.
 
         Raises:
-            VmadError: closed; an answer mode that there is not.
+            VmadError: an answer mode that there is not.
         """
         if mode not in get_args(Answer):
             raise VmadError(f"answer: expected {' or '.join(get_args(Answer))}, got {mode!r}")

@@ -127,7 +127,8 @@ def _milliseconds(text: str) -> float:
 def _inspect(args: argparse.Namespace) -> int:
     _check(args)
     found = find_images(args.paths)
-    paths = found.paths
+    own = [folder.absolute() for folder in (args.report, args.maps) if folder is not None]
+    paths = [path for path in found.paths if not any(Path(path).absolute().is_relative_to(folder) for folder in own)]
     if found.left_out:
         err.print(printable(found.said), soft_wrap=True)
     with _open(args, args.stream, args.fallback) as inspector:

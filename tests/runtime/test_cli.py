@@ -452,6 +452,15 @@ def test_memory_is_flat(tiny_bundle: Path, parts: Path, station: Path, tmp_path:
     assert resident[1] - resident[0] < 20
 
 
+def test_what_a_run_wrote_is_no_frame_of_the_next(
+    tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(parts / "good", tmp_path / "lot")
+    args = ["lot", "--report", "lot/out", "--maps", "lot/maps", "--station", station, "--no-review", "--json"]
+    runs = [vmad("inspect", tiny_bundle, *args, cwd=tmp_path) for _ in range(2)]
+    assert [len(json.loads(run.stdout)) for run in runs] == [6, 6]
+
+
 @pytest.mark.parametrize("deadline", ["inf", "nan", "-inf", "1e999", "soon"])
 def test_a_deadline_that_no_row_could_tell_is_refused(deadline: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
