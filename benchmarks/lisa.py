@@ -46,7 +46,7 @@ class LisaChain(Source):
         image = Image.fromarray(frame.pixels)
         pixels = self._sam_processor(image, return_tensors="pt").pixel_values.to(self._dtype)
         embeddings = self._sam.get_image_embeddings(pixels)
-        mask = self._masks(embeddings, h_seg, image.size)["mask"].numpy() if p_yes >= 0.5 else None
+        mask = (self._masks(embeddings, h_seg, image.size)["mask"] > 0).numpy() if p_yes >= 0.5 else None
         return p_yes, self._tokenizer.decode(ids[:-1]).strip(), mask
 
     def _generate(self, sequence: Tensor) -> tuple[float, list[int], Tensor]:

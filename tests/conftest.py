@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,12 @@ from vmad_edge.kernels.cuda import library
 from vmad_edge.runtime import device
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.device import DeviceThread
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_are_heeded() -> None:
+    """A shell has its background jobs ignore SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
