@@ -34,13 +34,6 @@ from vmad_edge.runtime.systems.vmad import Finding, Screen, SimilaritySource
 from vmad_edge.runtime.timing import Stopwatch
 
 _LIMITS = ReviewLimits()
-_LEFT_OUT = {
-    Reason.REVIEW_FAULT: "review failed",
-    Reason.REVIEW_SHED: "review left out",
-    Reason.REVIEW_LATE: "review left out",
-    Reason.REVIEW_CANCELLED: "review left out",
-    None: "review failed",
-}
 
 
 class ReviewHandle:
@@ -59,7 +52,8 @@ class ReviewHandle:
         if not ended:
             reason, code = "the review did not end in time", Reason.REVIEW_LATE
         elif finding is None:
-            reason, code = f"{_LEFT_OUT[self._pending.fault_code]}: {self._pending.fault}", self._pending.fault_code
+            code = self._pending.fault_code
+            reason = f"review {'failed' if code is Reason.REVIEW_FAULT else 'left out'}: {self._pending.fault}"
         elif finding.stopped is not None:
             reason = f"the review was stopped: {finding.stopped}"
             code = Reason.REVIEW_LATE if finding.stopped == "deadline" else Reason.REVIEW_CANCELLED

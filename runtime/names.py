@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 _LONGEST = 180
-"""Bytes of a name before its ending; most file systems take 255, and a scratch file's name is longer."""
+"""Bytes of a name before its ending; most file systems take 255 in all."""
 _UNFIT = re.compile(r'[<>:"|?*\\\x00-\x1f]')
 
 
