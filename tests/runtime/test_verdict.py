@@ -8,7 +8,7 @@ from examples import MANIFEST as FIELDS
 
 from vmad_edge.runtime.bundle import Manifest, Thresholds
 from vmad_edge.runtime.frame import Frame
-from vmad_edge.runtime.inspection import Inspection, Verdict, verdict_of
+from vmad_edge.runtime.inspection import Inspection, Reason, Verdict, verdict_of
 from vmad_edge.runtime.inspector import ReviewHandle
 from vmad_edge.runtime.review import PendingReview
 from vmad_edge.runtime.systems.vmad import Finding
@@ -51,11 +51,10 @@ def test_review_settles_uncertain_alone(screen: Verdict, p_yes: float, expected:
 @pytest.mark.parametrize("screen", [DEFECT, UNCERTAIN, GOOD])
 def test_a_fault_in_the_review_leaves_the_verdict(screen: Verdict) -> None:
     pending = PendingReview(lambda: None)
-    pending.fault = "out of memory"
-    pending._ended.set()
+    pending._receive({"kind": "fault", "id": 1, "reason": "out of memory"}, {})
     after = ReviewHandle(screened(screen), pending, MANIFEST).wait()
     assert (after.verdict, after.decided_by) == (screen, "screen")
-    assert after.reason == "review failed: out of memory"
+    assert (after.reason, after.reason_code) == ("review failed: out of memory", Reason.REVIEW_FAULT)
 
 
 @pytest.mark.parametrize(
