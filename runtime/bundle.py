@@ -222,26 +222,34 @@ class Bundle:
     manifest: ScreenManifest
 
     @staticmethod
-    def open(path: Path | str) -> Bundle:
+    def open(path: Path | str, expected: str | None = None) -> Bundle:
         """Check the manifest's hash, parse it, check every file's hash, return the bundle.
 
+        Args:
+            expected: the hash of the one bundle that is wanted.
+
         Raises:
-            BundleError: not a bundle; a changed, missing or extra file; a manifest of another schema.
+            BundleError: not a bundle, or another one; a changed, missing or extra file; a manifest of another schema.
         """
         folder = Path(path).absolute()  # what is read later is read from here, wherever the process goes
         try:
             text = (folder / MANIFEST).read_bytes()
-            expected = (folder / MANIFEST_HASH).read_text("ascii", errors="replace").strip()
+            sealed = (folder / MANIFEST_HASH).read_text("ascii", errors="replace").strip()
         except OSError as error:
             raise BundleError(
                 f"{folder} is not a bundle: expected {MANIFEST} and {MANIFEST_HASH} ({error.strerror}: "
                 f"{error.filename}). `vmad export` makes bundles."
             ) from None
         found = hashlib.sha256(text).hexdigest()
-        if found != expected:
+        if found != sealed:
             raise BundleError(
-                f"{folder / MANIFEST} was changed: {MANIFEST_HASH} says {expected[:16]}…, the file has "
+                f"{folder / MANIFEST} was changed: {MANIFEST_HASH} says {sealed[:16]}…, the file has "
                 f"{found[:16]}…. Copy the bundle again from where it was exported."
+            )
+        if expected is not None and found != expected:
+            raise BundleError(
+                f"{folder} holds another bundle by now: expected {expected[:16]}…, found {found[:16]}…. Start what "
+                "inspects with it again, or put the earlier bundle back."
             )
         manifest = _parse(folder / MANIFEST, text)
         present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}

@@ -102,7 +102,7 @@ class Inspector:
         self._loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
         self._closed = False
-        self._reviews = ReviewProcess(bundle.path, self._screen.engines.device, station.plans, reviews)
+        self._reviews = ReviewProcess(bundle, self._screen.engines.device, station.plans, reviews)
 
     @staticmethod
     def open(
