@@ -102,7 +102,7 @@ class Inspector:
         self._loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
         self._closed = False
-        self._reviews = ReviewProcess(bundle.path, self._screen.engines.device, station.plans, reviews)
+        self._reviews = ReviewProcess(bundle, self._screen.engines.device, station.plans, reviews)
 
     @staticmethod
     def open(
@@ -467,7 +467,10 @@ def _readable(frames: Iterable[FrameSource], bit_depth: int | None, colour: Colo
 
 def _normal_features(bundle: Bundle) -> NormalFeatures | None:
     name = "similarity.safetensors"
-    return NormalFeatures(bundle.file(name), bundle.manifest.similarity) if name in bundle.manifest.files else None
+    if name not in bundle.manifest.files:
+        return None
+    with bundle.opened(name) as path:
+        return NormalFeatures(path, bundle.manifest.similarity)
 
 
 def _deadline(deadline_ms: float | None) -> float | None:

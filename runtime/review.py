@@ -1,7 +1,8 @@
 """Reviews run in a process of their own, with lower priority, so that they cannot disturb the screen.
 
-The process is started as `python -m vmad_edge.runtime.review BUNDLE DEVICE PLANS`; messages go through its standard
-input and output. A message is one line of JSON, {"kind", …, "arrays": {name: [dtype, shape]}}, then the arrays' bytes.
+The process is started as `python -m vmad_edge.runtime.review BUNDLE HASH DEVICE PLANS`, and takes no bundle of another
+hash. Messages go through its standard input and output. A message is one line of JSON, {"kind", …, "arrays": {name:
+[dtype, shape]}}, then the arrays' bytes.
 
     to the process    review (id, question, mode, deadline, view; pixels, patches, patches_multi)   cancel (id)
     from the process  alive (loaded, steps)   broken (reason)
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -49,6 +51,13 @@ _END_OF_TEXT = None
 _HEARTBEAT_S = 1.0
 _SILENCE_S = 5.0
 _LONGEST_BACK_OFF_S = 30.0
+_MOST_LIKELY: dict[int, str] = {
+    signal.SIGKILL: "the system ends so what takes too much memory. Free some, or export a smaller --llm",
+    signal.SIGTERM: "somebody ended it",
+}
+_DAMAGED = (
+    "llama.cpp ends so, or ONNX Runtime, at a file that it cannot use, most often llm.gguf. Export the bundle again"
+)
 _WHY = {"cancelled": Reason.REVIEW_CANCELLED, "deadline": Reason.REVIEW_LATE}
 
 
@@ -152,12 +161,22 @@ class _Child:
     steps: int = 0
     """The last that it told of its own."""
     loaded: bool = False
-    reason: str = "the review process ended"
+    reason: str | None = None
+    """Why it ends, where that is known."""
     ended: threading.Event = field(default_factory=threading.Event)
 
     def kill(self, reason: str) -> None:
         self.reason = reason
         self.process.kill()  # it holds nothing to save, and a stopped process heeds no SIGTERM
+
+    def why(self) -> str:
+        """Why it ended, for people."""
+        status = self.process.returncode
+        if self.reason is not None or status >= 0:
+            return f"{self.reason or 'the review process ended'} (exit status {status})"
+        doing = "reviewed" if self.loaded else "loaded the bundle's models"
+        cause = _MOST_LIKELY.get(-status, _DAMAGED)
+        return f"the review process ended with signal {-status} ({signal.strsignal(-status)}) while it {doing}: {cause}"
 
 
 class ReviewProcess:
@@ -167,8 +186,9 @@ class ReviewProcess:
     stands still faults the reviews that it was sent; the next one starts after a pause that doubles with each failure.
     """
 
-    def __init__(self, bundle: Path, device: Device, plans: Plans, limits: ReviewLimits) -> None:
-        self._command = [sys.executable, "-m", "vmad_edge.runtime.review", str(bundle), device, str(plans.folder)]
+    def __init__(self, bundle: Bundle, device: Device, plans: Plans, limits: ReviewLimits) -> None:
+        arguments = [str(bundle.path), bundle.hash, device, str(plans.folder)]
+        self._command = [sys.executable, "-m", "vmad_edge.runtime.review", *arguments]
         self._limits = limits
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
@@ -342,7 +362,7 @@ class ReviewProcess:
         child.ended.set()
         with suppress(OSError):
             cast(IO[bytes], child.process.stdin).close()
-        self._ended(child, f"{child.reason} (exit status {child.process.returncode})")
+        self._ended(child, child.why())
 
     def _heard(self, child: _Child, head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         child.heard += 1
@@ -430,12 +450,12 @@ class _Server:
         self._cancelled: set[int] = set()
         self._steps, self._loaded = 0, False
 
-    def serve(self, bundle: Path, device: Device, plans: Plans) -> None:
+    def serve(self, bundle: Path, hash: str, device: Device, plans: Plans) -> None:
         os.nice(_NICENESS)
         for thread in (self._listen, self._live):
             threading.Thread(target=thread, daemon=True).start()
         try:
-            review = Review(Bundle.open(bundle), device, plans)
+            review = Review(Bundle.open(bundle, hash), device, plans)
         except Exception as error:
             self._send({"kind": "broken", "reason": _in_words(error)})
             return
@@ -512,4 +532,4 @@ def _in_words(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    _Server().serve(Path(sys.argv[1]), cast(Device, sys.argv[2]), Plans(Path(sys.argv[3])))
+    _Server().serve(Path(sys.argv[1]), sys.argv[2], cast(Device, sys.argv[3]), Plans(Path(sys.argv[4])))
