@@ -79,8 +79,8 @@ def soak(inspector: Inspector, frames: Sequence[Path], lane: Lane, count: int, r
         yield Row(done, held(os.getpid()), held(process), ms)
 
 
-def page(lane: Lane, rows: Sequence[Row], run: Run, bundle: Bundle) -> str:
-    """What results/soak_`lane`.md says."""
+def write(lane: Lane, rows: Sequence[Row], run: Run, bundle: Bundle) -> None:
+    """Replace results/soak_`lane`.md."""
     also = {"screens": "The review process has loaded and waits.", "reviews": "Short answers."}[lane]
     busy = busy_elsewhere(run)
     lines = [
@@ -96,7 +96,8 @@ def page(lane: Lane, rows: Sequence[Row], run: Run, bundle: Bundle) -> str:
         lines.append(f"| {row.done:,} | {' | '.join(cells)} | {row.ms:.1f} |")
     about = [f"`{run.command}`, {run.date}", run.machine.processor, f"{run.machine.cores} cores"]
     about += [f"{name} {version}" for name, version in run.versions.items()]
-    return "\n".join([*lines, "", ", ".join(about) + (f"; {busy}" if busy else "") + ".", ""])
+    text = "\n".join([*lines, "", ", ".join(about) + (f"; {busy}" if busy else "") + ".", ""])
+    write_whole(RESULTS / f"soak_{lane}.md", text)
 
 
 def main() -> None:
@@ -112,7 +113,8 @@ def main() -> None:
         for row in soak(inspector, frames, args.lane, args.count):
             rows.append(row)
             print(row, flush=True)
-            write_whole(RESULTS / f"soak_{args.lane}.md", page(args.lane, rows, run.end(), inspector.bundle))
+            write(args.lane, rows, run.end(), inspector.bundle)
+    write(args.lane, rows, run.end(), inspector.bundle)  # the review process's time is our own, now that it ended
 
 
 if __name__ == "__main__":
