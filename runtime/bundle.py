@@ -392,8 +392,8 @@ def _open_file(folder: int, name: str) -> Iterator[BinaryIO]:
         place = Path(f"/proc/self/fd/{opened}").readlink()
         if place.parent != inside:
             raise BundleError(
-                f"{inside / name} is a link to {place}: expected a file in the bundle itself. Copy the bundle again, with "
-                "`cp -L`."
+                f"{inside / name} is a link to {place}: expected a file in the bundle itself. Copy the bundle again, "
+                "with `cp -L`."
             )
         yield file
 
