@@ -77,6 +77,19 @@ def test_every_pin_has_hashes_and_stands_in_one_place() -> None:
     assert not names & pinned(locks, "3.12", "x86_64").keys()
 
 
+def test_notice_names_every_source_that_the_code_names() -> None:
+    found = set()
+    for path in [path for wing in ("export", "runtime", "kernels", "benchmarks") for path in (ROOT / wing).rglob("*")]:
+        if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"}:
+            text = path.read_text()
+            found |= set(re.findall(r"arXiv[: ]*(\d{4}\.\d{4,5})", text))
+            found |= set(re.findall(r"[A-Z][\w-]+ et al", text))
+            found |= set(re.findall(r"(?:github\.com/|after [^()]*\(|follows [^()]*\()([\w-]+/[\w-]+)", text))
+    assert {"2409.20146", "Roth et al", "ggml-org/ggml", "CircleRadon/TokenPacker", "dvlab-research/LISA"} <= found
+    notice = (ROOT / "NOTICE").read_text()
+    assert [source for source in sorted(found) if source not in notice] == []
+
+
 @pytest.fixture
 def llama() -> Any:
     spec = importlib.util.spec_from_file_location("install_llama", ROOT / "install/llama.py")
