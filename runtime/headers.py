@@ -111,7 +111,7 @@ def read_gguf(path: Path) -> Gguf:
     with _mapped(path) as data:
         reader = _GgufReader(data)
         if (found := data[:8].tobytes()) != b"GGUF\3\0\0\0":
-            raise ValueError(f"expected GGUF version 3, found {found!r}")
+            raise _Broken(f"expected GGUF version 3, found {found!r}")
         _, count, entries = reader.take("<QQQ")
         metadata: dict[str, int | float | str] = {}
         for _ in range(entries):
@@ -119,7 +119,9 @@ def read_gguf(path: Path) -> Gguf:
             if value is not None:
                 metadata[name] = value
         placed = [_Placed(reader) for _ in range(count)]
-        alignment = int(metadata.get("general.alignment", 32))
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise _Broken(f"expected an alignment of at least 1, found {alignment!r:.40}")
         start = -(-reader.at // alignment) * alignment
         ends = sorted({tensor.offset for tensor in placed} | {len(data) - start})
         bytes_at = {offset: following - offset for offset, following in itertools.pairwise(ends)}
@@ -132,8 +134,18 @@ def _mapped(path: Path) -> Iterator[memoryview]:
     try:
         with path.open("rb") as file:
             yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
-        raise BundleError(f"{path}: its shapes cannot be read ({error!s:.200}). Export the bundle again.") from None
+    except OSError as error:
+        raise BundleError(f"{path}: its shapes cannot be read ({error.strerror}). Export the bundle again.") from None
+    except _Broken as error:
+        raise BundleError(f"{path}: its shapes cannot be read ({error}). Export the bundle again.") from None
+    except (ValueError, KeyError, IndexError, OverflowError, RecursionError, struct.error):
+        raise BundleError(
+            f"{path}: its shapes cannot be read (damaged, cut off, or another kind of file). Export the bundle again."
+        ) from None
+
+
+class _Broken(Exception):
+    """What is wrong with a file, in words of ours."""
 
 
 # ---------------------------------------------------------------------------------------------- protobuf
@@ -151,7 +163,7 @@ def _fields(message: memoryview) -> Iterator[Field]:
             continue
         length, at = _varint(message, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
         if at + length > len(message):
-            raise ValueError("it ends too early")
+            raise _Broken("it ends too early")
         if kind == 2:
             yield key >> 3, message[at : at + length]
         at += length
@@ -165,11 +177,13 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+        if shift > 63:
+            raise _Broken("a number of more than 64 bits")
 
 
 def _bytes(value: int | memoryview) -> memoryview:
     if isinstance(value, int):
-        raise ValueError("expected bytes, found a number")
+        raise _Broken("expected bytes, found a number")
     return value
 
 
@@ -219,7 +233,7 @@ def _value(message: memoryview) -> tuple[str, Tensor]:
     axes = _fields(_bytes(tensor[2])) if 2 in tensor else ()
     kind = tensor[1]
     if not isinstance(kind, int):
-        raise ValueError("expected a type's number")
+        raise _Broken("expected a type's number")
     return _text(info[1]), Tensor(tuple(_axis(dict(_fields(_bytes(axis)))) for field, axis in axes if field == 1), kind)
 
 
@@ -254,6 +268,8 @@ class _GgufReader:
     def text(self) -> str:
         (length,) = self.take("<Q")
         self.at += length
+        if self.at > len(self._data):
+            raise _Broken("it ends too early")
         return str(self._data[self.at - length : self.at], "utf-8", "replace")
 
     def value(self, kind: int) -> int | float | str | None:
