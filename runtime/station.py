@@ -33,6 +33,7 @@ from vmad_edge.runtime.errors import BundleError, FrameError
 from vmad_edge.runtime.files import sha256, whole_folder
 from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
 from vmad_edge.runtime.objects import alike, folder_name, listed, object_name
+from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, NormalFeatures, References
 
@@ -57,6 +58,8 @@ class _BankRecord(Record):
     object: str
     frames: tuple[_FrameRecord, ...]
     thresholds: Thresholds | None
+    fitness: FitnessLimits = FitnessLimits()
+    """An older bank has none: those of any frame."""
 
 
 class CalibrationFrame(Record):
@@ -78,6 +81,8 @@ class Calibration(Record):
     by: str
     when: str
     frames: tuple[CalibrationFrame, ...]
+    fitness: FitnessLimits | None = None
+    """Of its good frames; an older one has none."""
 
 
 class Station:
@@ -110,7 +115,11 @@ class Station:
             jpegs.append(frame.jpeg)
             end += len(frame.jpeg)
         record = _BankRecord(
-            bundle=self._bundle.hash, object=object, frames=tuple(frames), thresholds=references.thresholds
+            bundle=self._bundle.hash,
+            object=object,
+            frames=tuple(frames),
+            thresholds=references.thresholds,
+            fitness=references.fitness,
         )
         arrays: dict[str, NDArray[Any]] = {
             "features": references.features,
@@ -146,6 +155,7 @@ class Station:
             record.thresholds,
             beside,
             self._bundle.manifest.similarity.bank_dtype,
+            record.fitness,
         )
 
     def enrolled(self) -> list[str]:

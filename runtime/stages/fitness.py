@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from vmad_edge.runtime.bundle import Positive, Record
+from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.inspection import Reason
 
 _SAMPLED = 256
@@ -111,6 +112,14 @@ class FitnessLimits(Record):
     cut: Shares = (0, 0.04)
 
 
+class UnfitError(FrameError):
+    """A frame that cannot be judged, and its reason code."""
+
+    def __init__(self, reason: Reason, sentence: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+
+
 class _Check(NamedTuple):
     """One side of one number: a frame below its lower limit (side 0) or above its upper one (side 1) is unfit."""
 
@@ -202,6 +211,18 @@ def unfit(found: Fitness, limits: FitnessLimits) -> tuple[Reason, str] | None:
                 f"{_said(check.number, limit)}: {check.advice}"
             )
     return None
+
+
+def check(pixels: NDArray[np.uint8], limits: FitnessLimits) -> Fitness:
+    """What `pixels` [h,w,3] RGB measure.
+
+    Raises:
+        UnfitError: they are not within the limits.
+    """
+    found = measure(pixels)
+    if (fault := unfit(found, limits)) is not None:
+        raise UnfitError(*fault)
+    return found
 
 
 def learned(good: Sequence[Fitness]) -> FitnessLimits:
