@@ -337,6 +337,7 @@ class Inspector:
             "enrolled": None if enrolled is None else hashlib.sha256(enrolled.encode()).hexdigest(),
             "good_below": None if thresholds is None else float(f"{thresholds.good_below:.6g}"),
             "defect_above": None if thresholds is None else float(f"{thresholds.defect_above:.6g}"),
+            "fitness": hashlib.sha256(source.fitness.model_dump_json().encode()).hexdigest(),
         }
 
     def thresholds(self, object: str | None = None) -> Thresholds | None:
