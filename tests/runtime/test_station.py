@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import resource
@@ -7,18 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from examples import MANIFEST
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from vmad_edge.runtime.bundle import Bundle, Manifest, Thresholds
 from vmad_edge.runtime.errors import BundleError, VmadError
-from vmad_edge.runtime.files import sha256
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.objects import folder_name, object_name
 from vmad_edge.runtime.stages.preprocess import View
@@ -47,8 +48,10 @@ def references() -> References:
         EnrolledFrame("one.png", 0, 2, View(0, 0, 8, 8), (8, 8), b"first picture", "a1"),
         EnrolledFrame("two.png", 2, 5, View(-1, 0.5, 8, 8), (8, 7), b"second", "b2"),
     )
-    features = rng.normal(size=(5, 4)).astype(np.float32)
-    return References(features, np.arange(5, dtype=np.int32), frames, Thresholds(good_below=0.1, defect_above=0.2))
+    features = rng.normal(size=(5, 8)).astype(np.float32)
+    return References(
+        features, np.array([0, 1, 0, 2, 3], np.int32), frames, Thresholds(good_below=0.1, defect_above=0.2)
+    )
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -79,37 +82,132 @@ def test_another_bundle_has_banks_of_its_own(tmp_path: Path) -> None:
     assert Station(tmp_path, bundle("cd" * 32)).load_references("part") is None
 
 
+def hashed(content: bytes) -> bytes:
+    """As whoever also writes a matching hash would."""
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+def bank(change: Callable[[dict[str, Any], dict[str, NDArray[Any]]], object]) -> Callable[[bytes], bytes]:
+    """The same bank with its record and arrays changed."""
+
+    def changed(file: bytes) -> bytes:
+        content = file[65:]
+        record = json.loads(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["bank"])
+        arrays = {name: array.copy() for name, array in load(content).items()}
+        change(record, arrays)
+        return hashed(save(arrays, {"bank": json.dumps(record)}))
+
+    return changed
+
+
+def changed_array(name: str, make: Callable[[NDArray[Any]], NDArray[Any]]) -> Callable[[bytes], bytes]:
+    return bank(lambda _, arrays: arrays.update({name: np.ascontiguousarray(make(arrays[name]))}))
+
+
+def changed_frame(**fields: object) -> Callable[[bytes], bytes]:
+    return bank(lambda record, _: record["frames"][1].update(fields))
+
+
+def put(array: NDArray[Any], value: float) -> NDArray[Any]:
+    array.flat[-1] = value
+    return array
+
+
+NOT_COMPLETE, NOT_POSSIBLE = "is not a complete reference bank: ", "is not a possible reference bank: "
+
+
 @pytest.mark.parametrize(
     "damage,says",
     [
-        pytest.param(lambda f: (f / "bank.safetensors").write_bytes(b"x" * 99), "was changed", id="changed"),
-        pytest.param(lambda f: (f / "bank.safetensors").unlink(), "not a complete reference bank", id="missing"),
-        pytest.param(lambda f: (f / "bank.sha256").unlink(), "not a complete reference bank", id="no hash"),
-        pytest.param(lambda f: (f / "bank.sha256").write_bytes(b"\xff"), "was changed", id="hash is no text"),
-        pytest.param(lambda f: junk(f, b"\xff" * 64), "not a complete reference bank", id="not safetensors"),
-        pytest.param(lambda f: junk(f, save({})), "not a complete reference bank", id="no record"),
-        pytest.param(lambda f: junk(f, save({}, {"bank": "{"})), "the file: expected JSON", id="no JSON"),
+        pytest.param(lambda file: file[:-1], "was changed", id="cut"),
+        pytest.param(lambda file: file[:70] + b"!" + file[71:], "was changed", id="changed"),
+        pytest.param(lambda file: file[65:], "was changed", id="no hash"),
+        pytest.param(lambda file: b"\xff" * 65 + file[65:], "was changed", id="hash is no text"),
+        pytest.param(lambda file: b"", "was changed", id="empty"),
+        pytest.param(lambda file: hashed(b"\xff" * 64), NOT_COMPLETE, id="not safetensors"),
+        pytest.param(lambda file: hashed(b""), NOT_COMPLETE, id="nothing"),
+        pytest.param(lambda file: hashed(save({})), NOT_COMPLETE + "expected features", id="no metadata"),
         pytest.param(
-            lambda f: junk(f, save({}, {"bank": '{"bundle": 3}'})),
-            r"bundle: Input should be a valid string, found 3\.",
-            id="another record",
+            lambda file: hashed(save(load(file[65:]), {"bank": "{"})),
+            NOT_COMPLETE + "the file: expected JSON",
+            id="no JSON",
         ),
         pytest.param(
-            lambda f: junk(f, save({}, safe_open(f / "bank.safetensors", "numpy").metadata())),
-            "expected features, patch, jpeg",
-            id="no arrays",
+            bank(lambda record, _: record.update(bundle=3)),
+            NOT_COMPLETE + r"bundle: Input should be a valid string, found 3\.",
+            id="another record",
+        ),
+        pytest.param(bank(lambda _, arrays: arrays.pop("patch")), NOT_COMPLETE + "expected features", id="no patches"),
+        pytest.param(
+            changed_array("features", lambda a: a[:, :7]), NOT_POSSIBLE + ".*width 8.* found 7", id="another width"
+        ),
+        pytest.param(changed_array("features", lambda a: a[0]), NOT_POSSIBLE + r".*\[5,D\]", id="one row"),
+        pytest.param(
+            changed_array("features", lambda a: a.astype(np.float64)), NOT_POSSIBLE + ".*float32", id="another type"
+        ),
+        pytest.param(changed_array("features", lambda a: put(a, np.nan)), NOT_POSSIBLE + ".*finite", id="NaN"),
+        pytest.param(changed_array("features", lambda a: put(a, -np.inf)), NOT_POSSIBLE + ".*finite", id="infinite"),
+        pytest.param(
+            bank(lambda record, arrays: record.update(frames=[]) or arrays.update(empty())),
+            NOT_POSSIBLE + r".*\[0,D\]",
+            id="no rows",
+        ),
+        pytest.param(changed_array("patch", lambda a: a[1:]), NOT_POSSIBLE + r".*\[4,D\]", id="a row more"),
+        pytest.param(
+            changed_array("patch", lambda a: put(a, 4)), NOT_POSSIBLE + ".*below 4, found 0 to 4", id="beyond the grid"
+        ),
+        pytest.param(changed_array("patch", lambda a: put(a, -1)), NOT_POSSIBLE + ".*found -1", id="before the grid"),
+        pytest.param(
+            changed_array("patch", lambda a: a.astype(np.int64)), NOT_POSSIBLE + ".*patch numbers", id="longer numbers"
+        ),
+        pytest.param(changed_frame(stop=6), NOT_POSSIBLE + ".*share 5 rows", id="a frame beyond the rows"),
+        pytest.param(changed_frame(start=1), NOT_POSSIBLE + ".*share 5 rows", id="a row of two frames"),
+        pytest.param(changed_frame(stop=4), NOT_POSSIBLE + ".*share 5 rows", id="a row of no frame"),
+        pytest.param(
+            bank(lambda record, _: record["frames"][0].update(stop=5) or record["frames"][1].update(start=5, stop=5)),
+            NOT_POSSIBLE + ".*at most 4 each",
+            id="more rows than patches",
+        ),
+        pytest.param(changed_frame(start=-1), NOT_COMPLETE + ".*start", id="a negative row"),
+        pytest.param(changed_frame(jpeg=[13, 20]), NOT_POSSIBLE + ".*pictures", id="a picture beyond the bytes"),
+        pytest.param(changed_frame(jpeg=[0, 19]), NOT_POSSIBLE + ".*pictures", id="a picture over another"),
+        pytest.param(changed_frame(size=[0, 7]), NOT_COMPLETE + ".*size", id="no pixels"),
+        pytest.param(changed_frame(view=[0, 0, 0, 8]), NOT_COMPLETE + ".*left < right", id="an empty view"),
+        pytest.param(changed_frame(view=[0, 0, float("inf"), 8]), NOT_COMPLETE + ".*view", id="an endless view"),
+        pytest.param(
+            bank(lambda record, _: record["thresholds"].update(good_below=float("nan"))),
+            NOT_COMPLETE + ".*good_below",
+            id="no threshold",
+        ),
+        pytest.param(
+            bank(lambda record, _: record["thresholds"].update(defect_above=float("inf"))),
+            NOT_COMPLETE + ".*defect_above",
+            id="endless threshold",
+        ),
+        pytest.param(
+            bank(lambda record, _: record["thresholds"].update(good_below=0.3)),
+            NOT_COMPLETE + ".*exceeds defect_above",
+            id="thresholds in another order",
+        ),
+        pytest.param(
+            bank(lambda record, _: record.update(object="nut")), "is the reference bank of 'nut'", id="another object"
         ),
     ],
 )
-def test_refuses_a_damaged_bank(damage: Callable[[Path], object], says: str, tmp_path: Path) -> None:
+def test_refuses_a_damaged_bank(damage: Callable[[bytes], bytes], says: str, tmp_path: Path) -> None:
     station = Station(tmp_path, bundle())
-    damage(station.save_references("part", references()))
+    path = station.save_references("part", references())
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(BundleError, match=says) as raised:
         station.load_references("part")
     said = str(raised.value)
     assert said.endswith("Enroll 'part' again.") and "\n" not in said
     for inside in ("pydantic", "Errno", "0x", "Header", "validation error", "deserializ"):  # of a library
         assert inside not in said
+
+
+def empty() -> dict[str, NDArray[Any]]:
+    return {"features": np.zeros((0, 8), np.float32), "patch": np.zeros(0, np.int32), "jpeg": np.zeros(0, np.uint8)}
 
 
 def test_refuses_a_bank_copied_from_another_bundle(tmp_path: Path) -> None:
@@ -141,12 +239,6 @@ def test_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     with room(100), pytest.raises(OSError, match="File too large"):
         station.save_calibration(CALIBRATION)
     assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
-
-
-def junk(folder: Path, data: bytes) -> None:
-    """A bank of whoever also writes a matching hash."""
-    (folder / "bank.safetensors").write_bytes(data)
-    (folder / "bank.sha256").write_text(sha256(folder / "bank.safetensors"))
 
 
 @pytest.mark.parametrize(
