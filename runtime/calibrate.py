@@ -16,6 +16,7 @@ from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.files import sha256
 from vmad_edge.runtime.frame import AS_STORED, Reading
 from vmad_edge.runtime.inspector import Inspector
+from vmad_edge.runtime.stages.scope import scope_limit
 from vmad_edge.runtime.station import Calibration, CalibrationFrame
 
 
@@ -50,6 +51,8 @@ def calibrate(
 ) -> Calibration:
     """Screen the frames, set thresholds for `object` from their scores, and write them to the station.
 
+    The good frames' distances to the enrolled ones set the limit of its scope anew.
+
     Args:
         inspector: one opened with `calibrated=False`, so that an outdated calibration is not in the way.
         by: who answers for it; None takes the account and the machine.
@@ -83,6 +86,7 @@ def calibrate(
         thresholds, promise = from_labels(normal, defective, targets) if defective else from_good(normal, targets)
     except VmadError as error:
         raise VmadError(f"{error}{said}") from None
+    distances = (frame.scope_distance for frame in frames.values() if not frame.defective)
     if _kept(inspector, name) != bank:
         raise VmadError(f"{name!r} was enrolled anew while its frames were compared: calibrate again")
     calibration = Calibration(
@@ -90,6 +94,7 @@ def calibrate(
         bank=bank,
         object=name,
         thresholds=thresholds,
+        scope=scope_limit([d for d in distances if d is not None]),
         promise=promise + said,
         by=by or _account(),
         when=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -236,7 +241,11 @@ def _scored(
         )
     file = Path(path).absolute()
     return pixel_hash, CalibrationFrame(
-        path=str(file), sha256=sha256(file), defective=defective, score=inspection.score
+        path=str(file),
+        sha256=sha256(file),
+        defective=defective,
+        score=inspection.score,
+        scope_distance=inspection.scope_distance,
     )
 
 
