@@ -90,6 +90,8 @@ def warnings(evaluation: Evaluation) -> list[str]:
                 f"{category.name}: {category.not_inspected} frames were not inspected and count in no figure "
                 f"(the first: {reason})"
             )
+        if any(out := (category.out_of_scope(False), category.out_of_scope(True))):
+            found.append(f"{category.name}: out of scope: {out[0]} good and {out[1]} defective frames")
         if category.unmarked:
             found.append(
                 f"{category.name}: {category.unmarked} defective frames have no mask, or an empty one; they count for "

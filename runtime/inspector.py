@@ -26,6 +26,7 @@ from vmad_edge.runtime.frame import Colour, Frame, FrameSource, check_source
 from vmad_edge.runtime.inspection import Inspection, Reason, Region, Screening, Verdict, find_regions, verdict_of
 from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, ReviewProcess
 from vmad_edge.runtime.stages.language import check_vocabulary
+from vmad_edge.runtime.stages.scope import in_words
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
 from vmad_edge.runtime.station import Fallback, Station
@@ -354,6 +355,11 @@ class Inspector:
         if isinstance(beside, NormalFeatures):
             return None
         raise VmadError(f"{name!r} is compared with {beside.kind}: expected enrolled frames or the bundle's features")
+
+    def told(self, object: str | None = None) -> str:
+        """What `object` is compared with now, and which frames are in scope, for people."""
+        source = self._source(self._object(object))
+        return f"{source.kind}; {in_words(source.scope)}"
 
     def thresholds(self, object: str | None = None) -> Thresholds | None:
         """Of `object` as it is compared now; None where there are none (unlabelled frames)."""

@@ -65,6 +65,11 @@ def descriptor(patches: Floats) -> Floats:
     return np.asarray(patches.mean(axis=0), np.float32)
 
 
+def in_words(scope: Scope | None) -> str:
+    """For people."""
+    return "no scope check" if scope is None else f"in scope up to {scope.limit.limit:.3f} from an enrolled frame"
+
+
 def scope_limit(distances: ArrayLike) -> ScopeLimit | None:
     """From normal frames' distances [F] to (other) enrolled ones; None without any.
 
