@@ -19,7 +19,7 @@ import os
 import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
@@ -230,7 +230,7 @@ class Bundle:
     path: Path
     hash: str
     manifest: ScreenManifest
-    hashed: Mapping[str, Identity] | None = None
+    hashed: Mapping[str, Identity] | None = field(default=None, repr=False, compare=False)
     """All that is in the folder, as it was when it was hashed; None: it is being written."""
 
     @staticmethod
@@ -392,8 +392,8 @@ def _open_file(folder: int, name: str) -> Iterator[BinaryIO]:
         place = Path(f"/proc/self/fd/{opened}").readlink()
         if place.parent != inside:
             raise BundleError(
-                f"{inside / name} is a link to {place}: expected a file in the bundle itself. Copy the bundle again, with "
-                "`cp -L`."
+                f"{inside / name} is a link to {place}: expected a file in the bundle itself. Copy the bundle again, "
+                "with `cp -L`."
             )
         yield file
 

@@ -18,7 +18,7 @@ from vmad_edge.runtime.bundle import Bundle, Manifest, Record
 from vmad_edge.runtime.costs import Cost, GraphCost, LanguageCost, graph_cost, similarity_cost
 from vmad_edge.runtime.hardware import Hardware
 from vmad_edge.runtime.headers import read_gguf, read_onnx
-from vmad_edge.runtime.stages.language import prompt_lengths
+from vmad_edge.runtime.stages.vocabulary import prompt_lengths
 
 SUSPECTS = (0.0, 0.01, 0.1, 1.0)
 """Shares of frames that are reviewed, for which `Floors.frames_per_second` is told."""
