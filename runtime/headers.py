@@ -114,7 +114,7 @@ def read_gguf(path: Path) -> Gguf:
     with _mapped(path) as data:
         reader = _GgufReader(data)
         if (found := data[:8].tobytes()) != b"GGUF\3\0\0\0":
-            raise ValueError(f"expected GGUF version 3, found {found!r}")
+            raise _Broken(f"expected GGUF version 3, found {found!r}")
         _, count, entries = reader.take("<QQQ")
         metadata: dict[str, int | float | str] = {}
         texts: dict[str, tuple[bytes, ...]] = {}
@@ -133,9 +133,11 @@ def read_gguf(path: Path) -> Gguf:
                     numbers[name] = reader.take(f"<{length}{_NUMBERS[of]}")
         tokens, types = texts.get("tokenizer.ggml.tokens", ()), numbers.get("tokenizer.ggml.token_type", ())
         if len(tokens) != len(types):
-            raise ValueError(f"expected a type for each of {len(tokens)} tokens, found {len(types)}")
+            raise _Broken(f"expected a type for each of {len(tokens)} tokens, found {len(types)}")
         placed = [_Placed(reader) for _ in range(count)]
-        alignment = int(metadata.get("general.alignment", 32))
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise _Broken(f"expected an alignment of at least 1, found {alignment!r:.40}")
         start = -(-reader.at // alignment) * alignment
         ends = sorted({tensor.offset for tensor in placed} | {len(data) - start})
         bytes_at = {offset: following - offset for offset, following in itertools.pairwise(ends)}
@@ -149,8 +151,18 @@ def _mapped(path: Path) -> Iterator[memoryview]:
     try:
         with path.open("rb") as file:
             yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
-        raise BundleError(f"{path}: its header cannot be read ({error!s:.200}). Export the bundle again.") from None
+    except OSError as error:
+        raise BundleError(f"{path}: its shapes cannot be read ({error.strerror}). Export the bundle again.") from None
+    except _Broken as error:
+        raise BundleError(f"{path}: its shapes cannot be read ({error}). Export the bundle again.") from None
+    except (ValueError, KeyError, IndexError, OverflowError, RecursionError, struct.error):
+        raise BundleError(
+            f"{path}: its shapes cannot be read (damaged, cut off, or another kind of file). Export the bundle again."
+        ) from None
+
+
+class _Broken(Exception):
+    """What is wrong with a file, in words of ours."""
 
 
 # ---------------------------------------------------------------------------------------------- protobuf
@@ -168,7 +180,7 @@ def _fields(message: memoryview) -> Iterator[Field]:
             continue
         length, at = _varint(message, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
         if at + length > len(message):
-            raise ValueError("it ends too early")
+            raise _Broken("it ends too early")
         if kind == 2:
             yield key >> 3, message[at : at + length]
         at += length
@@ -182,11 +194,13 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+        if shift > 63:
+            raise _Broken("a number of more than 64 bits")
 
 
 def _bytes(value: int | memoryview) -> memoryview:
     if isinstance(value, int):
-        raise ValueError("expected bytes, found a number")
+        raise _Broken("expected bytes, found a number")
     return value
 
 
@@ -236,7 +250,7 @@ def _value(message: memoryview) -> tuple[str, Tensor]:
     axes = _fields(_bytes(tensor[2])) if 2 in tensor else ()
     kind = tensor[1]
     if not isinstance(kind, int):
-        raise ValueError("expected a type's number")
+        raise _Broken("expected a type's number")
     return _text(info[1]), Tensor(tuple(_axis(dict(_fields(_bytes(axis)))) for field, axis in axes if field == 1), kind)
 
 
@@ -272,17 +286,21 @@ class _GgufReader:
     def text(self) -> str:
         (length,) = self.take("<Q")
         self.at += length
+        if self.at > len(self._data):
+            raise _Broken("it ends too early")
         return str(self._data[self.at - length : self.at], "utf-8", "replace")
 
     def texts(self, count: int) -> tuple[bytes, ...]:
         """An array of them: tokens, or merges."""
         if count > _MOST_TEXTS:
-            raise ValueError(f"expected at most {_MOST_TEXTS} texts in an array, found {count}")
+            raise _Broken(f"expected at most {_MOST_TEXTS} texts in an array, found {count}")
         data, at, length, found = self._data, self.at, struct.Struct("<Q").unpack_from, list[bytes]()
         for _ in range(count):
             start = at + 8
             at = start + length(data, at)[0]
             found.append(bytes(data[start:at]))
+        if at > len(data):
+            raise _Broken("it ends too early")
         self.at = at
         return tuple(found)
 

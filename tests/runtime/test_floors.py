@@ -219,7 +219,7 @@ def test_broken_files_are_one_error(read: Callable[[Path], object], name: str, b
     data = bundle.file(name).read_bytes()
     for broken in (b"", b"nothing of it", data[: len(data) // 3], b"\xff" * 64, data[:8] + b"\xff" * 64):
         (tmp_path / name).write_bytes(broken)
-        with pytest.raises(BundleError, match=f"{name}: its header cannot be read"):
+        with pytest.raises(BundleError, match=f"{name}: its shapes cannot be read"):
             read(tmp_path / name)
 
 

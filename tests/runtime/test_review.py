@@ -81,7 +81,7 @@ def test_a_stopped_review_process_delays_no_screen(inspector: Inspector) -> None
         assert all(screen.deadline_met for screen in screens)
         late = [suspect.result(60) for suspect in suspects]
     assert {inspection.reason_code for inspection in late} == {Reason.REVIEW_LATE}
-    assert all(inspection.verdict is Verdict.UNCERTAIN and inspection.deadline_met for inspection in late)
+    assert all(inspection.verdict is Verdict.UNCERTAIN and inspection.deadline_met is False for inspection in late)
     assert (inspector.review_pid, state(pid)) == (pid, "T")  # it was stopped all the while
 
 
