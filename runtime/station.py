@@ -51,7 +51,12 @@ _SCHEMA_1: dict[Kind, str] = {"banks": "bank.safetensors", "calibrations": "cali
 _IS: dict[Kind, str] = {"banks": "reference bank", "calibrations": "calibration"}
 _HASH_LINE = 65
 
-Text = Annotated[str, AfterValidator(lambda text: text.encode("utf-8", "backslashreplace").decode())]
+
+def _text(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+Text = Annotated[str, AfterValidator(_text)]
 """Names may hold bytes that are no text; JSON cannot."""
 
 
@@ -170,7 +175,7 @@ class Station:
             raise BundleError(
                 f"{path} was enrolled with bundle {record.bundle[:16]}, this is {self._bundle.hash[:16]}. {advice}"
             )
-        if folder_name(record.object) != path.stem:
+        if record.object != _text(object):
             raise BundleError(f"{path} is the reference bank of {record.object!r}. {advice}")
         references = References(
             arrays["features"],
@@ -322,7 +327,7 @@ class Station:
             return None
         advice = f"Calibrate {object!r} again, or remove {path}."
         found = _parsed(Calibration, _content(path, advice)[1], path, advice)
-        if folder_name(found.object) != path.stem:
+        if found.object != _text(object):
             raise BundleError(f"{path} is the calibration of {found.object!r}. {advice}")
         for what, then, now in (
             ("bundle", found.bundle, self._bundle.hash),
