@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, BinaryIO, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from vmad_edge.kernels import Dtype
 from vmad_edge.runtime.errors import BundleError, VmadError
@@ -187,8 +187,8 @@ class Language(Record):
 class Thresholds(Record):
     """score < good_below: GOOD. score ≥ defect_above: DEFECT. Between: UNCERTAIN."""
 
-    good_below: float
-    defect_above: float
+    good_below: FiniteFloat
+    defect_above: FiniteFloat
 
     @model_validator(mode="after")
     def _order(self) -> Thresholds:

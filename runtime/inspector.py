@@ -339,6 +339,20 @@ class Inspector:
             "defect_above": None if thresholds is None else float(f"{thresholds.defect_above:.6g}"),
         }
 
+    def references(self, object: str | None = None) -> References | None:
+        """What `object` is compared with now, if that is enrolled frames; None: the bundle's normal features.
+
+        Raises:
+            VmadError: it is compared with unlabelled frames.
+        """
+        name = self._object(object)
+        beside = _beside(self._source(name))
+        if isinstance(beside, References):
+            return beside
+        if isinstance(beside, NormalFeatures):
+            return None
+        raise VmadError(f"{name!r} is compared with {beside.kind}: expected enrolled frames or the bundle's features")
+
     def thresholds(self, object: str | None = None) -> Thresholds | None:
         """Of `object` as it is compared now; None where there are none (unlabelled frames)."""
         return self._source(self._object(object)).thresholds
@@ -381,7 +395,8 @@ class Inspector:
                 f"bundle {self.bundle.path} has no normal features to compare with, and {object!r} is not "
                 "enrolled: `vmad enroll` normal parts, or name a folder of them with --references"
             )
-        calibration = self.station.load_calibration(object) if self._calibrated else None
+        bank = source.hash if isinstance(source, References) else None
+        calibration = self.station.load_calibration(object, bank) if self._calibrated else None
         if calibration is not None:
             source.thresholds = calibration.thresholds
         return self._with_stream(source)

@@ -325,7 +325,7 @@ def test_whole_folder_is_on_the_disk_before_it_takes_its_place(tmp_path: Path, m
     with whole_folder(tmp_path / "target") as folder:
         (folder / "one").touch()
         (folder / "two").touch()
-    assert events == ["sync", "sync", "sync", "rename"]  # both files and their folder
+    assert events == ["sync", "sync", "sync", "rename", "sync"]  # both files and their folder; then its new name
 
 
 def test_whole_folder_leaves_the_old_one_on_error(tmp_path: Path) -> None:
