@@ -37,6 +37,7 @@ from vmad_edge.runtime.errors import BundleError, FrameError
 from vmad_edge.runtime.files import check_ours, only_writer, open_ours, sync, whole_file
 from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
 from vmad_edge.runtime.objects import alike, folder_name, listed, object_name
+from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, NormalFeatures, References
 
@@ -86,6 +87,8 @@ class _BankRecord(Record):
     object: Text
     frames: tuple[_FrameRecord, ...]
     thresholds: Thresholds | None
+    fitness: FitnessLimits = FitnessLimits()
+    """An older bank has none: those of any frame."""
 
 
 class CalibrationFrame(Record):
@@ -109,6 +112,8 @@ class Calibration(Record):
     by: Text
     when: str
     frames: tuple[CalibrationFrame, ...]
+    fitness: FitnessLimits | None = None
+    """Of its good frames; an older one has none."""
 
 
 class Station:
@@ -147,7 +152,11 @@ class Station:
             jpegs.append(frame.jpeg)
             end += len(frame.jpeg)
         record = _BankRecord(
-            bundle=self._bundle.hash, object=object, frames=tuple(frames), thresholds=references.thresholds
+            bundle=self._bundle.hash,
+            object=object,
+            frames=tuple(frames),
+            thresholds=references.thresholds,
+            fitness=references.fitness,
         )
         arrays: dict[str, NDArray[Any]] = {
             "features": references.features,
@@ -184,6 +193,7 @@ class Station:
             record.thresholds,
             beside,
             self._bundle.manifest.similarity.bank_dtype,
+            record.fitness,
         )
         references.hash = hash
         return references
