@@ -109,13 +109,14 @@ def _calibrations() -> list[bytes]:
     ]
 
 
+def _with_its_hash(data: bytes, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+
+
 def _load_calibration(data: bytes, folder: Path) -> None:
-    station = Station(folder, _bundle())
-    place = station._calibration("part")
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "calibration.json").write_bytes(data)
-    (place / "calibration.sha256").write_text(hashlib.sha256(data).hexdigest())
-    station.load_calibration("part")
+    _with_its_hash(data, folder / ("ab" * 8) / "calibrations/part.calibration")
+    Station(folder, _bundle()).load_calibration("part", None)
 
 
 def _banks() -> list[bytes]:
@@ -126,18 +127,14 @@ def _banks() -> list[bytes]:
         EnrolledFrame("two.png", 2, 5, View(-1, 0.5, 8, 8), (8, 7), b"second", "b2"),
     )
     features = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
-    made = References(features, np.arange(5, dtype=np.int32), frames, Thresholds(good_below=0.1, defect_above=0.2))
+    made = References(features, np.array([0, 1, 0, 2, 3], np.int32), frames, Thresholds(good_below=0.1, defect_above=0.2))
     with tempfile.TemporaryDirectory() as folder:
-        return [(Station(Path(folder), _bundle()).save_references("part", made) / "bank.safetensors").read_bytes()]
+        return [Station(Path(folder), _bundle()).save_references("part", made).read_bytes()[65:]]
 
 
 def _load_references(data: bytes, folder: Path) -> None:
-    station = Station(folder, _bundle())
-    place = station._bank("part")
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "bank.safetensors").write_bytes(data)
-    (place / "bank.sha256").write_text(hashlib.sha256(data).hexdigest())
-    station.load_references("part")
+    _with_its_hash(data, folder / ("ab" * 8) / "banks/part.bank")
+    Station(folder, _bundle()).load_references("part")
 
 
 def _onnx_graphs() -> list[bytes]:
