@@ -379,7 +379,8 @@ def _held(path: Path, expected: Mapping[str, Identity] | None = None) -> Iterato
     try:
         held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise BundleError(f"{path} is not a bundle: expected a folder ({error.strerror}). `vmad export` makes bundles.") from None
+        said = f"{path} is not a bundle: expected a folder ({error.strerror})"
+        raise BundleError(f"{said}. `vmad export` makes bundles.") from None
     try:
         found = _identities(held)
         _refuse_change(path, found if expected is None else expected, found)
