@@ -127,7 +127,9 @@ def _banks() -> list[bytes]:
         EnrolledFrame("two.png", 2, 5, View(-1, 0.5, 8, 8), (8, 7), b"second", "b2"),
     )
     features = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
-    made = References(features, np.array([0, 1, 0, 2, 3], np.int32), frames, Thresholds(good_below=0.1, defect_above=0.2))
+    made = References(
+        features, np.array([0, 1, 0, 2, 3], np.int32), frames, Thresholds(good_below=0.1, defect_above=0.2)
+    )
     with tempfile.TemporaryDirectory() as folder:
         return [Station(Path(folder), _bundle()).save_references("part", made).read_bytes()[65:]]
 
