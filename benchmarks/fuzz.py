@@ -212,7 +212,9 @@ def main() -> None:
         child(parser, engine, int(executions), int(seed), Path(folder))
         return
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("--executions", type=int, default=1_000_000, help="of all parsers together (default 1000000)")
+    arguments.add_argument(
+        "--executions", type=int, default=1_000_000, help="of all parsers together (default 1000000)"
+    )
     arguments.add_argument("--atheris", metavar="FOLDER", help="where pip put it; without: hypothesis alone")
     arguments.add_argument("--seed", type=int, default=1)
     arguments.add_argument("--only", nargs="*", metavar="PARSER", help="default: all")
