@@ -19,7 +19,6 @@ import json
 import mmap
 import os
 import resource
-import signal
 import struct
 import subprocess
 import sys
@@ -184,18 +183,16 @@ def drive(parser: str, engine: str, executions: int, seed: int, folder: Path, pa
 def _wait(process: subprocess.Popen[bytes], progress: Progress) -> bool:
     """Until it ends; whether one input took so long that it was killed."""
     begun, since = -1, 0.0
-    while True:
-        try:
-            process.wait(0.5)
-            return False
-        except subprocess.TimeoutExpired:
-            used = _processor_seconds(process.pid)
-            if progress.begun != begun or progress.begun == progress.ended:
-                begun, since = progress.begun, used
-            elif used - since > SECONDS:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                return True
+    while process.poll() is None:
+        used = _processor_seconds(process.pid)
+        if progress.begun != begun or progress.begun == progress.ended:
+            begun, since = progress.begun, used
+        elif used - since > SECONDS:
+            process.kill()
+            process.wait()
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def _processor_seconds(pid: int) -> float:
