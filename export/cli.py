@@ -64,6 +64,7 @@ def add_export(subcommands: Any) -> None:
         "--parity-images", type=Path, metavar="DIR", help="compare on these images (default: the checkpoint's own)"
     )
     _add_images(parser)
+    add_reading(parser)
     parser.add_argument("--check", action="store_true", help="only read and validate CHECKPOINT; write nothing")
     parser.set_defaults(run=lambda args: _run(parser, args))
 
@@ -222,6 +223,7 @@ def _export(args: argparse.Namespace) -> int:
                 calibrate=args.calibrate,
                 parity_images=args.parity_images,
                 parity_count=args.images,
+                reading=reading(args),
                 progress=lambda step: tell(f"export: {step}"),
             )
     except ParityError as error:
@@ -244,7 +246,7 @@ def _parity(args: argparse.Namespace) -> int:
     _silence_transformers()
     bundle = Bundle.open(args.bundle)
     checkpoint = Checkpoint.open(args.checkpoint)
-    images, more = images_to_compare(checkpoint, args.folder, args.images)
+    images, more = images_to_compare(checkpoint, args.folder, args.images, reading(args))
     page = ParityPage()
     with steps() as tell:
         parity = measure(

@@ -27,6 +27,7 @@ from vmad_edge.runtime.engines import Arrays
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.folders import list_images
+from vmad_edge.runtime.frame import AS_STORED, Reading
 
 LEAST_FRAMES = 16
 """To calibrate on: a range that few frames showed is soon exceeded."""
@@ -63,6 +64,7 @@ def quantize(
     folder: Path,
     manifest: Manifest,
     frames: Sequence[str],
+    reading: Reading = AS_STORED,
     progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Precision]:
     """Put the encoders in `folder` into INT8, calibrated on `frames`; returns every graph's name and precision.
@@ -75,7 +77,7 @@ def quantize(
         BundleError: an exported file that its engine refuses.
     """
     chosen: dict[str, Precision] = {path.stem: "fp32" for path in sorted(folder.glob("*.onnx"))}
-    stages = list(encoder_stages(folder, manifest, frames))
+    stages = list(encoder_stages(folder, manifest, frames, reading))
     for name, inputs in ENCODERS.items():
         progress(f"INT8: {name}")
         source = folder / f"{name}.onnx"

@@ -23,7 +23,7 @@ from vmad_edge.export.precision import lower
 from vmad_edge.runtime.bundle import Bundle, Language, Manifest, Precision, Vision, seal
 from vmad_edge.runtime.errors import CheckpointError, FrameError
 from vmad_edge.runtime.folders import list_images
-from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
 
 _WRITERS = ("vmad-edge", "torch", "transformers", "onnx", "onnxscript", "gguf", "llama-cpp-python")
 
@@ -37,6 +37,7 @@ def export(
     calibrate: Path | None = None,
     parity_images: Path | None = None,
     parity_count: int | None = None,
+    reading: Reading = AS_STORED,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Manifest:
     """Write the bundle of `checkpoint` to `bundle`, whole or not at all; a bundle that was there is replaced.
@@ -48,6 +49,7 @@ def export(
         calibrate: frames to calibrate INT8 on; None for the other precisions.
         parity_images: real images to compare source and export on; None takes the checkpoint's own.
         parity_count: on how many, see `images_to_compare`.
+        reading: how `calibrate` and the images are read.
         progress: gets the name of each step as it begins.
 
     Raises:
@@ -62,7 +64,7 @@ def export(
         raise CheckpointError("--precision int8 and --calibrate DIR, the frames to calibrate it on, go together")
     progress("checkpoint")
     source = Checkpoint.open(checkpoint)
-    images, more = images_to_compare(source, parity_images, parity_count)
+    images, more = images_to_compare(source, parity_images, parity_count, reading)
     source.check_weights()
     with new_bundle(bundle) as folder:
         for graph in (clip_encoder, ltc_projector, sam_encoder, mask_decoder):
@@ -74,13 +76,13 @@ def export(
         _export_similarity(source, folder / "similarity.safetensors")
         manifest = _manifest(source, quantization)
         if precision == "fp16":
-            manifest = manifest.model_copy(update={"precision": lower(folder, manifest, images, progress)})
+            manifest = manifest.model_copy(update={"precision": lower(folder, manifest, images, reading, progress)})
         elif frames is not None:
-            manifest = manifest.model_copy(update={"precision": quantize(folder, manifest, frames, progress)})
+            manifest = manifest.model_copy(update={"precision": quantize(folder, manifest, frames, reading, progress)})
         manifest = with_files(manifest, folder)
         page = ParityPage()
         unsealed = Bundle(folder, "not sealed yet", manifest)
-        parity = measure(source, unsealed, images, more, progress=progress, each=page.add)
+        parity = measure(source, unsealed, images, more, reading=reading, progress=progress, each=page.add)
         if parity.failure:
             raise ParityError(
                 f"{bundle} was not written. {parity.failure}. A finer --llm or --precision tells whether rounding "
@@ -101,7 +103,7 @@ _FIRST_DRAWN = 100_000
 
 
 def images_to_compare(
-    source: Checkpoint, folder: Path | None, count: int | None
+    source: Checkpoint, folder: Path | None, count: int | None, reading: Reading = AS_STORED
 ) -> tuple[list[str], list[Callable[[], Frame]]]:
     """What parity compares all stages on, and what it compares decisions on besides.
 
@@ -109,6 +111,7 @@ def images_to_compare(
         folder: of real images; None takes the checkpoint's own.
         count: of both together; where the checkpoint's own are fewer, parts are drawn. None takes every image of the
             folder, for all stages.
+        reading: how those are read that are compared on decisions alone.
 
     Raises:
         CheckpointError: no images came with the checkpoint.
@@ -125,7 +128,7 @@ def images_to_compare(
     drawn = max(0, count - len(paths))
     chosen = _spread(paths, min(count, len(paths)))
     ladder = _spread(chosen, min(_MOST_LADDERS, len(chosen)))
-    rest = [partial(Frame.read, path) for path in chosen if path not in set(ladder)]
+    rest = [partial(Frame.read, path, **reading) for path in chosen if path not in set(ladder)]
     return ladder, [*rest, *(partial(_drawn, _FIRST_DRAWN + i) for i in range(drawn))]
 
 

@@ -19,7 +19,7 @@ from vmad_edge.export.graphs.onnx_export import save_model
 from vmad_edge.runtime.bundle import Manifest, Precision
 from vmad_edge.runtime.engines import Arrays
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine, ort
-from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
 from vmad_edge.runtime.stages.language import LanguageModel
 from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
 
@@ -46,6 +46,7 @@ def lower(
     folder: Path,
     manifest: Manifest,
     images: Sequence[str],
+    reading: Reading = AS_STORED,
     progress: Callable[[str], None] = lambda step: None,
 ) -> dict[str, Precision]:
     """Put each graph in `folder` into FP16, unless one of its outputs then moves by more than LIMIT on `images`.
@@ -57,7 +58,7 @@ def lower(
         BundleError: an exported file that its engine refuses.
     """
     chosen: dict[str, Precision] = {}
-    frames = list(_fp32_stages(folder, manifest, images))
+    frames = list(_fp32_stages(folder, manifest, images, reading))
     for source in sorted(folder.glob("*.onnx")):
         progress(f"FP16: {source.stem}")
         with TemporaryDirectory(dir=folder) as scratch:
@@ -176,7 +177,9 @@ def _type_as(value: ir.Value, *others: ir.Value) -> None:
         other.type, other.shape = value.type, value.shape
 
 
-def encoder_stages(folder: Path, manifest: Manifest, images: Sequence[str]) -> Iterator[Arrays]:
+def encoder_stages(
+    folder: Path, manifest: Manifest, images: Sequence[str], reading: Reading = AS_STORED
+) -> Iterator[Arrays]:
     """The inputs and outputs of every graph in ENCODERS at FP32, by name, for each image.
 
     Raises:
@@ -185,7 +188,7 @@ def encoder_stages(folder: Path, manifest: Manifest, images: Sequence[str]) -> I
     """
     engines = {name: OnnxRuntimeEngine(folder / f"{name}.onnx") for name in ENCODERS}
     for image in images:
-        frame = Frame.read(image)
+        frame = Frame.read(image, **reading)
         stages = {
             "clip_pixels": clip_pixels(frame, manifest.clip)[0],
             "sam_pixels": sam_pixels(frame, manifest.sam)[0],
@@ -200,12 +203,12 @@ def largest_error(found: Arrays, expected: Arrays) -> float:
     return float(np.max([np.abs(found[k] - expected[k]).max() / np.abs(expected[k]).max() for k in found]))
 
 
-def _fp32_stages(folder: Path, manifest: Manifest, images: Sequence[str]) -> Iterator[Arrays]:
+def _fp32_stages(folder: Path, manifest: Manifest, images: Sequence[str], reading: Reading) -> Iterator[Arrays]:
     """Every graph's inputs and outputs, by name, for each image."""
     mask_decoder = OnnxRuntimeEngine(folder / "mask_decoder.onnx")
     question = manifest.conversation.question.replace("{object}", manifest.conversation.object)
     with LanguageModel(folder / "llm.gguf", manifest.language, manifest.conversation) as language:
-        for stages in encoder_stages(folder, manifest, images):
+        for stages in encoder_stages(folder, manifest, images, reading):
             h_seg = language.answer(stages["visual_tokens"][0], question, mode="short", mask_from=0).h_seg
             assert h_seg is not None  # mask_from 0 asks for one on every image
             stages["h_seg"] = h_seg

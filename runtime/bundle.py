@@ -15,18 +15,24 @@ A bundle that screens only (`vmad export-features`) has the manifest and clip_en
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vmad_edge.kernels import Dtype
-from vmad_edge.runtime.errors import BundleError
-from vmad_edge.runtime.files import sha256
+from vmad_edge.runtime.errors import BundleError, VmadError
+from vmad_edge.runtime.files import sha256_of
 
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
+_LARGEST_MANIFEST = 1 << 20
+"""Bytes."""
 
 Triple = tuple[float, float, float]
 Positive = Annotated[int, Field(gt=0)]
@@ -213,6 +219,10 @@ class Manifest(ScreenManifest):
         return self.conversation.object
 
 
+Identity = tuple[int, ...]
+"""Of a file, and of the link that it may be: another file has another, and so has the same file after a change."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A verified bundle folder. `Bundle.open` is the only way to one."""
@@ -220,45 +230,45 @@ class Bundle:
     path: Path
     hash: str
     manifest: ScreenManifest
+    hashed: Mapping[str, Identity] | None = None
+    """All that is in the folder, as it was when it was hashed; None: it is being written."""
 
     @staticmethod
-    def open(path: Path | str) -> Bundle:
+    def open(path: Path | str, expected: str | None = None) -> Bundle:
         """Check the manifest's hash, parse it, check every file's hash, return the bundle.
 
+        Args:
+            expected: the hash of the one bundle that is wanted.
+
         Raises:
-            BundleError: not a bundle; a changed, missing or extra file; a manifest of another schema.
+            BundleError: not a bundle, or another one; a changed, missing or extra file, or one that is no file of the
+                folder's own; a manifest of another schema, or past a limit of its Records.
         """
-        folder = Path(path).absolute()  # what is read later is read from here, wherever the process goes
         try:
-            text = (folder / MANIFEST).read_bytes()
-            expected = (folder / MANIFEST_HASH).read_text("ascii", errors="replace").strip()
-        except OSError as error:
+            folder = Path(os.path.realpath(path))  # what is read later is read from here, wherever a link leads by then
+            with _held(folder) as (held, hashed):
+                text = _read_small(held, MANIFEST)
+                sealed = _read_small(held, MANIFEST_HASH).decode("ascii", "replace").strip()
+                found = hashlib.sha256(text).hexdigest()
+                if found != sealed:
+                    raise BundleError(
+                        f"{folder / MANIFEST} was changed: {MANIFEST_HASH} says {sealed[:16]}…, the file has "
+                        f"{found[:16]}…. Copy the bundle again from where it was exported."
+                    )
+                if expected is not None and found != expected:
+                    raise BundleError(
+                        f"{folder} holds another bundle by now: expected {expected[:16]}…, found {found[:16]}…. Start "
+                        "what inspects with it again, or put the earlier bundle back."
+                    )
+                manifest = _parse(folder / MANIFEST, text)
+                _check_files(folder, held, manifest.files, hashed.keys())
+        except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
+            said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
             raise BundleError(
-                f"{folder} is not a bundle: expected {MANIFEST} and {MANIFEST_HASH} ({error.strerror}: "
-                f"{error.filename}). `vmad export` makes bundles."
+                f"{path} is not a bundle: expected a folder with {MANIFEST} and {MANIFEST_HASH} ({said}). "
+                "`vmad export` makes bundles."
             ) from None
-        found = hashlib.sha256(text).hexdigest()
-        if found != expected:
-            raise BundleError(
-                f"{folder / MANIFEST} was changed: {MANIFEST_HASH} says {expected[:16]}…, the file has "
-                f"{found[:16]}…. Copy the bundle again from where it was exported."
-            )
-        manifest = _parse(folder / MANIFEST, text)
-        present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
-        listed = {*manifest.files, MANIFEST, MANIFEST_HASH}
-        for what, names in (
-            ("lacks", listed - present),
-            ("has files its manifest does not list:", present - listed),
-        ):
-            if names:
-                raise BundleError(f"bundle {folder} {what} {', '.join(sorted(names))}. Copy it again, whole.")
-        for name, digest in manifest.files.items():
-            if (got := sha256(folder / name)) != digest:
-                raise BundleError(
-                    f"{folder / name} was changed: the manifest says {digest[:16]}…, the file has {got[:16]}…. "
-                    "Copy the bundle again from where it was exported."
-                )
-        return Bundle(folder, found, manifest)
+        return Bundle(folder, found, manifest, hashed)
 
     @property
     def for_review(self) -> Manifest:
@@ -283,6 +293,117 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"bundle {self.path} has no {name}; it lists {', '.join(sorted(self.manifest.files))}")
         return self.path / name
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Path]:
+        """Where to load a file from while the block runs: what is loaded is what was hashed.
+
+        The path leads through the open folder, so another one in its place is not seen. What changes in the folder
+        until the block has ended is an error. A library that maps the file sees what is written into it later: nobody
+        can prevent that but who may write there.
+
+        Raises:
+            BundleError: the manifest does not list it, or something in the folder is not what was hashed.
+        """
+        self.file(name)
+        with _held(self.path, self.hashed) as (held, _):
+            through = Path(f"/proc/self/fd/{held}")
+            try:
+                yield through / name
+            except VmadError as error:
+                error.args = (str(error).replace(str(through), str(self.path)),)
+                raise
+
+
+@contextmanager
+def _held(path: Path, expected: Mapping[str, Identity] | None = None) -> Iterator[tuple[int, Mapping[str, Identity]]]:
+    """An open folder, and what is in it: the same until the block has ended, and the same as `expected`.
+
+    Raises:
+        BundleError: something else.
+        OSError: there is no such folder.
+    """
+    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        found = _identities(held)
+        _refuse_change(path, found if expected is None else expected, found)
+        try:
+            yield held, found
+        finally:  # a library that could not load the file may have seen another
+            _refuse_change(path, found, _identities(held))
+    finally:
+        os.close(held)
+
+
+def _identities(folder: int) -> dict[str, Identity]:
+    return {name: _identity(folder, name) for name in os.listdir(folder)}
+
+
+def _identity(folder: int, name: str) -> Identity:
+    found: list[int] = []
+    for follow in (False, True):
+        with suppress(OSError):  # a link to nowhere, or a file that went just now
+            about = os.stat(name, dir_fd=folder, follow_symlinks=follow)
+            found += (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+    return tuple(found)
+
+
+def _refuse_change(path: Path, expected: Mapping[str, Identity], found: Mapping[str, Identity]) -> None:
+    names = {name for name, _ in expected.items() ^ found.items()}
+    if names:
+        raise BundleError(
+            f"bundle {path} was changed after its files were checked: {', '.join(sorted(names))}. Leave it alone, and "
+            "start what inspects with it again."
+        )
+
+
+def _check_files(folder: Path, held: int, files: Mapping[str, str], present: Collection[str]) -> None:
+    """All that the manifest lists is there, nothing else is, and every file has its hash."""
+    listed = {*files, MANIFEST, MANIFEST_HASH}
+    for what, names in (
+        ("lacks", listed.difference(present)),
+        ("has files its manifest does not list:", set(present) - listed),
+    ):
+        if names:
+            raise BundleError(f"bundle {folder} {what} {', '.join(sorted(names))}. Copy it again, whole.")
+    for name, digest in files.items():
+        with _open_file(held, name) as file:
+            found = sha256_of(file)
+        if found != digest:
+            raise BundleError(
+                f"{folder / name} was changed: the manifest says {digest[:16]}…, the file has {found[:16]}…. "
+                "Copy the bundle again from where it was exported."
+            )
+
+
+@contextmanager
+def _open_file(folder: int, name: str) -> Iterator[BinaryIO]:
+    """A file of an open folder.
+
+    Raises:
+        BundleError: it is no file, or a link to one elsewhere.
+        OSError: it cannot be read.
+    """
+    inside = Path(f"/proc/self/fd/{folder}").readlink()
+    if not stat.S_ISREG(os.stat(name, dir_fd=folder).st_mode):
+        raise BundleError(f"{inside / name} is no file, as every part of a bundle is. Copy the bundle again.")
+    opened = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)  # by now a FIFO, it would wait
+    with os.fdopen(opened, "rb") as file:
+        place = Path(f"/proc/self/fd/{opened}").readlink()
+        if place.parent != inside:
+            raise BundleError(
+                f"{inside / name} is a link to {place}: expected a file in the bundle itself. Copy the bundle again, "
+                "with `cp -L`."
+            )
+        yield file
+
+
+def _read_small(folder: int, name: str) -> bytes:
+    with _open_file(folder, name) as file:
+        text = file.read(_LARGEST_MANIFEST + 1)
+    if len(text) > _LARGEST_MANIFEST:
+        raise BundleError(f"{name}: expected at most {_LARGEST_MANIFEST} bytes, found more. Export the bundle again.")
+    return text
 
 
 def seal(folder: Path, manifest: ScreenManifest) -> str:

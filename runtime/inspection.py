@@ -151,7 +151,9 @@ class Inspection:
     """The answer reached its token limit and `<seg>` was forced."""
     timings_ms: dict[str, float] = field(default_factory=dict)
     deadline_met: bool | None = None
-    """Whether the verdict stood before the deadline; None if none was given."""
+    """Whether the result, with the review that was asked for, was there before the deadline; None if none was given."""
+    deadline: float | None = field(default=None, repr=False, compare=False)
+    """The screen's, or of the whole `inspect`: a time.monotonic() value."""
     features: Features | None = field(default=None, repr=False)
     """Kept until a review has used them."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import threading
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -31,7 +31,7 @@ from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
 from vmad_edge.runtime.station import Fallback, Station
 from vmad_edge.runtime.system import check_system
 from vmad_edge.runtime.systems.vmad import Finding, Screen, SimilaritySource
-from vmad_edge.runtime.timing import Stopwatch
+from vmad_edge.runtime.timing import Stopwatch, seconds
 
 _LIMITS = ReviewLimits()
 
@@ -45,20 +45,31 @@ class ReviewHandle:
         self._pending = pending
 
     def wait(self, timeout: float | None = None) -> Inspection:
-        """The Inspection after the review; after `timeout` seconds without its end, with what it said until then."""
-        ended = self._pending.wait(None if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX))
-        finding = self._pending.finding if ended else self._pending.so_far
+        """The Inspection after the review, or with what it said until its deadline, or until `timeout` seconds passed.
+
+        Raises:
+            TypeError: a `timeout` that is no number.
+        """
+        pending = self._pending
+        ended = pending.wait(pending.left(None if timeout is None else seconds("timeout", timeout)))
+        late = pending.fault_code is Reason.REVIEW_LATE or not ended
+        finding = pending.so_far if late else pending.finding
         reason, code = None, None
         if not ended:
             reason, code = "the review did not end in time", Reason.REVIEW_LATE
-        elif finding is None:
-            code = self._pending.fault_code
-            reason = f"review {'failed' if code is Reason.REVIEW_FAULT else 'left out'}: {self._pending.fault}"
-        elif finding.stopped is not None:
-            reason = f"the review was stopped: {finding.stopped}"
-            code = Reason.REVIEW_LATE if finding.stopped == "deadline" else Reason.REVIEW_CANCELLED
+        elif pending.fault_code is not None:
+            code = pending.fault_code
+            reason = f"review {'failed' if code is Reason.REVIEW_FAULT else 'left out'}: {pending.fault}"
+        elif finding is not None and finding.stopped is not None:
+            reason, code = f"the review was stopped: {finding.stopped}", Reason.REVIEW_CANCELLED
         after = replace(self._inspection, reason=reason, reason_code=code)
-        return after if finding is None else _reviewed(after, finding, self._pending.timings_ms, self._manifest)
+        if finding is not None:
+            after = _reviewed(after, finding, pending.timings_ms, self._manifest)
+        # Without one of its own, a review that settled the verdict is held to the screen's.
+        deadline = after.deadline if pending.deadline is None and after.decided_by == "review" else pending.deadline
+        if deadline is None:
+            return after
+        return replace(after, deadline_met=min(pending.ended_at, time.monotonic()) <= deadline)
 
     @property
     def reached_ms(self) -> dict[Milestone, float]:
@@ -75,7 +86,7 @@ class ReviewHandle:
 
 
 class Inspector:
-    """Inspects frames with one bundle. Use it as a context manager.
+    """Inspects frames with one bundle. Use it as a context manager; its review process also ends when it is dropped.
 
     Thread-safe. One thread a camera is a good beginning: a screen uses all processors by itself, so more threads gain
     little but the decoding of files. Reviews queue for the one review process. `inspect` of a suspect waits for its
@@ -102,7 +113,10 @@ class Inspector:
         self._loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
         self._closed = False
-        self._reviews = ReviewProcess(bundle.path, self._screen.engines.device, station.plans, reviews)
+        self._reviews = ReviewProcess(bundle, self._screen.engines.device, station.plans, reviews)
+        self._own_pid = os.getpid()
+        # The threads of the reviews know those, and not the inspector: nothing keeps a dropped one alive.
+        self._end_reviews = weakref.finalize(self, self._reviews.close)
 
     @staticmethod
     def open(
@@ -150,7 +164,7 @@ class Inspector:
     def close(self) -> None:
         """End the review process; free what the screen has on a GPU. Whatever is asked for afterwards raises."""
         self._closed = True
-        self._reviews.close()
+        self._end_reviews()
         self._screen.close()
 
     @property
@@ -193,8 +207,8 @@ class Inspector:
         Raises:
             BundleError: the object's references or calibration in the station must not be used, there is nothing to
                 compare with, or the station knows other objects but not this one (see `fallback` of `open`).
-            VmadError: the inspector is closed; an answer mode that there is not.
-            TypeError, FrameError: what is no frame at all, see `check_source`.
+            VmadError: the inspector is closed, or a fork's; an answer mode that there is not.
+            TypeError, FrameError: what is no frame at all, see `check_source`; a deadline that is no number.
 
         Args:
             frame: an RGB array [h,w,3] uint8 (or grey, or RGBA), a PIL image, a path, an encoded image (bytes or a
@@ -204,7 +218,8 @@ class Inspector:
             answer: "full" sentence or "short"; None takes the manifest's.
             review: False gives the screen alone, as does a bundle that screens only; `review(inspection)` can follow.
             bit_depth, colour: of 16-bit frames, and "bgr" of OpenCV's, see `Frame.read`.
-            deadline_ms: from now. A screen that misses it is NOT_INSPECTED; a review that misses it is left out.
+            deadline_ms: from now; any number. A screen that misses it is NOT_INSPECTED; a review that misses it is
+                left out, but for what it said in time: this returns then.
             frame_id: the Inspection's `frame.id`, for frames without a path: a trigger's number, a serial.
         """
         self._must_be_open()
@@ -216,8 +231,8 @@ class Inspector:
         suspect = inspection.verdict in (Verdict.DEFECT, Verdict.UNCERTAIN)
         if not (review and suspect):
             return inspection
-        handle = self._review(inspection, question, answer, deadline)
-        return handle.wait(None if deadline is None else deadline - time.monotonic())
+        after = self._review(inspection, question, answer, deadline).wait()
+        return after if _in_time(deadline) is not False else replace(after, deadline_met=False)
 
     def review(
         self,
@@ -230,12 +245,14 @@ class Inspector:
         """Start the review of a screened frame. With a full queue it waits for room, unless it has a deadline.
 
         Args:
-            deadline_ms: from now; the review stops by itself then. With a full queue it is left out at once.
+            deadline_ms: from now; the review stops by itself then, and what comes later is left out. With a full
+                queue it is left out at once.
 
         Raises:
             VmadError: the inspection has no features: it was not inspected, or reviewed already; the inspector is
-                closed.
+                closed, or a fork's.
             BundleError: the bundle screens only.
+            TypeError: a deadline that is no number.
         """
         self._must_be_open()
         return self._review(inspection, question, answer, _deadline(deadline_ms))
@@ -337,6 +354,8 @@ class Inspector:
     def _must_be_open(self) -> None:
         if self._closed:
             raise VmadError("this inspector is closed; open another one")
+        if os.getpid() != self._own_pid:  # its threads, and those of the engines, are not here
+            raise VmadError("this inspector was opened before the process forked; open one in each process")
 
     def _source(self, object: str) -> SimilaritySource:
         with self._lock:
@@ -390,21 +409,21 @@ class Inspector:
         path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
         name = source.id if isinstance(source, Frame) else path or "frame"
         frame = Frame(np.zeros((0, 0, 3), np.uint8), frame_id or name, path)
-        reason, code, met = None, None, None
+        reason, code = None, None
         try:
             with watch("screen"):
                 with watch("read"):
                     frame = Frame.read(source, bit_depth, colour)
                     frame = frame if frame_id is None else replace(frame, id=frame_id)
                 screening = self._screen.run(frame, compared_with, watch)
-            met = None if deadline is None else time.monotonic() <= deadline
             if not np.isfinite(screening.score):
                 reason, code = "the encoder or the similarity gave NaN", Reason.SCREEN_FAULT
-            elif met is False:
+            else:
+                inspection = self._inspection(frame, object, screening, compared_with, watch)
+                if (met := _in_time(deadline)) is not False:
+                    return replace(inspection, deadline_met=met, deadline=deadline)
                 reason = f"the screen took {watch.timings_ms['screen']:.0f} ms and missed the deadline"
                 code = Reason.SCREEN_LATE
-            else:
-                return self._inspection(frame, object, screening, compared_with, watch, met)
         except FrameError as error:
             reason, code = str(error), Reason.UNREADABLE
         except Exception as error:  # whatever went wrong in the screen is a reason, never a verdict
@@ -417,7 +436,8 @@ class Inspector:
             reason=reason,
             reason_code=code,
             timings_ms=watch.timings_ms,
-            deadline_met=met,
+            deadline_met=_in_time(deadline),
+            deadline=deadline,
         )
 
     def _inspection(
@@ -427,7 +447,6 @@ class Inspector:
         screening: Screening,
         source: SimilaritySource,
         watch: Stopwatch,
-        deadline_met: bool | None,
     ) -> Inspection:
         verdict = verdict_of(screening.score, source.thresholds)
         regions: tuple[Region, ...] = ()
@@ -449,7 +468,6 @@ class Inspector:
             regions=regions,
             nearest_normal=nearest,
             timings_ms=watch.timings_ms,
-            deadline_met=deadline_met,
             features=screening.features,
         )
 
@@ -467,15 +485,20 @@ def _readable(frames: Iterable[FrameSource], bit_depth: int | None, colour: Colo
 
 def _normal_features(bundle: Bundle) -> NormalFeatures | None:
     name = "similarity.safetensors"
-    return NormalFeatures(bundle.file(name), bundle.manifest.similarity) if name in bundle.manifest.files else None
+    if name not in bundle.manifest.files:
+        return None
+    with bundle.opened(name) as path:
+        return NormalFeatures(path, bundle.manifest.similarity)
 
 
 def _deadline(deadline_ms: float | None) -> float | None:
-    """As a time.monotonic() value; what is no number has passed."""
-    if deadline_ms is None:
-        return None
-    deadline_ms = float(deadline_ms)  # added to a NumPy float32, the clock would lose its milliseconds
-    return time.monotonic() + (-1.0 if math.isnan(deadline_ms) else deadline_ms / 1e3)
+    """As a time.monotonic() value."""
+    return None if deadline_ms is None else time.monotonic() + seconds("deadline_ms", deadline_ms, 1e3)
+
+
+def _in_time(deadline: float | None) -> bool | None:
+    """Whether it is not over yet; None without one."""
+    return None if deadline is None else time.monotonic() <= deadline
 
 
 def settled(verdict: Verdict, p_yes: float) -> Verdict:

@@ -1,7 +1,8 @@
 """Reviews run in a process of their own, with lower priority, so that they cannot disturb the screen.
 
-The process is started as `python -m vmad_edge.runtime.review BUNDLE DEVICE PLANS`; messages go through its standard
-input and output. A message is one line of JSON, {"kind", …, "arrays": {name: [dtype, shape]}}, then the arrays' bytes.
+The process is started as `python -m vmad_edge.runtime.review_process` (see there), and takes no bundle of another hash.
+Messages go through its standard input and output. A message is one line of JSON, {"kind", …, "arrays": {name: [dtype,
+shape]}}, then the arrays' bytes.
 
     to the process    review (id, question, mode, deadline, view; pixels, patches, patches_multi)   cancel (id)
     from the process  alive (loaded, steps)   broken (reason)
@@ -9,20 +10,23 @@ input and output. A message is one line of JSON, {"kind", …, "arrays": {name: 
 
 The inspector's side has three threads. One starts the process and writes to it, one reads from it, one watches over it.
 Whoever asks for a review only puts it into a queue: no lock is held while anything is written, loaded or waited for.
+Whatever is raised in one of these threads, or in one of the process's, ends the process, and with it what it was sent.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
@@ -43,12 +47,26 @@ from vmad_edge.runtime.systems.vmad import Finding, Review
 from vmad_edge.runtime.timing import Stopwatch
 
 Message = tuple[dict[str, Any], dict[str, NDArray[Any]]]
+Packed = Sequence[bytes | memoryview]
+"""A message as it is written."""
 Milestone = Literal["P(yes)", "last word", "mask"]
 _NICENESS = 10
 _END_OF_TEXT = None
 _HEARTBEAT_S = 1.0
 _SILENCE_S = 5.0
 _LONGEST_BACK_OFF_S = 30.0
+_MOST_LIKELY: dict[int, str] = {
+    signal.SIGKILL: "the system ends so what takes too much memory. Free some, or export a smaller --llm",
+    signal.SIGTERM: "somebody ended it",
+}
+_DAMAGED = (
+    "llama.cpp ends so, or ONNX Runtime, at a file that it cannot use, most often llm.gguf. Export the bundle again"
+)
+_TO_END_S = 5.0
+_LONGEST_HEAD = 1 << 24
+_TYPES = tuple(np.dtype(kind).str for kind in (np.uint8, np.float32))
+_LARGEST_ARRAY = 1 << 30
+"""Bytes: the largest frame has 450 MB."""
 _WHY = {"cancelled": Reason.REVIEW_CANCELLED, "deadline": Reason.REVIEW_LATE}
 
 
@@ -65,9 +83,15 @@ class ReviewLimits:
 
 
 class PendingReview:
-    """A review on its way. `text()` streams the answer; `wait` returns when it ended; `so_far` is what came yet."""
+    """A review on its way. `text()` streams the answer; `wait` returns when it ended; `so_far` is what came yet.
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
+    What comes after `deadline`, a time.monotonic() value, is left out.
+    """
+
+    def __init__(self, cancel: Callable[[], None], deadline: float | None = None) -> None:
+        self.deadline = deadline
+        self.ended_at = math.inf
+        """A time.monotonic() value."""
         self.finding: Finding | None = None
         self.fault: str | None = None
         self.fault_code: Reason | None = None
@@ -89,21 +113,31 @@ class PendingReview:
         self._cancel()
 
     def text(self) -> Iterator[str]:
-        """Pieces of the answer as they are decoded, until the review ends. For one reader."""
-        while (piece := self._texts.get()) is not _END_OF_TEXT:
-            yield piece
+        """Pieces of the answer as they are decoded, until the review ends or its time is up. For one reader."""
+        with suppress(queue.Empty):
+            while (piece := self._texts.get(timeout=self.left())) is not _END_OF_TEXT:
+                yield piece
+
+    def left(self, timeout: float | None = None) -> float | None:
+        """Seconds to wait until the deadline, `timeout` at most; None: for as long as it takes."""
+        until = [] if self.deadline is None else [max(0.0, self.deadline - time.monotonic())]
+        return min([*until, *([] if timeout is None else [timeout])], default=None)
 
     def _fail(self, code: Reason, fault: str) -> None:
         self.fault, self.fault_code = fault, code
         self._end()
 
     def _end(self) -> None:
+        self.ended_at = time.monotonic()
         self._texts.put(_END_OF_TEXT)
         self._ended.set()
 
     def _receive(self, head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         now = (time.perf_counter() - self._start) * 1e3
-        if head["kind"] == "p_yes":
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            if head["kind"] in ("finding", "fault"):
+                self._fail(Reason.REVIEW_LATE, "deadline")
+        elif head["kind"] == "p_yes":
             self.reached_ms["P(yes)"] = now
             self.so_far = Finding(head["p_yes"], "", None, seg_forced=False, stopped="deadline")
         elif head["kind"] == "text":
@@ -133,12 +167,11 @@ class PendingReview:
 class _Job:
     number: int
     pending: PendingReview
-    deadline: float | None
-    message: Message
+    message: Packed
 
     @property
     def expired(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
+        return self.pending.deadline is not None and time.monotonic() >= self.pending.deadline
 
 
 @dataclass
@@ -152,12 +185,22 @@ class _Child:
     steps: int = 0
     """The last that it told of its own."""
     loaded: bool = False
-    reason: str = "the review process ended"
+    reason: str | None = None
+    """Why it ends, where that is known."""
     ended: threading.Event = field(default_factory=threading.Event)
 
     def kill(self, reason: str) -> None:
         self.reason = reason
         self.process.kill()  # it holds nothing to save, and a stopped process heeds no SIGTERM
+
+    def why(self) -> str:
+        """Why it ended, for people."""
+        status = self.process.returncode
+        if self.reason is not None or status >= 0:
+            return f"{self.reason or 'the review process ended'} (exit status {status})"
+        doing = "reviewed" if self.loaded else "loaded the bundle's models"
+        cause = _MOST_LIKELY.get(-status, _DAMAGED)
+        return f"the review process ended with signal {-status} ({signal.strsignal(-status)}) while it {doing}: {cause}"
 
 
 class ReviewProcess:
@@ -167,8 +210,10 @@ class ReviewProcess:
     stands still faults the reviews that it was sent; the next one starts after a pause that doubles with each failure.
     """
 
-    def __init__(self, bundle: Path, device: Device, plans: Plans, limits: ReviewLimits) -> None:
-        self._command = [sys.executable, "-m", "vmad_edge.runtime.review", str(bundle), device, str(plans.folder)]
+    def __init__(self, bundle: Bundle, device: Device, plans: Plans, limits: ReviewLimits) -> None:
+        self._own_pid = os.getpid()
+        arguments = [str(self._own_pid), str(bundle.path), bundle.hash, device, str(plans.folder)]
+        self._command = [sys.executable, "-m", "vmad_edge.runtime.review_process", *arguments]
         self._limits = limits
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
@@ -176,7 +221,8 @@ class ReviewProcess:
         self._child: _Child | None = None
         self._wanted = self._closed = False
         self._writer: threading.Thread | None = None
-        self._next_id = self._failures = 0
+        self._numbers = itertools.count(1)
+        self._failures = 0
 
     @property
     def pid(self) -> int | None:
@@ -189,8 +235,10 @@ class ReviewProcess:
         with self._changed:
             self._wanted = True
             if self._writer is None:
-                self._writer = threading.Thread(target=self._write, daemon=True, name="review writer")
-                self._writer.start()
+                writer = threading.Thread(target=self._write, daemon=True, name="review writer")
+                with suppress(RuntimeError, MemoryError):  # the system has no thread left: `submit` says so
+                    writer.start()
+                    self._writer = writer
             self._changed.notify_all()
 
     def submit(
@@ -207,16 +255,21 @@ class ReviewProcess:
         if mode not in get_args(Answer):
             raise VmadError(f"answer: expected {' or '.join(get_args(Answer))}, got {mode!r}")
         self.start()
+        number = next(self._numbers)
+        pending = PendingReview(lambda: self._cancel(number), deadline)
         head: dict[str, Any] = {"kind": "review", "question": question, "mode": mode, "deadline": deadline}
-        head["view"] = astuple(features.view)
+        head |= {"id": number, "view": astuple(features.view)}
         arrays: dict[str, NDArray[Any]] = {
             "pixels": frame.pixels,
             "patches": features.patches,
             "patches_multi": features.patches_multi,
         }
+        try:
+            job = _Job(number, pending, _packed(head, arrays))
+        except Exception as error:
+            pending._fail(Reason.REVIEW_FAULT, f"the review could not be sent: {_in_words(error)}")
+            return pending
         with self._changed:
-            number = self._next_id = self._next_id + 1
-            pending = PendingReview(lambda: self._cancel(number))
             while not self._closed and self._behind() >= self._limits.queue:
                 if deadline is not None:
                     pending._fail(Reason.REVIEW_SHED, f"{self._limits.queue} reviews wait already")
@@ -224,13 +277,17 @@ class ReviewProcess:
                 self._changed.wait()
             if self._closed:
                 pending._fail(Reason.REVIEW_CANCELLED, "the inspector was closed")
-                return pending
-            self._waiting.append(_Job(number, pending, deadline, ({**head, "id": number}, arrays)))
+            elif self._writer is None:
+                pending._fail(Reason.REVIEW_FAULT, "the system gives no thread to start the review process from")
+            else:
+                self._waiting.append(job)
             self._changed.notify_all()
         return pending
 
     def close(self) -> None:
-        """End the process; reviews on their way get a fault."""
+        """End the process; reviews on their way get a fault. Does nothing in a fork of the process that opened it."""
+        if os.getpid() != self._own_pid:
+            return
         with self._changed:
             self._closed = True
             left = self._take_waiting(lambda job: True)
@@ -238,7 +295,8 @@ class ReviewProcess:
             self._changed.notify_all()
         if child is not None:
             child.kill("the inspector was closed")
-            child.process.wait()
+            with suppress(subprocess.TimeoutExpired):  # what waits for a dead disk dies with that
+                child.process.wait(_TO_END_S)
         for job in left:
             job.pending._fail(Reason.REVIEW_CANCELLED, "the inspector was closed")
 
@@ -268,36 +326,49 @@ class ReviewProcess:
             job.pending._fail(Reason.REVIEW_CANCELLED, "cancelled")
 
     def _write(self) -> None:
-        """Start the process when it is wanted, and write to it. It has one review ahead of the running one."""
-        while True:
-            cancels: list[int] = []
-            job = None
-            with self._changed:
-                while not (self._closed or self._to_do()):
-                    self._changed.wait()
-                if self._closed:
-                    return
-                child = self._child
-                if child is not None:
-                    cancels = [number for number in self._cancels if number in child.sent]
-                    self._cancels.clear()
-                    if self._waiting and len(child.sent) < 2:
-                        job = self._waiting.popleft()
-                        child.sent[job.number] = job.pending
+        """Until `close`."""
+        while not self._closed:
+            self._turn()
+
+    def _turn(self) -> None:
+        """Start the process or write to it; what went wrong ends it."""
+        try:
+            child = self._next()
             if child is None:
                 self._begin()
-                continue
-            stream = cast(IO[bytes], child.process.stdin)
-            try:
-                for number in cancels:
-                    _send(stream, {"kind": "cancel", "id": number}, {})
-                if job is not None:
-                    _send(stream, *job.message)
-            except Exception as error:  # half a message is no beginning for the next one; this thread must live on
-                # Its reader faults what it was sent. Mostly it just ended, and the reader knows better why.
-                if not isinstance(error, OSError | ValueError):
-                    child.reason = f"the review could not be sent: {type(error).__name__}: {error}"
-                child.process.kill()
+            else:
+                self._tell(child)
+        except Exception as error:
+            child, why = self._child, f"the review could not be sent: {_in_words(error)}"
+            if child is None:
+                self._ended(None, why)
+            elif isinstance(error, OSError | ValueError):
+                child.process.kill()  # mostly it just ended, and its reader knows better why
+            else:
+                child.kill(why)  # its reader faults what it was sent; half a message is no beginning for the next one
+
+    def _next(self) -> _Child | None:
+        """Waits until there is something to do: for a process, or to start one."""
+        with self._changed:
+            while not (self._closed or self._to_do()):
+                self._changed.wait()
+            return self._child
+
+    def _tell(self, child: _Child) -> None:
+        """Write to the process what there is. It has one review ahead of the running one."""
+        job = None
+        with self._changed:
+            cancels = [number for number in self._cancels if number in child.sent]
+            self._cancels.clear()
+            if self._waiting and len(child.sent) < 2:
+                job = self._waiting[0]
+                child.sent[job.number] = job.pending
+                self._waiting.popleft()
+        stream = cast(IO[bytes], child.process.stdin)
+        for number in cancels:
+            _send(stream, _packed({"kind": "cancel", "id": number}, {}))
+        if job is not None:
+            _send(stream, job.message)
 
     def _to_do(self) -> bool:
         if self._child is None:
@@ -326,8 +397,12 @@ class ReviewProcess:
         child = _Child(process)
         with self._changed:
             self._child, self._wanted, closed = child, False, self._closed
-        threading.Thread(target=self._read, args=(child,), daemon=True, name="review reader").start()
-        threading.Thread(target=self._watch, args=(child,), daemon=True, name="review watch").start()
+        try:
+            for work in (self._watch, self._read):
+                threading.Thread(target=work, args=(child,), daemon=True, name=f"review {work.__name__[1:]}").start()
+        except Exception as error:
+            child.reason = f"the review process cannot be read from: {_in_words(error)}"
+            self._bury(child)
         if closed:
             child.kill("the inspector was closed")
 
@@ -336,13 +411,19 @@ class ReviewProcess:
             while (message := _receive(cast(IO[bytes], child.process.stdout))) is not None:
                 self._heard(child, *message)
         except Exception as error:  # a message that is none: whatever sent it is not to be trusted with the next one
-            child.kill(f"the review process sent what cannot be read: {type(error).__name__}: {error}")
+            child.kill(f"the review process sent what cannot be read: {_in_words(error)}")
+        finally:
+            self._bury(child)
+
+    def _bury(self, child: _Child) -> None:
+        """End the process if it has not ended, and fault what it was sent."""
         child.process.kill()
         child.process.wait()
         child.ended.set()
-        with suppress(OSError):
-            cast(IO[bytes], child.process.stdin).close()
-        self._ended(child, f"{child.reason} (exit status {child.process.returncode})")
+        for stream in (child.process.stdin, child.process.stdout):
+            with suppress(OSError, ValueError):
+                cast(IO[bytes], stream).close()
+        self._ended(child, child.why())
 
     def _heard(self, child: _Child, head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         child.heard += 1
@@ -375,18 +456,25 @@ class ReviewProcess:
             review._fail(Reason.REVIEW_CANCELLED if self._closed else Reason.REVIEW_FAULT, reason)
 
     def _watch(self, child: _Child) -> None:
+        try:
+            self._watch_over(child)
+        except Exception as error:
+            child.kill(f"the review process could not be watched: {_in_words(error)}")
+
+    def _watch_over(self, child: _Child) -> None:
         """Kill a process that shows no sign of life, or takes no step.
 
+        Its messages are signs of life; and while a library that loads leaves Python no turn to send them, its work.
         Time is counted in turns of this thread: where the whole machine stood still, nobody is to blame.
         """
         turn = 0.5
         silent = still = 0.0
-        heard, steps, busy = 0, 0, True
+        signs, steps, busy = (child.heard, _work_of(child.process.pid)), 0, True
         while not child.ended.wait(turn):
-            silent = 0.0 if child.heard != heard or not child.heard else silent + turn  # its imports come first
+            silent = 0.0 if signs != (signs := (child.heard, _work_of(child.process.pid))) else silent + turn
             moved = child.steps != steps or busy != (busy := bool(child.sent) or not child.loaded)
             still = 0.0 if moved or not busy else still + turn
-            heard, steps = child.heard, child.steps
+            steps = child.steps
             limit = self._limits.stall_s if child.loaded else self._limits.loading_s
             if silent >= _SILENCE_S:
                 child.kill(f"the review process gave no sign of life for {_SILENCE_S:g} s and was ended")
@@ -394,23 +482,50 @@ class ReviewProcess:
                 child.kill(f"the review process took no step for {limit:g} s and was ended")
 
 
-def _send(stream: IO[bytes], head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+def _work_of(process: int) -> list[bytes]:
+    """Its page faults that read from a disk, and its processor time: a stopped or hung process has no more of them."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_bytes()
+    except OSError:  # it ended
+        return []
+    fields = stat.rpartition(b")")[2].split()  # from the third, `state`, on
+    return [fields[number - 3] for number in (12, 14, 15)]  # majflt, utime, stime
+
+
+def _packed(head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Packed:
+    """Before the first byte is written: whatever can go wrong with a message itself goes wrong here.
+
+    Raises:
+        ValueError: a head that the other side would refuse.
+    """
     described = {name: [array.dtype.str, array.shape] for name, array in arrays.items()}
-    stream.write(json.dumps({**head, "arrays": described}).encode() + b"\n")
-    for array in arrays.values():
-        stream.write(np.ascontiguousarray(array).data)
+    line = json.dumps({**head, "arrays": described}).encode() + b"\n"
+    if len(line) > _LONGEST_HEAD:
+        raise ValueError(f"expected at most {_LONGEST_HEAD} bytes beside the arrays, got {len(line)}")
+    return [line, *(np.ascontiguousarray(array).data for array in arrays.values())]
+
+
+def _send(stream: IO[bytes], message: Packed) -> None:
+    for part in message:
+        stream.write(part)
     stream.flush()
 
 
 def _receive(stream: IO[bytes]) -> Message | None:
-    """The next message, or None when the other side closed."""
-    line = stream.readline()
+    """The next message, or None when the other side closed.
+
+    Raises:
+        Exception: whatever comes of bytes that are no message. Nothing larger than the limits is allocated.
+    """
+    line = stream.readline(_LONGEST_HEAD)
     if not line.endswith(b"\n"):
+        if len(line) == _LONGEST_HEAD:
+            raise ValueError(f"expected a line of at most {_LONGEST_HEAD} bytes")
         return None
     head = json.loads(line)
     arrays = {}
     for name, (dtype, shape) in head.pop("arrays").items():
-        size = math.prod(shape) * np.dtype(dtype).itemsize
+        size = _size(dtype, shape)
         data = stream.read(size)
         if len(data) != size:
             return None
@@ -418,7 +533,23 @@ def _receive(stream: IO[bytes]) -> Message | None:
     return head, arrays
 
 
-class _Server:
+def _size(dtype: Any, shape: Any) -> int:
+    """Bytes of an array that a message announces.
+
+    Raises:
+        TypeError, ValueError: no array, or a larger one, that a message has.
+    """
+    if not isinstance(dtype, str) or dtype not in _TYPES:
+        raise ValueError(f"expected an array of {' or '.join(_TYPES)}, got {dtype!r}")
+    if len(shape) > 3 or not all(type(length) is int and 0 <= length <= _LARGEST_ARRAY for length in shape):
+        raise ValueError(f"expected a shape of at most three lengths, got {shape}")
+    size: int = math.prod(shape) * np.dtype(dtype).itemsize
+    if size > _LARGEST_ARRAY:
+        raise ValueError(f"expected an array of at most {_LARGEST_ARRAY} bytes, got {dtype} of {shape}")
+    return size
+
+
+class Server:
     """The process's side: it listens and shows that it lives from the start, loads the models, then reviews in turn."""
 
     def __init__(self) -> None:
@@ -430,15 +561,24 @@ class _Server:
         self._cancelled: set[int] = set()
         self._steps, self._loaded = 0, False
 
-    def serve(self, bundle: Path, device: Device, plans: Plans) -> None:
+    def serve(self, bundle: Path, hash: str, device: Device, plans: Plans) -> None:
+        """Until the inspector closes or something breaks; the process ends then."""
         os.nice(_NICENESS)
-        for thread in (self._listen, self._live):
-            threading.Thread(target=thread, daemon=True).start()
+        for work in (self._listen, self._live):
+            threading.Thread(target=self._to_the_end, args=(work,), daemon=True).start()
+        self._to_the_end(lambda: self._reviews(bundle, hash, device, plans))
+
+    def _to_the_end(self, work: Callable[[], None]) -> None:
+        """Do `work`. The process ends with it: nobody would listen, show life or review any more."""
         try:
-            review = Review(Bundle.open(bundle), device, plans)
-        except Exception as error:
+            work()
+        except BaseException as error:
             self._send({"kind": "broken", "reason": _in_words(error)})
-            return
+        finally:
+            os._exit(0)  # what still runs would keep Python from its end
+
+    def _reviews(self, bundle: Path, hash: str, device: Device, plans: Plans) -> None:
+        review = Review(Bundle.open(bundle, hash), device, plans)
         self._loaded = True
         self._show_life()
         while True:
@@ -452,14 +592,11 @@ class _Server:
             self._cancelled.discard(head["id"])
 
     def _listen(self) -> None:
-        try:
-            while (message := _receive(sys.stdin.buffer)) is not None:
-                if message[0]["kind"] == "cancel":
-                    self._cancelled.add(message[0]["id"])
-                else:
-                    self._work.put(message)
-        finally:
-            os._exit(0)  # the inspector is gone: nobody waits for what runs now
+        while (message := _receive(sys.stdin.buffer)) is not None:
+            if message[0]["kind"] == "cancel":
+                self._cancelled.add(message[0]["id"])
+            else:
+                self._work.put(message)
 
     def _live(self) -> None:
         while True:
@@ -470,8 +607,12 @@ class _Server:
         self._send({"kind": "alive", "loaded": self._loaded, "steps": self._steps})
 
     def _send(self, head: dict[str, Any], arrays: dict[str, NDArray[Any]] | None = None) -> None:
+        message = _packed(head, arrays or {})
         with self._sending:
-            _send(self._out, head, arrays or {})
+            try:
+                _send(self._out, message)
+            except BaseException:
+                os._exit(1)  # nobody reads, or half a message was written: none can follow it
 
     def _review(self, review: Review, head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         number, deadline = head["id"], head["deadline"]
@@ -507,9 +648,5 @@ class _Server:
         self._send({"kind": "finding", "id": number, **said, "timings_ms": watch.timings_ms}, found)
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     return str(error) if isinstance(error, VmadError) else f"{type(error).__name__}: {error}"
-
-
-if __name__ == "__main__":
-    _Server().serve(Path(sys.argv[1]), cast(Device, sys.argv[2]), Plans(Path(sys.argv[3])))

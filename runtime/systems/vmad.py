@@ -192,10 +192,12 @@ class Review:
         self._ltc_projector = engines.open("ltc_projector")
         self._sam_encoder = _sam_encoder(engines, self._manifest.sam)
         self._mask_decoder = engines.open("mask_decoder")
-        self._language = LanguageModel(
-            bundle.file("llm.gguf"), self._manifest.language, self._manifest.conversation, gpu=engines.on_gpu
-        )
-        self._semantic_normal = load_file(bundle.file("similarity.safetensors"))["semantic_normal"]
+        with bundle.opened("llm.gguf") as gguf:
+            self._language = LanguageModel(
+                gguf, self._manifest.language, self._manifest.conversation, gpu=engines.on_gpu
+            )
+        with bundle.opened("similarity.safetensors") as features:
+            self._semantic_normal = load_file(features)["semantic_normal"]
         self._beside = ThreadPoolExecutor(1, "sam_encoder")
 
     def run(

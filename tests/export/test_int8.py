@@ -33,10 +33,10 @@ from vmad_edge.runtime.folders import list_images
 
 @pytest.fixture(scope="module")
 def frames(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many as are needed: the parity images in all eight positions."""
+    """As many as are needed, of a 12-bit camera: the parity images in all eight positions."""
     folder = tmp_path_factory.mktemp("frames")
     for path in (tiny / "parity_images").iterdir():
-        image = cv2.imread(str(path))
+        image = cv2.imread(str(path)).astype(np.uint16) * 16
         for i in range(8):
             turned = np.rot90(image, i // 2)
             cv2.imwrite(str(folder / f"{path.stem}{i}.png"), turned[::-1] if i % 2 else turned)
@@ -47,7 +47,7 @@ def frames(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def int8(tiny: Path, frames: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The bundle of `tiny`, its encoders in INT8."""
     target = tmp_path_factory.mktemp("int8") / "bundle"
-    options = ["--llm", "f32", "--precision", "int8", "--calibrate", str(frames)]
+    options = ["--llm", "f32", "--precision", "int8", "--calibrate", str(frames), "--bit-depth", "12"]
     assert main(["export", str(tiny), str(target), *options]) == 0
     return Bundle.open(target)
 
@@ -247,7 +247,7 @@ def test_what_int8_would_ruin(
     assert all(largest_error(whole.run(x), each) > LIMIT for x, each in zip(inputs, stages, strict=True))
     if not smoothed:
         monkeypatch.setattr("vmad_edge.export.int8.smooth", lambda source, target, frames: shutil.copy(source, target))
-    chosen = quantize(folder, bundle.for_review, list_images([str(frames)]))
+    chosen = quantize(folder, bundle.for_review, list_images([str(frames)]), {"bit_depth": 12, "colour": "rgb"})
     assert chosen["clip_encoder"] == "int8"
     kept = OnnxRuntimeEngine(path)
     assert all(largest_error(kept.run(x), each) < LIMIT / 2 for x, each in zip(inputs, stages, strict=True))

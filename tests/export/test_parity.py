@@ -29,7 +29,7 @@ from vmad_edge.export.parity import DECISIONS, LADDER, Figures, Parity, Source, 
 from vmad_edge.runtime.bundle import Bundle, Manifest, Thresholds, seal
 from vmad_edge.runtime.cli import main
 from vmad_edge.runtime.errors import BundleError
-from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.frame import Frame, Reading
 from vmad_edge.runtime.inspection import Verdict
 from vmad_edge.runtime.stages import preprocess
 from vmad_edge.runtime.stages.language import LanguageModel, Tokenizer
@@ -426,11 +426,12 @@ def test_flips_are_counted_on_as_many_images_as_asked_for(
 def test_images_to_compare(
     tiny: Path, tmp_path: Path, monkeypatch: Patch, count: int | None, ladder: Sequence[int], more: int
 ) -> None:
-    """Evenly over a folder of 40, at most eight of them on all stages."""
+    """Evenly over a folder of 40 of a 12-bit camera, at most eight of them on all stages."""
     for number in range(40):
-        cv2.imwrite(str(tmp_path / f"{number:02}.png"), np.full((8, 8, 3), number, np.uint8))
+        cv2.imwrite(str(tmp_path / f"{number:02}.png"), np.full((8, 8, 3), 16 * number, np.uint16))
     monkeypatch.setattr(pipeline, "_MOST_LADDERS", 8)
-    images, others = pipeline.images_to_compare(Checkpoint.open(tiny), tmp_path, count)
+    reading: Reading = {"bit_depth": 12, "colour": "rgb"}
+    images, others = pipeline.images_to_compare(Checkpoint.open(tiny), tmp_path, count, reading)
     assert [Path(path).stem for path in images] == [f"{number:02}" for number in ladder]
     seen = {*images, *(frame().id for frame in others)}
     assert len(others) == more and len(seen) == len(images) + more

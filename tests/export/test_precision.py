@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -199,8 +200,15 @@ def test_weights_beyond_fp16_keep_their_node_fp32(tmp_path: Path) -> None:
 
 
 def test_export_in_fp16(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    target = tmp_path / "bundle"
-    assert main(["export", str(tiny), str(target), "--llm", "f32", "--precision", "fp16"]) == 0
+    """Lowered and compared on a 12-bit camera's images."""
+    target, deep = tmp_path / "bundle", tmp_path / "deep"
+    deep.mkdir()
+    for path in (tiny / "parity_images").iterdir():
+        cv2.imwrite(str(deep / f"{path.stem}.png"), cv2.imread(str(path)).astype(np.uint16) * 16)
+    command = ["export", str(tiny), str(target), "--llm", "f32", "--precision", "fp16", "--parity-images", str(deep)]
+    assert main(command) == 2
+    assert "bit_depth" in capsys.readouterr().err
+    assert main([*command, "--bit-depth", "12"]) == 0
     assert "graphs in fp16" in capsys.readouterr().out.replace("\n", " ")
     half = Bundle.open(target)
     assert half.manifest.precision == dict.fromkeys(GRAPHS, "fp16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vmad_edge.runtime import review as review_module
-from vmad_edge.runtime.bundle import Bundle, Manifest
+from vmad_edge.runtime.bundle import Bundle, Manifest, seal
 from vmad_edge.runtime.engines import GiveUp
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from vmad_edge.runtime.engines.openvino import OpenVinoEngine
@@ -80,7 +81,7 @@ def test_a_stopped_review_process_delays_no_screen(inspector: Inspector) -> None
         assert all(screen.deadline_met for screen in screens)
         late = [suspect.result(60) for suspect in suspects]
     assert {inspection.reason_code for inspection in late} == {Reason.REVIEW_LATE}
-    assert all(inspection.verdict is Verdict.UNCERTAIN and inspection.deadline_met for inspection in late)
+    assert all(inspection.verdict is Verdict.UNCERTAIN and inspection.deadline_met is False for inspection in late)
     assert (inspector.review_pid, state(pid)) == (pid, "T")  # it was stopped all the while
 
 
@@ -153,7 +154,8 @@ while True: tell(kind="alive", loaded=loaded, steps=0); time.sleep(0.2)
 def test_a_process_that_stands_still_or_lies_is_ended(tmp_path: Path, does: str, says: str) -> None:
     """Its reviews end with a fault, and closing waits for nothing."""
     limits = ReviewLimits(stall_s=1, loading_s=2)
-    reviews = ReviewProcess(tmp_path, "cpu", Plans(tmp_path), limits)
+    bundle = Bundle(tmp_path, "", Manifest.model_validate({**MANIFEST, "files": {}}))
+    reviews = ReviewProcess(bundle, "cpu", Plans(tmp_path), limits)
     reviews._command = [sys.executable, "-c", STUB, does]
     features = Features(np.zeros((4, 8), np.float32), np.zeros((2, 4, 8), np.float32), View(0, 0, *CAMERA[::-1]))
     try:
@@ -161,6 +163,22 @@ def test_a_process_that_stands_still_or_lies_is_ended(tmp_path: Path, does: str,
         assert pending.wait(60) and says in (pending.fault or "")
     finally:
         reviews.close()
+
+
+def test_a_review_is_of_the_bundle_that_screened(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A folder that is replaced before the review's process opens it."""
+    folder, frame = tmp_path / "bundle", camera_frame(0)
+    shutil.copytree(tiny_bundle, folder)
+    with Inspector.open(folder, tmp_path / "station", "cpu") as inspector:
+        manifest = inspector.bundle.for_review
+        template = manifest.conversation.template.replace("USER", "YOU")
+        other = manifest.conversation.model_copy(update={"template": template})
+        seal(folder, manifest.model_copy(update={"conversation": other}))
+        refused = inspector.inspect(frame)
+        assert (refused.verdict, refused.p_yes, refused.reason_code) == (Verdict.UNCERTAIN, None, Reason.REVIEW_FAULT)
+        assert f"another bundle by now: expected {inspector.bundle.hash[:16]}…" in (refused.reason or "")
+        seal(folder, manifest)
+        assert inspector.inspect(frame).p_yes is not None
 
 
 # ---------------------------------------------------------------------------- SAM's encoder is given up
