@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 5.0
 """Of processor time, for one input."""
 MEMORY = 4 << 30
-LARGEST = 1 << 16
+LARGEST = 1 << 13
 """Bytes of an input that atheris makes."""
 HYPOTHESIS_SHARE = 0.04
 """It makes some hundred inputs a second, atheris thousands."""
@@ -148,7 +148,15 @@ def _atheris(parser: str, once: Callable[[bytes], None], executions: int, seed: 
     words = corpus.with_name("words")
     tokens = [*parsers.TOKENS, *parsers.NUMBERS]
     words.write_text("".join('"' + "".join(f"\\x{b:02x}" for b in token[:64]) + '"\n' for token in tokens))
-    options = {"runs": executions, "seed": seed, "max_len": LARGEST, "timeout": 0, "rss_limit_mb": 0, "dict": words}
+    options = {
+        "runs": executions,
+        "seed": seed,
+        "max_len": LARGEST,
+        "len_control": 0,
+        "timeout": 3600,
+        "rss_limit_mb": 0,
+        "dict": words,
+    }
     atheris.Setup([sys.argv[0], *(f"-{k}={v}" for k, v in options.items()), "-print_final_stats=1", str(corpus)], once)
     atheris.Fuzz()
 

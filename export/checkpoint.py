@@ -14,6 +14,7 @@ checkpoint/
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ class Checkpoint:
             CheckpointError: a missing part, a wrong shape, an unknown setting, or a pickle.
         """
         folder = Path(path)
+        if not os.path.isdir(folder):  # noqa: PTH112 (pathlib raises where a name is too long)
+            raise CheckpointError(f"{folder}: expected the folder of a checkpoint, found none")
         _refuse_pickles(folder)
         _refuse_lfs_pointers(folder)
         config = validated(Config, folder / "config.json", read_json(folder / "config.json"))
@@ -239,11 +242,18 @@ def _refuse_pickles(folder: Path) -> None:
 def _refuse_lfs_pointers(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         # At most 1,024 bytes: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
-        if path.is_file() and path.stat().st_size <= 1024 and path.read_bytes().startswith(_LFS):
+        if path.is_file() and path.stat().st_size <= 1024 and _read(path).startswith(_LFS):
             raise CheckpointError(
                 f"{path} is a git-LFS pointer, which stands for a file that was not downloaded: run `git lfs pull` in "
                 "the clone that it comes from, and copy the file again."
             )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 _LFS = b"version https://git-lfs.github.com/spec/"

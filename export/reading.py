@@ -1,8 +1,12 @@
 """Files of a checkpoint as they are read before anything is made of them: JSON, and what weights are where."""
 
+# os.path answers False where pathlib raises: a name that is too long, or that no file can have.
+# ruff: noqa: PTH112, PTH113
+
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected a JSON object of settings, found lists nested too deeply") from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path}, line {error.lineno}: expected JSON, found something else") from None
-    except ValueError:  # no UTF-8, or a number of thousands of digits
+    except ValueError:  # no UTF-8, a number of thousands of digits, or a name that no file can have
         raise CheckpointError(f"{path}: expected JSON, found something else") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
@@ -59,7 +63,7 @@ def weight_files(folder: Path) -> list[Path]:
         CheckpointError: an index that does not name files of this folder.
     """
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    if not os.path.lexists(index):
         return [folder / "model.safetensors"]
     shards = read_json(index).get("weight_map")
     names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
@@ -77,13 +81,13 @@ def read_shapes(path: Path) -> Shapes:
     Raises:
         CheckpointError: no such file, or not safetensors.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return {name: shape for file in weight_files(path) for name, shape in _shapes(file).items()}
     return _shapes(path)
 
 
 def _shapes(path: Path) -> Shapes:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(
             f"{path} is missing: expected weights in safetensors there (a pickle is executable code). Save them with "
             "save_file."

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -88,7 +89,7 @@ def _open_bundle(data: bytes, folder: Path) -> None:
 
 
 @cache
-def _bundle() -> Bundle:
+def station_bundle() -> Bundle:
     return Bundle(Path("/bundle"), "ab" * 32, Manifest.model_validate({**MANIFEST, "files": {}}))
 
 
@@ -96,7 +97,7 @@ def _calibrations() -> list[bytes]:
     frame = {"path": "a.png", "sha256": "cd" * 32, "defective": True, "score": 0.3}
     return [
         Calibration(
-            bundle=_bundle().hash,
+            bundle=station_bundle().hash,
             bank=None,
             object="part",
             thresholds=Thresholds(good_below=0.1, defect_above=0.2),
@@ -111,7 +112,7 @@ def _calibrations() -> list[bytes]:
 
 
 def _load_calibration(data: bytes, folder: Path) -> None:
-    station = Station(folder, _bundle())
+    station = Station(folder, station_bundle())
     place = station._calibration("part")
     place.mkdir(parents=True, exist_ok=True)
     (place / "calibration.json").write_bytes(data)
@@ -119,21 +120,23 @@ def _load_calibration(data: bytes, folder: Path) -> None:
     station.load_calibration("part")
 
 
-def _banks() -> list[bytes]:
-    import tempfile
-
+def references() -> References:
     frames = (
         EnrolledFrame("one.png", 0, 2, View(0, 0, 8, 8), (8, 8), b"first picture", "a1"),
         EnrolledFrame("two.png", 2, 5, View(-1, 0.5, 8, 8), (8, 7), b"second", "b2"),
     )
     features = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
-    made = References(features, np.arange(5, dtype=np.int32), frames, Thresholds(good_below=0.1, defect_above=0.2))
+    return References(features, np.arange(5, dtype=np.int32), frames, Thresholds(good_below=0.1, defect_above=0.2))
+
+
+def _banks() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        return [(Station(Path(folder), _bundle()).save_references("part", made) / "bank.safetensors").read_bytes()]
+        station = Station(Path(folder), station_bundle())
+        return [(station.save_references("part", references()) / "bank.safetensors").read_bytes()]
 
 
 def _load_references(data: bytes, folder: Path) -> None:
-    station = Station(folder, _bundle())
+    station = Station(folder, station_bundle())
     place = station._bank("part")
     place.mkdir(parents=True, exist_ok=True)
     (place / "bank.safetensors").write_bytes(data)
@@ -159,8 +162,6 @@ def _onnx_graphs() -> list[bytes]:
 
 
 def _ggufs() -> list[bytes]:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         writer = gguf.GGUFWriter(Path(folder) / "a.gguf", "llama")
         writer.add_block_count(1)
@@ -185,7 +186,7 @@ def _features() -> list[bytes]:
 
 def _read_features(data: bytes, folder: Path) -> None:
     (folder / "similarity.safetensors").write_bytes(data)
-    features = NormalFeatures(folder / "similarity.safetensors", _bundle().manifest.similarity)
+    features = NormalFeatures(folder / "similarity.safetensors", station_bundle().manifest.similarity)
     features.compare(np.ones((2, 8), np.float32))
 
 
@@ -277,7 +278,8 @@ def _take_up(data: bytes, folder: Path) -> None:
 
 def _tables() -> list[bytes]:
     head = b"object,split,label,image,mask\n"
-    return [head + b"cap,train,normal,cap/a.png,\ncap,test,anomaly,cap/a.png,cap/a.png\n", head.replace(b",", b";")]
+    table = head + b"cap,train,normal,cap/a.png,\ncap,test,anomaly,cap/a.png,cap/a.png\n"
+    return [table, table.replace(b",", b";")]
 
 
 def _read_visa(data: bytes, folder: Path) -> None:
@@ -431,12 +433,12 @@ def damaged(data: bytes, changes: list[tuple[float, bytes, int]]) -> bytes:
     return data
 
 
-def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
+def places(tree: Any) -> Iterator[tuple[Any, Any]]:
     """Every container in a tree of JSON, with each key."""
     for key, inner in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
         yield tree, key
         if isinstance(inner, dict | list):
-            yield from _places(inner)
+            yield from places(inner)
 
 
 @st.composite
@@ -444,7 +446,7 @@ def _other_values(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
     """Lines of JSON with one to three values exchanged, or left out, and sometimes one more."""
     lines = [json.loads(line) for line in draw(st.sampled_from(seeds)).splitlines()]
     for _ in range(draw(st.integers(1, 3))):
-        places = [place for line in lines for place in _places(line)]
+        places = [place for line in lines for place in places(line)]
         if not places:
             break
         container, key = draw(st.sampled_from(places))
