@@ -56,14 +56,15 @@ def calibrate(
         reading: how the frames are read.
 
     Raises:
-        BundleError: the station knows other objects but not this one.
+        BundleError: the station knows other objects but not this one, or cannot be read.
         FrameError: a frame cannot be inspected, is one of the enrolled references, or is given as good and defective.
-        VmadError: too few frames for what is promised; equal ones count once.
+        VmadError: too few frames for what is promised (equal ones count once); what the object is compared with is not
+            what the station keeps, so that nobody else could use the thresholds.
     """
     targets = targets or Targets()
     name = inspector.bundle.manifest.object if object is None else object
-    bank = inspector.station.bank_hash(name)
-    references = inspector.station.load_references(name)
+    references = inspector.references(name)
+    bank = _kept(inspector, name)
     enrolled = {frame.pixel_hash for frame in references.frames} if references else set()
     frames: dict[str, CalibrationFrame] = {}
     """By their pixels: what shows the same is the same frame, and says nothing more."""
@@ -82,6 +83,8 @@ def calibrate(
         thresholds, promise = from_labels(normal, defective, targets) if defective else from_good(normal, targets)
     except VmadError as error:
         raise VmadError(f"{error}{said}") from None
+    if _kept(inspector, name) != bank:
+        raise VmadError(f"{name!r} was enrolled anew while its frames were compared: calibrate again")
     calibration = Calibration(
         bundle=inspector.bundle.hash,
         bank=bank,
@@ -195,6 +198,28 @@ def _upper_bound(scores: Sequence[float], share: float, confidence: float) -> fl
             f"{frames_needed(share, confidence)} are needed, or a larger share, or less confidence"
         )
     return math.nextafter(scores[n - 1 - beyond], math.inf)  # a score equal to it is still below the threshold
+
+
+def _kept(inspector: Inspector, object: str) -> str | None:
+    """Hash of the bank that `object` is compared with; None: the bundle's normal features.
+
+    Raises:
+        VmadError: the station does not keep what it is compared with.
+    """
+    references = inspector.references(object)
+    if references is not None and references.hash is None:
+        raise VmadError(
+            f"the references of {object!r} are in this inspector alone, so thresholds for them would be nobody's: "
+            "enroll them with keep=True, then calibrate"
+        )
+    compared, kept = references and references.hash, inspector.station.bank_hash(object)
+    if compared != kept:
+        now, there = (hash[:16] if hash else "none" for hash in (compared, kept))
+        raise VmadError(
+            f"{object!r} is compared with another reference bank ({now}) than the station has now ({there}): open the "
+            "inspector anew, then calibrate"
+        )
+    return kept
 
 
 def _scored(

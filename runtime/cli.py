@@ -43,7 +43,6 @@ from vmad_edge.runtime.frame import Colour, Reading
 from vmad_edge.runtime.hardware import HARDWARE
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import RunInProgress
-from vmad_edge.runtime.stages.language import placement
 from vmad_edge.runtime.station import Calibration, Fallback, Station, same_frames
 from vmad_edge.runtime.system import check_system
 
@@ -375,6 +374,8 @@ def _cuda_kernels() -> str:
 def _review_facts(manifest: ScreenManifest, gpu: bool) -> dict[str, str]:
     if not isinstance(manifest, Manifest):
         return {"review": "none: this bundle screens only"}
+    from vmad_edge.runtime.stages.language import placement  # llama.cpp: not where frames are screened
+
     language = manifest.language
     return {
         "language": f"width {language.width}, {language.visual_tokens} visual tokens, {language.quantization}, "

@@ -25,9 +25,9 @@ from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.frame import Colour, Frame, FrameSource, check_source
 from vmad_edge.runtime.inspection import Inspection, Reason, Region, Screening, Verdict, find_regions, verdict_of
 from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, ReviewProcess
-from vmad_edge.runtime.stages.language import check_vocabulary
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
+from vmad_edge.runtime.stages.vocabulary import check_model
 from vmad_edge.runtime.station import Fallback, Station
 from vmad_edge.runtime.system import check_system
 from vmad_edge.runtime.systems.vmad import Finding, Screen, SimilaritySource
@@ -149,7 +149,8 @@ class Inspector:
             raise VmadError(f'fallback: expected "bundle" or None, got {fallback!r}')
         opened = Bundle.open(bundle)
         if isinstance(opened.manifest, Manifest):  # else the review alone would find out, frame by frame
-            check_vocabulary(opened.file("llm.gguf"), opened.manifest.language)
+            with opened.opened("llm.gguf") as gguf:
+                check_model(gguf, opened.manifest.language)
         kept = Station(None if station is None else Path(station), opened)
         return Inspector(opened, kept, device, calibrated, stream, reviews, fallback)
 
@@ -338,6 +339,20 @@ class Inspector:
             "defect_above": None if thresholds is None else float(f"{thresholds.defect_above:.6g}"),
         }
 
+    def references(self, object: str | None = None) -> References | None:
+        """What `object` is compared with now, if that is enrolled frames; None: the bundle's normal features.
+
+        Raises:
+            VmadError: it is compared with unlabelled frames.
+        """
+        name = self._object(object)
+        beside = _beside(self._source(name))
+        if isinstance(beside, References):
+            return beside
+        if isinstance(beside, NormalFeatures):
+            return None
+        raise VmadError(f"{name!r} is compared with {beside.kind}: expected enrolled frames or the bundle's features")
+
     def thresholds(self, object: str | None = None) -> Thresholds | None:
         """Of `object` as it is compared now; None where there are none (unlabelled frames)."""
         return self._source(self._object(object)).thresholds
@@ -380,7 +395,8 @@ class Inspector:
                 f"bundle {self.bundle.path} has no normal features to compare with, and {object!r} is not "
                 "enrolled: `vmad enroll` normal parts, or name a folder of them with --references"
             )
-        calibration = self.station.load_calibration(object) if self._calibrated else None
+        bank = source.hash if isinstance(source, References) else None
+        calibration = self.station.load_calibration(object, bank) if self._calibrated else None
         if calibration is not None:
             source.thresholds = calibration.thresholds
         return self._with_stream(source)

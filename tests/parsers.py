@@ -72,7 +72,7 @@ class Parser:
 
 def _manifests() -> list[bytes]:
     digest = hashlib.sha256(b"graph").hexdigest()
-    whole = Manifest.model_validate({**MANIFEST, "files": {"clip_encoder.onnx": digest}})
+    whole = Manifest.model_validate({**MANIFEST, "files": dict.fromkeys(Manifest.needed, digest)})
     screen = {name: value for name, value in MANIFEST.items() if name not in ("sam", "conversation", "language")}
     return [
         whole.model_dump_json().encode(),
@@ -81,7 +81,8 @@ def _manifests() -> list[bytes]:
 
 
 def _open_bundle(data: bytes, folder: Path) -> None:
-    (folder / "clip_encoder.onnx").write_bytes(b"graph")
+    for name in Manifest.needed if b'"language"' in data else ScreenManifest.needed:
+        (folder / name).write_bytes(b"graph")
     (folder / "manifest.json").write_bytes(data)
     (folder / "manifest.sha256").write_text(hashlib.sha256(data).hexdigest())
     bundle = Bundle.open(folder)
@@ -113,11 +114,14 @@ def _calibrations() -> list[bytes]:
 
 def _load_calibration(data: bytes, folder: Path) -> None:
     station = Station(folder, station_bundle())
-    place = station._calibration("part")
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "calibration.json").write_bytes(data)
-    (place / "calibration.sha256").write_text(hashlib.sha256(data).hexdigest())
-    station.load_calibration("part")
+    _put(station.path / "calibrations/part.calibration", data)
+    station.load_calibration("part", None)
+
+
+def _put(path: Path, data: bytes) -> None:
+    """As the station writes it: the hash first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(f"{hashlib.sha256(data).hexdigest()}\n".encode() + data)
 
 
 def references() -> References:
@@ -126,21 +130,19 @@ def references() -> References:
         EnrolledFrame("two.png", 2, 5, View(-1, 0.5, 8, 8), (8, 7), b"second", "b2"),
     )
     features = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
-    return References(features, np.arange(5, dtype=np.int32), frames, Thresholds(good_below=0.1, defect_above=0.2))
+    patch = np.array([0, 3, 0, 1, 2], np.int32)
+    return References(features, patch, frames, Thresholds(good_below=0.1, defect_above=0.2))
 
 
 def _banks() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        station = Station(Path(folder), station_bundle())
-        return [(station.save_references("part", references()) / "bank.safetensors").read_bytes()]
+        path = Station(Path(folder), station_bundle()).save_references("part", references())
+        return [path.read_bytes().partition(b"\n")[2]]
 
 
 def _load_references(data: bytes, folder: Path) -> None:
     station = Station(folder, station_bundle())
-    place = station._bank("part")
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "bank.safetensors").write_bytes(data)
-    (place / "bank.sha256").write_text(hashlib.sha256(data).hexdigest())
+    _put(station.path / "banks/part.bank", data)
     station.load_references("part")
 
 

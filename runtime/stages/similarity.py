@@ -102,9 +102,12 @@ class References:
         patch: [M] each row's patch number (row-major in the grid) in its frame.
         beside: the bundle's features, whose score is fused with the distance to the bank.
         dtype: of the bank that is made of the features.
+
+    `hash`: SHA-256 of the bank in the station that they were read from or written to; None: nobody keeps them.
     """
 
     kind = "references"
+    hash: str | None = None
 
     def __init__(
         self,

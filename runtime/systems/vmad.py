@@ -28,7 +28,6 @@ from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features, Screening
-from vmad_edge.runtime.stages.language import LanguageModel
 from vmad_edge.runtime.stages.preprocess import View, clip_pixels, sam_covered, sam_pixels
 from vmad_edge.runtime.stages.segmentation import mask_logits
 from vmad_edge.runtime.stages.segmentation_cuda import CudaSamEncoder
@@ -187,6 +186,9 @@ class Review:
     """The slow lane. One review at a time."""
 
     def __init__(self, bundle: Bundle, device: Device, plans: Plans | None = None) -> None:
+        # Not where frames are screened: llama.cpp ends its process at some damaged files.
+        from vmad_edge.runtime.stages.language import LanguageModel
+
         self._manifest = bundle.for_review
         engines = Engines.choose(bundle, device, plans)
         self._ltc_projector = engines.open("ltc_projector")
