@@ -21,7 +21,7 @@ import gguf
 import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, FiniteFloat, JsonValue, model_validator
+from pydantic import BaseModel, FiniteFloat, JsonValue, PositiveInt, model_validator
 from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from vmad_edge.export.reading import read_json, read_shapes, validated, weight_files
 from vmad_edge.kernels.processors import processors
-from vmad_edge.runtime.bundle import Positive, SpacePrefix
+from vmad_edge.runtime.bundle import SpacePrefix
 from vmad_edge.runtime.errors import CheckpointError
 from vmad_edge.runtime.stages.language import llama_messages
 
@@ -245,10 +245,10 @@ def _merge(language: Path, adapter: Path, config: Config) -> list[_Tensor]:
 class _Lora(BaseModel):
     """What this merge obeys of adapter_config.json; defaults are peft's."""
 
-    r: Positive = 8
+    r: PositiveInt = 8
     lora_alpha: FiniteFloat = 8
     use_rslora: bool | None = False
-    rank_pattern: dict[str, Positive] | None = None
+    rank_pattern: dict[str, PositiveInt] | None = None
     alpha_pattern: dict[str, FiniteFloat] | None = None
     target_modules: str | list[str] | None = None
     exclude_modules: JsonValue = None

@@ -81,8 +81,9 @@ def _manifests() -> list[bytes]:
 
 
 def _open_bundle(data: bytes, folder: Path) -> None:
-    for name in Manifest.needed if b'"language"' in data else ScreenManifest.needed:
-        (folder / name).write_bytes(b"graph")
+    needed = Manifest.needed if b'"language"' in data else ScreenManifest.needed
+    for name in {*Manifest.needed, *ScreenManifest.needed}:
+        (folder / name).write_bytes(b"graph") if name in needed else (folder / name).unlink(missing_ok=True)
     (folder / "manifest.json").write_bytes(data)
     (folder / "manifest.sha256").write_text(hashlib.sha256(data).hexdigest())
     bundle = Bundle.open(folder)
@@ -171,7 +172,7 @@ def _ggufs() -> list[bytes]:
         writer.add_add_bos_token(True)
         writer.add_token_list(["<s>", "a", "é"])
         writer.add_token_scores([0.0, -1.0, -2.0])
-        writer.add_array("nested", [[1, 2], [3]])
+        writer.add_token_types([3, 1, 1])
         writer.add_tensor("token_embd.weight", np.ones((3, 8), np.float32))
         writer.add_tensor("blk.0.attn_q.weight", np.ones((8, 8), np.float16))
         writer.write_header_to_file()

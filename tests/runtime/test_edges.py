@@ -100,13 +100,10 @@ def test_json_of_other_values(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", PARSERS)
-@pytest.mark.parametrize(
-    "data",
-    [b"", b"\0", b"\n", b"\xff\xfe", b"\xef\xbb\xbf{}", b"\0" * 4096, b"\xff" * 4096, *(v.encode() for v in VALUES)],
-    ids=lambda data: repr(data[:12]),
-)
-def test_files_of_another_kind(name: str, data: bytes, tmp_path: Path) -> None:
-    PARSERS[name].run(data, tmp_path)
+def test_files_of_another_kind(name: str, tmp_path: Path) -> None:
+    odd = [b"", b"\0", b"\n", b"\xff\xfe", b"\xef\xbb\xbf{}", b"\0" * 4096, b"\xff" * 4096]
+    for data in (*odd, *(value.encode() for value in VALUES)):
+        PARSERS[name].run(data, tmp_path)
 
 
 def test_gguf_lists_in_lists(tmp_path: Path) -> None:
@@ -265,7 +262,7 @@ def test_objects_of_any_script_have_places_of_their_own(tmp_path: Path) -> None:
 )
 def test_objects_whose_names_are_too_long(name: str, call: str, tmp_path: Path) -> None:
     with pytest.raises(VmadError, match="too long to name a folder") as raised:
-        getattr(Station(tmp_path, station_bundle()), call)(name)
+        getattr(Station(tmp_path, station_bundle()), call)(name, *([None] if call == "load_calibration" else []))
     assert len(str(raised.value)) < 500
 
 
