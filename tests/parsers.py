@@ -28,10 +28,11 @@ from safetensors.numpy import save
 from vmad_edge.export.checkpoint import Config, _clip_input
 from vmad_edge.export.reading import read_json, read_shapes, validated
 from vmad_edge.runtime.bundle import Bundle, Manifest, ScreenManifest, Thresholds
+from vmad_edge.runtime.costs import LanguageCost, graph_cost
 from vmad_edge.runtime.dataset import read_dataset
 from vmad_edge.runtime.errors import BundleError, CheckpointError, FrameError, VmadError
 from vmad_edge.runtime.frame import Frame
-from vmad_edge.runtime.headers import read_gguf, read_onnx
+from vmad_edge.runtime.headers import read_gguf
 from vmad_edge.runtime.masks import read_mask
 from vmad_edge.runtime.review import _receive
 from vmad_edge.runtime.rows import flat, read_rows, take_up
@@ -158,8 +159,9 @@ def _onnx_graphs() -> list[bytes]:
         nodes,
         "g",
         [helper.make_tensor_value_info("x", floats, ["batch", 3])],
-        [helper.make_tensor_value_info("y", floats, ["4*batch", None])],
+        [helper.make_tensor_value_info("y", floats, ["batch", 2])],
         [helper.make_tensor("w", floats, [2, 3], [1.0] * 6), helper.make_tensor("s", floats, [], [0.5])],
+        value_info=[helper.make_tensor_value_info("open", floats, ["4*batch", None])],
     )
     return [helper.make_model(graph).SerializeToString()]
 
@@ -168,6 +170,8 @@ def _ggufs() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         writer = gguf.GGUFWriter(Path(folder) / "a.gguf", "llama")
         writer.add_block_count(1)
+        writer.add_head_count(2)
+        writer.add_embedding_length(8)
         writer.add_rope_freq_base(1e4)
         writer.add_add_bos_token(True)
         writer.add_token_list(["<s>", "a", "é"])
@@ -180,6 +184,10 @@ def _ggufs() -> list[bytes]:
         writer.write_tensors_to_file()
         writer.close()
         return [(Path(folder) / "a.gguf").read_bytes()]
+
+
+def _count_gguf(path: Path) -> None:
+    LanguageCost.of(read_gguf(path), "f16")
 
 
 def _features() -> list[bytes]:
@@ -387,8 +395,8 @@ PARSERS = {
     "calibration": Parser(_calibrations, _load_calibration, BundleError, text=True),
     "reference bank": Parser(_banks, _load_references, BundleError),
     "normal features": Parser(_features, _read_features, BundleError),
-    "ONNX header": Parser(_onnx_graphs, _from_file(read_onnx, "a.onnx"), BundleError),
-    "GGUF header": Parser(_ggufs, _from_file(read_gguf, "a.gguf"), BundleError),
+    "ONNX header": Parser(_onnx_graphs, _from_file(graph_cost, "a.onnx"), BundleError),
+    "GGUF header": Parser(_ggufs, _from_file(_count_gguf, "a.gguf"), BundleError),
     "safetensors header": Parser(_features, _from_file(read_shapes, "a.safetensors"), CheckpointError),
     "frame": Parser(pictures, _read_frame, FrameError),
     "mask": Parser(_masks, _read_mask, FrameError),
@@ -406,6 +414,69 @@ PARSERS = {
         text=True,
     ),
 }
+
+
+# ------------------------------------------------------------------------------------------------ faults of the past
+
+
+def _gguf_of(name: str, kind: int, value: bytes) -> bytes:
+    """A GGUF file with one entry of metadata and no tensor."""
+    head = b"GGUF\3\0\0\0" + struct.pack("<QQQ", 0, 1, len(name)) + name.encode()
+    return head + struct.pack("<I", kind) + value
+
+
+def _row_with(**changed: Any) -> bytes:
+    return (json.dumps({**json.loads(_runs()[0]), **changed}) + "\n").encode()
+
+
+def _real_iad_with(**changed: Any) -> bytes:
+    whole = json.loads(_real_iads()[0])
+    whole["test"][1] |= changed
+    return json.dumps(whole).encode()
+
+
+def _adapter_with(**changed: Any) -> bytes:
+    return json.dumps({**json.loads(_adapters()[0]), **changed}).encode()
+
+
+def _index_of(shard: Any) -> bytes:
+    return json.dumps({"weight_map": {"visual_normal": shard}}).encode()
+
+
+def _message_of(dtype: str, shape: Any) -> bytes:
+    return json.dumps({"kind": "review", "arrays": {"pixels": [dtype, shape]}}).encode() + b"\n"
+
+
+PAST: dict[str, tuple[str, bytes]] = {
+    # what came of it: (parser, input)
+    "RecursionError of arrays in arrays": ("GGUF header", _gguf_of("a", 9, struct.pack("<IQ", 9, 1) * 5000)),
+    "ZeroDivisionError of an alignment of 0": ("GGUF header", _gguf_of("general.alignment", 4, bytes(4))),
+    "a text beyond the end was an empty one": ("GGUF header", _gguf_of("a", 8, struct.pack("<Q", 2**63))),
+    "hours for a number of megabytes": ("ONNX header", b"\x08" + b"\xff" * 3_000_000),
+    "a library's words for a damaged header": ("safetensors header", struct.pack("<Q", 9) + b'{"a":{}, '),
+    "RecursionError of a line of brackets": ("rows", b"[" * 100_000 + b"\n"),
+    "TypeError of a path that is a list": ("rows", _row_with(path=[])),
+    "AttributeError of times that are a number": ("rows", _row_with(timings_ms=1.5)),
+    "TypeError of regions that are a number": ("rows", _row_with(regions=0.5)),
+    "AttributeError of a region that is a number": ("rows", _row_with(regions=[0.5])),
+    "ValueError of a box with three sides": ("rows", _row_with(regions=[{"box": [1, 2, 3]}])),
+    "RecursionError of lists in lists": ("Real-IAD table", b"[" * 100_000),
+    "Python's words for a file that is no JSON": ("Real-IAD table", b"\xff{"),
+    "TypeError of a mask that is a number": ("Real-IAD table", _real_iad_with(mask_path=3)),
+    "csv.Error of a long field": ("VisA table", _tables()[0] + b"x" * 200_000),
+    "a category called ..": ("VisA table", _tables()[0].replace(b"cap,t", b"..,t")),
+    "RecursionError of an index that names itself": ("checkpoint index", _index_of(".")),
+    "weights of another folder": ("checkpoint index", _index_of("../model.safetensors")),
+    "OSError of a shard's long name": ("checkpoint index", _index_of("x" * 10_000)),
+    "AttributeError of a list of shards": ("checkpoint index", b'{"weight_map": ["model.safetensors"]}'),
+    "re.error of target modules": ("adapter config", _adapter_with(target_modules="(")),
+    "AttributeError of a list of patterns": ("adapter config", _adapter_with(rank_pattern=[1])),
+    "TypeError of alpha in words": ("adapter config", _adapter_with(lora_alpha="much")),
+    "OverflowError of an array's size": ("message", _message_of("|u1", [2**63])),
+    "gigabytes for an announced array": ("message", _message_of("<f4", [2**31, 2**10])),
+    "SyntaxError of an array's type": ("message", _message_of("(01)i4", [1])),
+}
+"""Inputs that were faults once; `tests/runtime/test_fuzz.py` sees that they are none."""
 
 
 # --------------------------------------------------------------------------------------------------- alterations
