@@ -520,10 +520,10 @@ def _other_values(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
     """Lines of JSON with one to three values exchanged, or left out, and sometimes one more."""
     lines = [json.loads(line) for line in draw(st.sampled_from(seeds)).splitlines()]
     for _ in range(draw(st.integers(1, 3))):
-        places = [place for line in lines for place in places(line)]
-        if not places:
+        found = [place for line in lines for place in places(line)]
+        if not found:
             break
-        container, key = draw(st.sampled_from(places))
+        container, key = draw(st.sampled_from(found))
         match draw(st.integers(0, 5)):
             case 0:
                 del container[key]
