@@ -28,6 +28,7 @@ class Frame:
     `Frame(…)` takes the array as it is: nobody may write to it afterwards. `Frame.read` copies.
 
     Raises:
+        TypeError: pixels that are no array.
         FrameError: pixels of another shape or dtype.
     """
 
@@ -37,6 +38,8 @@ class Frame:
     time: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pixels, np.ndarray):
+            raise TypeError(f"pixels: expected a NumPy array, got {type(self.pixels).__qualname__}; see Frame.read")
         if self.pixels.dtype != np.uint8 or self.pixels.ndim != 3 or self.pixels.shape[2] != 3:
             raise FrameError(f"expected pixels [h,w,3] of uint8, got {self.pixels.shape} of {self.pixels.dtype}")
 
@@ -74,7 +77,7 @@ class Frame:
             id = "bytes"
             pixels = decode(bytes(source), "the given bytes", bit_depth)
         elif isinstance(source, str | os.PathLike):
-            id = path = os.fspath(source)
+            id = path = os.fsdecode(source)
             pixels = decode(_bytes_of(path), path, bit_depth)
         else:
             id = name if isinstance(name := getattr(source, "name", None), str) else "file"
@@ -161,6 +164,8 @@ def _bytes_of(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise FrameError(f"{path}: cannot be read ({_why(path, error)})") from None
+    except ValueError:  # NUL, or half a character
+        raise FrameError(f"{path!r}: cannot be read (no file can have this name)") from None
 
 
 def _why(path: str, error: OSError) -> str:

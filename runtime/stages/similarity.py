@@ -47,7 +47,7 @@ class NormalFeatures:
         try:
             features = load_file(path)
             self.normal = ReferenceBank.from_array(features["visual_normal"])
-        except (KeyError, SafetensorError):
+        except (OSError, KeyError, ValueError, SafetensorError):
             raise BundleError(
                 f"{path}: expected safetensors with visual_normal [P,D], found something else. Export the bundle again."
             ) from None
