@@ -18,6 +18,7 @@ from vmad_edge.runtime.frame import AS_STORED, Reading
 from vmad_edge.runtime.inspection import Inspection
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.stages.fitness import Fitness, learned, measure
+from vmad_edge.runtime.stages.scope import scope_limit
 from vmad_edge.runtime.station import Calibration, CalibrationFrame
 
 
@@ -54,6 +55,7 @@ def calibrate(
 
     Frames that are unfit to be judged are left out, and the promise says so: on the line they are NOT_INSPECTED too.
     From the good ones that are left, limits of fitness are learned.
+    The good frames' distances to the enrolled ones set the limit of its scope anew.
 
     Args:
         inspector: one opened with `calibrated=False`, so that an outdated calibration is not in the way.
@@ -99,6 +101,7 @@ def calibrate(
         thresholds, promise = from_labels(normal, defective, targets) if defective else from_good(normal, targets)
     except VmadError as error:
         raise VmadError(f"{error}{said}") from None
+    distances = (frame.scope_distance for frame in frames.values() if not frame.defective)
     if _kept(inspector, name) != bank:
         raise VmadError(f"{name!r} was enrolled anew while its frames were compared: calibrate again")
     calibration = Calibration(
@@ -106,6 +109,7 @@ def calibrate(
         bank=bank,
         object=name,
         thresholds=thresholds,
+        scope=scope_limit([d for d in distances if d is not None]),
         promise=promise + said,
         by=by or _account(),
         when=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -252,7 +256,11 @@ def _scored(
         )
     file = Path(path).absolute()
     return pixel_hash, CalibrationFrame(
-        path=str(file), sha256=sha256(file), defective=defective, score=inspection.score
+        path=str(file),
+        sha256=sha256(file),
+        defective=defective,
+        score=inspection.score,
+        scope_distance=inspection.scope_distance,
     )
 
 

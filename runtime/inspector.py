@@ -26,6 +26,7 @@ from vmad_edge.runtime.frame import Colour, Frame, FrameSource, check_source
 from vmad_edge.runtime.inspection import Inspection, Reason, Region, Screening, Verdict, find_regions, verdict_of
 from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, ReviewProcess
 from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check
+from vmad_edge.runtime.stages.scope import in_words
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
 from vmad_edge.runtime.stages.vocabulary import check_model
@@ -63,7 +64,9 @@ class ReviewHandle:
             reason = f"review {'failed' if code is Reason.REVIEW_FAULT else 'left out'}: {pending.fault}"
         elif finding is not None and finding.stopped is not None:
             reason, code = f"the review was stopped: {finding.stopped}", Reason.REVIEW_CANCELLED
-        after = replace(self._inspection, reason=reason, reason_code=code)
+        screened = self._inspection  # out of scope stays the first reason
+        told = "; ".join(said for said in (screened.reason, reason) if said) or None
+        after = replace(screened, reason=told, reason_code=screened.reason_code or code)
         if finding is not None:
             after = _reviewed(after, finding, pending.timings_ms, self._manifest)
         # Without one of its own, a review that settled the verdict is held to the screen's.
@@ -339,6 +342,7 @@ class Inspector:
             "good_below": None if thresholds is None else float(f"{thresholds.good_below:.6g}"),
             "defect_above": None if thresholds is None else float(f"{thresholds.defect_above:.6g}"),
             "fitness": hashlib.sha256(source.fitness.model_dump_json().encode()).hexdigest(),
+            "scope_limit": None if source.scope is None else float(f"{source.scope.limit.limit:.6g}"),
         }
 
     def references(self, object: str | None = None) -> References | None:
@@ -354,6 +358,11 @@ class Inspector:
         if isinstance(beside, NormalFeatures):
             return None
         raise VmadError(f"{name!r} is compared with {beside.kind}: expected enrolled frames or the bundle's features")
+
+    def told(self, object: str | None = None) -> str:
+        """What `object` is compared with now, and which frames are in scope, for people."""
+        source = self._source(self._object(object))
+        return f"{source.kind}; {in_words(source.scope)}"
 
     def thresholds(self, object: str | None = None) -> Thresholds | None:
         """Of `object` as it is compared now; None where there are none (unlabelled frames)."""
@@ -403,6 +412,8 @@ class Inspector:
             source.thresholds = calibration.thresholds
             if calibration.fitness is not None and calibration.fitness.frames > source.fitness.frames:
                 source.fitness = calibration.fitness
+            if source.scope is not None and calibration.scope is not None:
+                source.scope = replace(source.scope, limit=calibration.scope)
         return self._with_stream(source)
 
     def _held(self) -> list[str]:
@@ -472,7 +483,12 @@ class Inspector:
         source: SimilaritySource,
         watch: Stopwatch,
     ) -> Inspection:
-        verdict = verdict_of(screening.score, source.thresholds)
+        verdict, reason, code = verdict_of(screening.score, source.thresholds), None, None
+        if source.scope is not None and screening.scope_distance is not None:
+            distance, limit = screening.scope_distance, source.scope.limit.limit
+            if not distance <= limit:
+                verdict, code = Verdict.UNCERTAIN, Reason.OUT_OF_SCOPE
+                reason = f"unlike all enrolled frames: {distance:.3f} from the nearest one, the limit is {limit:.3f}"
         regions: tuple[Region, ...] = ()
         nearest = None
         references = _beside(source)
@@ -486,7 +502,10 @@ class Inspector:
             frame,
             object,
             verdict,
+            reason=reason,
+            reason_code=code,
             score=screening.score,
+            scope_distance=screening.scope_distance,
             compared_with=source.kind,
             map=screening.map,
             regions=regions,
@@ -527,11 +546,16 @@ def _in_time(deadline: float | None) -> bool | None:
     return None if deadline is None else time.monotonic() <= deadline
 
 
-def settled(verdict: Verdict, p_yes: float) -> Verdict:
-    """What a review makes of the screen's verdict: it settles UNCERTAIN, never turns DEFECT into GOOD."""
+def settled(verdict: Verdict, p_yes: float, reason: Reason | None = None) -> Verdict:
+    """What a review makes of the screen's verdict: it settles UNCERTAIN, never turns DEFECT into GOOD.
+
+    A frame that is out of scope (`reason`) it may call DEFECT, not GOOD.
+    """
     if verdict is not Verdict.UNCERTAIN:
         return verdict
-    return Verdict.DEFECT if p_yes >= 0.5 else Verdict.GOOD
+    if p_yes >= 0.5:
+        return Verdict.DEFECT
+    return Verdict.UNCERTAIN if reason is Reason.OUT_OF_SCOPE else Verdict.GOOD
 
 
 def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, float], manifest: Manifest) -> Inspection:
@@ -544,8 +568,9 @@ def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, fl
         timings_ms={**inspection.timings_ms, **timings_ms},
         features=None,
     )
-    if inspection.verdict is Verdict.UNCERTAIN:
-        after = replace(after, verdict=settled(inspection.verdict, finding.p_yes), decided_by="review")
+    verdict = settled(inspection.verdict, finding.p_yes, inspection.reason_code)
+    if verdict is not inspection.verdict:
+        after = replace(after, verdict=verdict, decided_by="review")
     if finding.token_scores is not None and inspection.features is not None:
         size = inspection.frame.pixels.shape[0], inspection.frame.pixels.shape[1]
         scores, view = finding.token_scores, inspection.features.view
