@@ -77,6 +77,10 @@ class FrameResult(Record):
     made_of: tuple[str, str, str]
     """SHA-256 of the frame, of its mask (or nothing, or of several), and of all that was enrolled before it."""
 
+    @property
+    def unfit(self) -> bool:
+        return self.reason_code is not None and self.reason_code.is_unfit
+
 
 class Figures(Record):
     """The columns of VMAD's Table I and two more, as fractions; None where there is nothing to tell apart."""
@@ -117,6 +121,15 @@ class CategoryResult(Record):
     def out_of_scope(self, defective: bool) -> int:
         """Good or defective frames that are unlike all that were enrolled."""
         return sum(f.reason_code is Reason.OUT_OF_SCOPE and f.defective is defective for f in self.frames)
+
+    @property
+    def unfit_good(self) -> int:
+        """Good frames that were refused before the screen saw them."""
+        return sum(frame.unfit and not frame.defective for frame in self.frames)
+
+    @property
+    def unfit_defective(self) -> int:
+        return sum(frame.unfit and frame.defective for frame in self.frames)
 
     @property
     def unmarked(self) -> int:

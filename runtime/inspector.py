@@ -25,10 +25,11 @@ from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.frame import Colour, Frame, FrameSource, check_source
 from vmad_edge.runtime.inspection import Inspection, Reason, Region, Screening, Verdict, find_regions, verdict_of
 from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, ReviewProcess
-from vmad_edge.runtime.stages.language import check_vocabulary
+from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check
 from vmad_edge.runtime.stages.scope import in_words
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
+from vmad_edge.runtime.stages.vocabulary import check_model
 from vmad_edge.runtime.station import Fallback, Station
 from vmad_edge.runtime.system import check_system
 from vmad_edge.runtime.systems.vmad import Finding, Screen, SimilaritySource
@@ -152,7 +153,8 @@ class Inspector:
             raise VmadError(f'fallback: expected "bundle" or None, got {fallback!r}')
         opened = Bundle.open(bundle)
         if isinstance(opened.manifest, Manifest):  # else the review alone would find out, frame by frame
-            check_vocabulary(opened.file("llm.gguf"), opened.manifest.language)
+            with opened.opened("llm.gguf") as gguf:
+                check_model(gguf, opened.manifest.language)
         kept = Station(None if station is None else Path(station), opened)
         return Inspector(opened, kept, device, calibrated, stream, reviews, fallback)
 
@@ -287,7 +289,7 @@ class Inspector:
             bit_depth, colour: see `Frame.read`.
 
         Raises:
-            FrameError: no frames, or one that cannot be read; nothing is changed then.
+            FrameError: no frames, or one that cannot be read or shows nothing; nothing is changed then.
         """
         self._must_be_open()
         name = self._object(object)
@@ -309,7 +311,7 @@ class Inspector:
         """From now on compare `object`'s frames with each other: `frames` are all that will be inspected.
 
         Nobody said that they are normal, so there are no thresholds and the screen's verdict is UNCERTAIN. Those that
-        cannot be read are left out.
+        cannot be read, or are unfit, are left out.
 
         Raises:
             FrameError: too few frames that can be read, see `Unlabelled`.
@@ -339,6 +341,7 @@ class Inspector:
             "enrolled": None if enrolled is None else hashlib.sha256(enrolled.encode()).hexdigest(),
             "good_below": None if thresholds is None else float(f"{thresholds.good_below:.6g}"),
             "defect_above": None if thresholds is None else float(f"{thresholds.defect_above:.6g}"),
+            "fitness": hashlib.sha256(source.fitness.model_dump_json().encode()).hexdigest(),
             "scope_limit": None if source.scope is None else float(f"{source.scope.limit.limit:.6g}"),
         }
 
@@ -407,6 +410,8 @@ class Inspector:
         calibration = self.station.load_calibration(object, bank) if self._calibrated else None
         if calibration is not None:
             source.thresholds = calibration.thresholds
+            if calibration.fitness is not None and calibration.fitness.frames > source.fitness.frames:
+                source.fitness = calibration.fitness
             if source.scope is not None and calibration.scope is not None:
                 source.scope = replace(source.scope, limit=calibration.scope)
         return self._with_stream(source)
@@ -441,6 +446,8 @@ class Inspector:
                 with watch("read"):
                     frame = Frame.read(source, bit_depth, colour)
                     frame = frame if frame_id is None else replace(frame, id=frame_id)
+                with watch("fitness"):
+                    check(frame.pixels, compared_with.fitness)
                 screening = self._screen.run(frame, compared_with, watch)
             if not np.isfinite(screening.score):
                 reason, code = "the encoder or the similarity gave NaN", Reason.SCREEN_FAULT
@@ -450,6 +457,8 @@ class Inspector:
                     return replace(inspection, deadline_met=met, deadline=deadline)
                 reason = f"the screen took {watch.timings_ms['screen']:.0f} ms and missed the deadline"
                 code = Reason.SCREEN_LATE
+        except UnfitError as error:
+            reason, code = str(error), error.reason
         except FrameError as error:
             reason, code = str(error), Reason.UNREADABLE
         except Exception as error:  # whatever went wrong in the screen is a reason, never a verdict
@@ -514,7 +523,9 @@ def _readable(frames: Iterable[FrameSource], bit_depth: int | None, colour: Colo
     for frame in frames:
         check_source(frame, bit_depth, colour)
         with suppress(FrameError):
-            yield Frame.read(frame, bit_depth, colour)
+            read = Frame.read(frame, bit_depth, colour)
+            check(read.pixels, FitnessLimits())
+            yield read
 
 
 def _normal_features(bundle: Bundle) -> NormalFeatures | None:

@@ -36,12 +36,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmad_edge.runtime.bundle import Answer, Bundle
-from vmad_edge.runtime.engines import Device
+from vmad_edge.runtime.engines import Device, Stopped
 from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features, Reason
-from vmad_edge.runtime.stages.language import Stopped
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.systems.vmad import Finding, Review
 from vmad_edge.runtime.timing import Stopwatch

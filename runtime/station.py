@@ -37,6 +37,7 @@ from vmad_edge.runtime.errors import BundleError, FrameError
 from vmad_edge.runtime.files import check_ours, only_writer, open_ours, sync, whole_file
 from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
 from vmad_edge.runtime.objects import alike, folder_name, listed, object_name
+from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.scope import Scope, ScopeLimit
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, NormalFeatures, References
@@ -52,7 +53,12 @@ _SCHEMA_1: dict[Kind, str] = {"banks": "bank.safetensors", "calibrations": "cali
 _IS: dict[Kind, str] = {"banks": "reference bank", "calibrations": "calibration"}
 _HASH_LINE = 65
 
-Text = Annotated[str, AfterValidator(lambda text: text.encode("utf-8", "backslashreplace").decode())]
+
+def _text(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+Text = Annotated[str, AfterValidator(_text)]
 """Names may hold bytes that are no text; JSON cannot."""
 
 
@@ -82,6 +88,8 @@ class _BankRecord(Record):
     object: Text
     frames: tuple[_FrameRecord, ...]
     thresholds: Thresholds | None
+    fitness: FitnessLimits = FitnessLimits()
+    """An older bank has none: those of any frame."""
     scope: ScopeLimit | None = None
     """None: one frame, or enrolled before there was a scope check."""
 
@@ -111,6 +119,8 @@ class Calibration(Record):
     by: Text
     when: str
     frames: tuple[CalibrationFrame, ...]
+    fitness: FitnessLimits | None = None
+    """Of its good frames; an older one has none."""
 
 
 class Station:
@@ -154,6 +164,7 @@ class Station:
             object=object,
             frames=tuple(frames),
             thresholds=references.thresholds,
+            fitness=references.fitness,
             scope=None if scope is None else scope.limit,
         )
         arrays: dict[str, NDArray[Any]] = {
@@ -183,7 +194,7 @@ class Station:
             raise BundleError(
                 f"{path} was enrolled with bundle {record.bundle[:16]}, this is {self._bundle.hash[:16]}. {advice}"
             )
-        if folder_name(record.object) != path.stem:
+        if record.object != _text(object):
             raise BundleError(f"{path} is the reference bank of {record.object!r}. {advice}")
         references = References(
             arrays["features"],
@@ -192,6 +203,7 @@ class Station:
             record.thresholds,
             beside,
             self._bundle.manifest.similarity.bank_dtype,
+            record.fitness,
             None if record.scope is None else Scope(arrays["scope"], record.scope),
         )
         references.hash = hash
@@ -336,7 +348,7 @@ class Station:
             return None
         advice = f"Calibrate {object!r} again, or remove {path}."
         found = _parsed(Calibration, _content(path, advice)[1], path, advice)
-        if folder_name(found.object) != path.stem:
+        if found.object != _text(object):
             raise BundleError(f"{path} is the calibration of {found.object!r}. {advice}")
         for what, then, now in (
             ("bundle", found.bundle, self._bundle.hash),
