@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
+from vmad_edge.runtime.decode import opened
 from vmad_edge.runtime.errors import FrameError
 
 SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
@@ -37,7 +38,7 @@ def read_mask(path: Path, size: tuple[int, int], numbered: bool = False) -> tupl
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large images: a mask is as large as its frame, or refused
-            with Image.open(path) as image:
+            with Image.open(path, formats=opened()) as image:
                 levels = _levels(image, path, size, numbered)
     except FrameError:
         raise
@@ -51,7 +52,7 @@ def read_mask(path: Path, size: tuple[int, int], numbered: bool = False) -> tupl
 def turned(path: Path) -> bool:
     """Whether a file's EXIF orientation turns or mirrors what is stored in it; False if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=opened()) as image:
             return bool(image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
     except Exception:  # decoders raise many kinds on broken files, and the frame's own reader says so
         return False
