@@ -140,10 +140,9 @@ def read_rows(path: Path, dropped: Callable[[str], None] = lambda _: None) -> It
 def _opened(path: Path) -> io.BufferedReader:
     try:
         return path.open("rb")
-    except OSError as error:
-        raise VmadError(
-            f"{path}: cannot be read ({error.strerror}); expected a file of `vmad inspect --jsonl`"
-        ) from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no file can have this name"
+        raise VmadError(f"{path}: cannot be read ({why}); expected a file of `vmad inspect --jsonl`") from None
 
 
 def _parsed(line: bytes) -> Row | None:
