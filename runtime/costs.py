@@ -50,6 +50,16 @@ def graph_cost(path: Path) -> GraphCost:
         BundleError: it does not tell the shapes of what it multiplies.
     """
     graph = read_onnx(path)
+    try:
+        return _counted(graph, path)
+    except (LookupError, ValueError, OverflowError, RecursionError):
+        raise BundleError(
+            f"{path}: its graph cannot be counted: it names values that it does not describe, or sizes that no graph "
+            "has. Export the bundle again."
+        ) from None
+
+
+def _counted(graph: Graph, path: Path) -> GraphCost:
     made_by = {output: node for node in graph.nodes for output in node.outputs}
     cast = {node.inputs[0]: node.outputs[0] for node in graph.nodes if node.kind == "Cast"}
     operations: dict[Kind, float] = {"fp32": 0.0, "fp16": 0.0, "int8": 0.0}
@@ -107,7 +117,7 @@ class LanguageCost:
 
         def number(name: str, default: int | None = None) -> int:
             found = gguf.metadata.get(f"{arch}.{name}", default)
-            if not isinstance(found, int):
+            if not isinstance(found, int) or found < 1:
                 raise BundleError(f"the GGUF does not tell {arch}.{name}. Export the bundle again.")
             return found
 
@@ -115,7 +125,9 @@ class LanguageCost:
         key = number("attention.key_length", width // heads)
         value = number("attention.value_length", key)
         each = {name: tensor for name, tensor in gguf.tensors.items() if len(tensor.shape) > 1 and "blk." in name}
-        head = gguf.tensors.get("output.weight", gguf.tensors["token_embd.weight"])  # or they are the same
+        head = gguf.tensors.get("output.weight") or gguf.tensors.get("token_embd.weight")  # or they are the same
+        if head is None or not each:
+            raise BundleError("the GGUF does not hold the tensors of a LLaMA. Export the bundle again.")
         largest = max(each.values(), key=lambda tensor: math.prod(tensor.shape))
         per_value = {"f32": 4, "f16": 2, "q8_0": 34 / 32}[kv_type]
         return LanguageCost(

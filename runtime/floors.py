@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rich.table import Table
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from vmad_edge.runtime.bundle import Bundle, Manifest, Record
 from vmad_edge.runtime.costs import Cost, GraphCost, LanguageCost, graph_cost, similarity_cost
+from vmad_edge.runtime.errors import BundleError
 from vmad_edge.runtime.hardware import Hardware
-from vmad_edge.runtime.headers import read_gguf, read_onnx
-from vmad_edge.runtime.stages.language import prompt_lengths
+from vmad_edge.runtime.headers import read_gguf
+from vmad_edge.runtime.stages.vocabulary import prompt_lengths
 
 SUSPECTS = (0.0, 0.01, 0.1, 1.0)
 """Shares of frames that are reviewed, for which `Floors.frames_per_second` is told."""
@@ -152,12 +154,10 @@ def chain_of(bundle: Bundle, banks: Sequence[int]) -> Chain:
     manifest = bundle.manifest
     names = sorted(name.removesuffix(".onnx") for name in manifest.files if name.endswith(".onnx"))
     graphs = {name: graph_cost(bundle.file(f"{name}.onnx")) for name in names}
-    _, query, width = read_onnx(bundle.file("clip_encoder.onnx")).tensors["patches"].shape
+    query, width = manifest.vision.grid**2, manifest.vision.width
     similarity = {}
     if "similarity.safetensors" in manifest.files:
-        with safe_open(bundle.file("similarity.safetensors"), "numpy") as file:
-            names = [name for name in file.keys() if name.startswith("visual_")]  # noqa: SIM118 (it is no dict)
-            rows = sum(file.get_slice(name).get_shape()[0] for name in names)
+        rows = _feature_rows(bundle.file("similarity.safetensors"))
         similarity["similarity, normal features"] = similarity_cost(query, rows, width, "float32")
     for count in banks or ([] if similarity else [1]):
         rows = max(1, round(count * query * manifest.similarity.coreset))
@@ -170,6 +170,15 @@ def chain_of(bundle: Bundle, banks: Sequence[int]) -> Chain:
     model = LanguageCost.of(read_gguf(gguf), language.llama.kv_type)
     tokens = (before, language.visual_tokens, after, short, language.max_new_tokens, language.context_length)
     return Chain(graphs, similarity, Dialogue(model, *tokens))
+
+
+def _feature_rows(path: Path) -> int:
+    try:
+        with safe_open(path, "numpy") as file:
+            names = [name for name in file.keys() if name.startswith("visual_")]  # noqa: SIM118 (it is no dict)
+            return sum(file.get_slice(name).get_shape()[0] for name in names)
+    except (OSError, SafetensorError, IndexError):
+        raise BundleError(f"{path}: its shapes cannot be read. Export the bundle again.") from None
 
 
 def table(found: Floors) -> Table:

@@ -1,4 +1,4 @@
-"""What ONNX and GGUF files say of the shapes in them, read without their libraries and without their weights."""
+"""What ONNX and GGUF files say of what is in them, read without their libraries and without their weights."""
 
 from __future__ import annotations
 
@@ -68,6 +68,9 @@ class Gguf:
     metadata: dict[str, int | float | str]
     """Without arrays."""
     tensors: dict[str, GgufTensor]
+    tokens: tuple[bytes, ...] = ()
+    token_types: tuple[int, ...] = ()
+    """llama.cpp's numbers (`llama_token_type`): 1 is normal."""
 
 
 def read_onnx(path: Path) -> Graph:
@@ -103,7 +106,7 @@ def read_onnx(path: Path) -> Graph:
 
 
 def read_gguf(path: Path) -> Gguf:
-    """Metadata and tensors' sizes of a GGUF file (version 3).
+    """Metadata, tokens and tensors' sizes of a GGUF file (version 3).
 
     Raises:
         BundleError: it cannot be read.
@@ -111,19 +114,35 @@ def read_gguf(path: Path) -> Gguf:
     with _mapped(path) as data:
         reader = _GgufReader(data)
         if (found := data[:8].tobytes()) != b"GGUF\3\0\0\0":
-            raise ValueError(f"expected GGUF version 3, found {found!r}")
+            raise _Broken(f"expected GGUF version 3, found {found!r}")
         _, count, entries = reader.take("<QQQ")
         metadata: dict[str, int | float | str] = {}
+        texts: dict[str, tuple[bytes, ...]] = {}
+        numbers: dict[str, tuple[int, ...]] = {}
         for _ in range(entries):
-            name, value = reader.text(), reader.value(*reader.take("<I"))
-            if value is not None:
-                metadata[name] = value
+            name, (kind,) = reader.text(), reader.take("<I")
+            if kind == _TEXT:
+                metadata[name] = reader.text()
+            elif kind != _ARRAY:
+                metadata[name] = reader.take(f"<{_NUMBERS[kind]}")[0]
+            else:
+                of, length = reader.take("<IQ")
+                if of == _TEXT:
+                    texts[name] = reader.texts(length)
+                else:
+                    numbers[name] = reader.take(f"<{length}{_NUMBERS[of]}")
+        tokens, types = texts.get("tokenizer.ggml.tokens", ()), numbers.get("tokenizer.ggml.token_type", ())
+        if len(tokens) != len(types):
+            raise _Broken(f"expected a type for each of {len(tokens)} tokens, found {len(types)}")
         placed = [_Placed(reader) for _ in range(count)]
-        alignment = int(metadata.get("general.alignment", 32))
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise _Broken(f"expected an alignment of at least 1, found {alignment!r:.40}")
         start = -(-reader.at // alignment) * alignment
         ends = sorted({tensor.offset for tensor in placed} | {len(data) - start})
         bytes_at = {offset: following - offset for offset, following in itertools.pairwise(ends)}
-        return Gguf(metadata, {t.name: GgufTensor(t.shape, t.type, bytes_at[t.offset]) for t in placed})
+        tensors = {t.name: GgufTensor(t.shape, t.type, bytes_at[t.offset]) for t in placed}
+        return Gguf(metadata, tensors, tokens, types)
 
 
 @contextmanager
@@ -132,8 +151,18 @@ def _mapped(path: Path) -> Iterator[memoryview]:
     try:
         with path.open("rb") as file:
             yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
-        raise BundleError(f"{path}: its shapes cannot be read ({error!s:.200}). Export the bundle again.") from None
+    except OSError as error:
+        raise BundleError(f"{path}: its shapes cannot be read ({error.strerror}). Export the bundle again.") from None
+    except _Broken as error:
+        raise BundleError(f"{path}: its shapes cannot be read ({error}). Export the bundle again.") from None
+    except (ValueError, KeyError, IndexError, OverflowError, RecursionError, struct.error):
+        raise BundleError(
+            f"{path}: its shapes cannot be read (damaged, cut off, or another kind of file). Export the bundle again."
+        ) from None
+
+
+class _Broken(Exception):
+    """What is wrong with a file, in words of ours."""
 
 
 # ---------------------------------------------------------------------------------------------- protobuf
@@ -151,7 +180,7 @@ def _fields(message: memoryview) -> Iterator[Field]:
             continue
         length, at = _varint(message, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
         if at + length > len(message):
-            raise ValueError("it ends too early")
+            raise _Broken("it ends too early")
         if kind == 2:
             yield key >> 3, message[at : at + length]
         at += length
@@ -165,11 +194,13 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
+        if shift > 63:
+            raise _Broken("a number of more than 64 bits")
 
 
 def _bytes(value: int | memoryview) -> memoryview:
     if isinstance(value, int):
-        raise ValueError("expected bytes, found a number")
+        raise _Broken("expected bytes, found a number")
     return value
 
 
@@ -219,7 +250,7 @@ def _value(message: memoryview) -> tuple[str, Tensor]:
     axes = _fields(_bytes(tensor[2])) if 2 in tensor else ()
     kind = tensor[1]
     if not isinstance(kind, int):
-        raise ValueError("expected a type's number")
+        raise _Broken("expected a type's number")
     return _text(info[1]), Tensor(tuple(_axis(dict(_fields(_bytes(axis)))) for field, axis in axes if field == 1), kind)
 
 
@@ -238,6 +269,7 @@ def _axis(dim: dict[int, int | memoryview]) -> int:
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
+_MOST_TEXTS = 1 << 22
 
 
 class _GgufReader:
@@ -254,20 +286,23 @@ class _GgufReader:
     def text(self) -> str:
         (length,) = self.take("<Q")
         self.at += length
+        if self.at > len(self._data):
+            raise _Broken("it ends too early")
         return str(self._data[self.at - length : self.at], "utf-8", "replace")
 
-    def value(self, kind: int) -> int | float | str | None:
-        if kind == _TEXT:
-            return self.text()
-        if kind != _ARRAY:
-            return self.take(f"<{_NUMBERS[kind]}")[0]
-        of, count = self.take("<IQ")
-        if of in _NUMBERS:
-            self.at += struct.calcsize(_NUMBERS[of]) * count
-        else:
-            for _ in range(count):
-                self.value(of)
-        return None
+    def texts(self, count: int) -> tuple[bytes, ...]:
+        """An array of them: tokens, or merges."""
+        if count > _MOST_TEXTS:
+            raise _Broken(f"expected at most {_MOST_TEXTS} texts in an array, found {count}")
+        data, at, length, found = self._data, self.at, struct.Struct("<Q").unpack_from, list[bytes]()
+        for _ in range(count):
+            start = at + 8
+            at = start + length(data, at)[0]
+            found.append(bytes(data[start:at]))
+        if at > len(data):
+            raise _Broken("it ends too early")
+        self.at = at
+        return tuple(found)
 
 
 class _Placed:

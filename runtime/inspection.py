@@ -55,6 +55,11 @@ class Reason(str, Enum):
     CRASHED = "crashed"
     NOT_TOLD = "not_told"
 
+    @property
+    def is_unfit(self) -> bool:
+        """The frame was read, and cannot be judged."""
+        return self.value.startswith("unfit_")
+
 
 def verdict_of(score: float, thresholds: Thresholds | None) -> Verdict:
     """What the screen's score means."""

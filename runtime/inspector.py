@@ -25,9 +25,10 @@ from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.frame import Colour, Frame, FrameSource, check_source
 from vmad_edge.runtime.inspection import Inspection, Reason, Region, Screening, Verdict, find_regions, verdict_of
 from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, ReviewProcess
-from vmad_edge.runtime.stages.language import check_vocabulary
+from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
+from vmad_edge.runtime.stages.vocabulary import check_model
 from vmad_edge.runtime.station import Fallback, Station
 from vmad_edge.runtime.system import check_system
 from vmad_edge.runtime.systems.vmad import Finding, Screen, SimilaritySource
@@ -113,7 +114,7 @@ class Inspector:
         self._loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
         self._closed = False
-        self._reviews = ReviewProcess(bundle.path, self._screen.engines.device, station.plans, reviews)
+        self._reviews = ReviewProcess(bundle, self._screen.engines.device, station.plans, reviews)
         self._own_pid = os.getpid()
         # The threads of the reviews know those, and not the inspector: nothing keeps a dropped one alive.
         self._end_reviews = weakref.finalize(self, self._reviews.close)
@@ -149,7 +150,8 @@ class Inspector:
             raise VmadError(f'fallback: expected "bundle" or None, got {fallback!r}')
         opened = Bundle.open(bundle)
         if isinstance(opened.manifest, Manifest):  # else the review alone would find out, frame by frame
-            check_vocabulary(opened.file("llm.gguf"), opened.manifest.language)
+            with opened.opened("llm.gguf") as gguf:
+                check_model(gguf, opened.manifest.language)
         kept = Station(None if station is None else Path(station), opened)
         return Inspector(opened, kept, device, calibrated, stream, reviews, fallback)
 
@@ -284,7 +286,7 @@ class Inspector:
             bit_depth, colour: see `Frame.read`.
 
         Raises:
-            FrameError: no frames, or one that cannot be read; nothing is changed then.
+            FrameError: no frames, or one that cannot be read or shows nothing; nothing is changed then.
         """
         self._must_be_open()
         name = self._object(object)
@@ -306,7 +308,7 @@ class Inspector:
         """From now on compare `object`'s frames with each other: `frames` are all that will be inspected.
 
         Nobody said that they are normal, so there are no thresholds and the screen's verdict is UNCERTAIN. Those that
-        cannot be read are left out.
+        cannot be read, or are unfit, are left out.
 
         Raises:
             FrameError: too few frames that can be read, see `Unlabelled`.
@@ -336,7 +338,22 @@ class Inspector:
             "enrolled": None if enrolled is None else hashlib.sha256(enrolled.encode()).hexdigest(),
             "good_below": None if thresholds is None else float(f"{thresholds.good_below:.6g}"),
             "defect_above": None if thresholds is None else float(f"{thresholds.defect_above:.6g}"),
+            "fitness": hashlib.sha256(source.fitness.model_dump_json().encode()).hexdigest(),
         }
+
+    def references(self, object: str | None = None) -> References | None:
+        """What `object` is compared with now, if that is enrolled frames; None: the bundle's normal features.
+
+        Raises:
+            VmadError: it is compared with unlabelled frames.
+        """
+        name = self._object(object)
+        beside = _beside(self._source(name))
+        if isinstance(beside, References):
+            return beside
+        if isinstance(beside, NormalFeatures):
+            return None
+        raise VmadError(f"{name!r} is compared with {beside.kind}: expected enrolled frames or the bundle's features")
 
     def thresholds(self, object: str | None = None) -> Thresholds | None:
         """Of `object` as it is compared now; None where there are none (unlabelled frames)."""
@@ -380,9 +397,12 @@ class Inspector:
                 f"bundle {self.bundle.path} has no normal features to compare with, and {object!r} is not "
                 "enrolled: `vmad enroll` normal parts, or name a folder of them with --references"
             )
-        calibration = self.station.load_calibration(object) if self._calibrated else None
+        bank = source.hash if isinstance(source, References) else None
+        calibration = self.station.load_calibration(object, bank) if self._calibrated else None
         if calibration is not None:
             source.thresholds = calibration.thresholds
+            if calibration.fitness is not None and calibration.fitness.frames > source.fitness.frames:
+                source.fitness = calibration.fitness
         return self._with_stream(source)
 
     def _held(self) -> list[str]:
@@ -415,6 +435,8 @@ class Inspector:
                 with watch("read"):
                     frame = Frame.read(source, bit_depth, colour)
                     frame = frame if frame_id is None else replace(frame, id=frame_id)
+                with watch("fitness"):
+                    check(frame.pixels, compared_with.fitness)
                 screening = self._screen.run(frame, compared_with, watch)
             if not np.isfinite(screening.score):
                 reason, code = "the encoder or the similarity gave NaN", Reason.SCREEN_FAULT
@@ -424,6 +446,8 @@ class Inspector:
                     return replace(inspection, deadline_met=met, deadline=deadline)
                 reason = f"the screen took {watch.timings_ms['screen']:.0f} ms and missed the deadline"
                 code = Reason.SCREEN_LATE
+        except UnfitError as error:
+            reason, code = str(error), error.reason
         except FrameError as error:
             reason, code = str(error), Reason.UNREADABLE
         except Exception as error:  # whatever went wrong in the screen is a reason, never a verdict
@@ -480,12 +504,17 @@ def _readable(frames: Iterable[FrameSource], bit_depth: int | None, colour: Colo
     for frame in frames:
         check_source(frame, bit_depth, colour)
         with suppress(FrameError):
-            yield Frame.read(frame, bit_depth, colour)
+            read = Frame.read(frame, bit_depth, colour)
+            check(read.pixels, FitnessLimits())
+            yield read
 
 
 def _normal_features(bundle: Bundle) -> NormalFeatures | None:
     name = "similarity.safetensors"
-    return NormalFeatures(bundle.file(name), bundle.manifest.similarity) if name in bundle.manifest.files else None
+    if name not in bundle.manifest.files:
+        return None
+    with bundle.opened(name) as path:
+        return NormalFeatures(path, bundle.manifest.similarity)
 
 
 def _deadline(deadline_ms: float | None) -> float | None:

@@ -132,7 +132,7 @@ def _read_csv(folder: Path) -> list[Category]:
     for place, row in _rows(folder / _VISA):
         if not row["image"] or row["label"] not in ("normal", "anomaly") or row["split"] not in ("train", "test"):
             raise FrameError(f"{place}: expected an image, normal or anomaly, train or test; found {row}")
-        if PurePosixPath(row["object"]).name != row["object"]:
+        if row["object"] in ("", "..") or PurePosixPath(row["object"]).name != row["object"]:
             raise FrameError(f"{place}: expected an object's name, found {row['object']!r}")
         image, defective = _inside(folder, row["image"], place), row["label"] == "anomaly"
         train.setdefault(row["object"], [])
@@ -155,8 +155,11 @@ def _rows(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
     rows = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=head.count), restval="")
     if missing := _COLUMNS - set(rows.fieldnames or ()):
         raise FrameError(f"{table}: expected the columns {', '.join(sorted(_COLUMNS))}; {sorted(missing)} missing")
-    for row in rows:
-        yield f"{table}, line {rows.line_num}", row
+    try:
+        for row in rows:
+            yield f"{table}, line {rows.line_num}", row
+    except csv.Error as error:
+        raise FrameError(f"{table}, line {rows.line_num}: expected a row of a CSV file, found none ({error})") from None
 
 
 def read_real_iad(folder: Path) -> list[Category] | None:
@@ -196,12 +199,18 @@ def _read_json(table: Path, places: Iterable[Path]) -> Category | None:
         content = json.loads(table.read_text("utf-8"))
         prefix, normal = str(content["meta"]["prefix"]), content["meta"].get("normal_class", "OK")
         train, test = (
-            [(str(row["image_path"]), row["anomaly_class"] != normal, row.get("mask_path")) for row in content[side]]
+            [
+                (str(row["image_path"]), row["anomaly_class"] != normal, str(row.get("mask_path") or ""))
+                for row in content[side]
+            ]
             for side in ("train", "test")
         )
         first = test[0][0]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise FrameError(f"{table}: expected Real-IAD's meta with prefix, train and test ({error!r})") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise FrameError(
+            f"{table}: expected Real-IAD's meta with prefix, train and test (lists with image_path and anomaly_class), "
+            "found something else"
+        ) from None
     name = table.stem
     inside = ("", name, f"{name}/{name}", _below(prefix, table))
     folders = {place: place / within for place in places for within in inside if (place / within / first).is_file()}

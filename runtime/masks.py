@@ -15,6 +15,9 @@ from vmad_edge.runtime.errors import FrameError
 
 SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
 """Where several files could be a frame's mask, the first of these is it."""
+_FORMATS = ("PNG", "BMP", "DIB", "TIFF", "JPEG", "MPO")
+"""Pillow's names of what those endings are: no other format is tried."""
+_DAMAGED = "damaged, cut off, or none of PNG, BMP, TIFF and JPEG"
 _DARK = 128
 """A mask without a brighter value has numbers in it (of kinds, of parts), not white."""
 _LEVELS = 16
@@ -37,12 +40,13 @@ def read_mask(path: Path, size: tuple[int, int], numbered: bool = False) -> tupl
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large images: a mask is as large as its frame, or refused
-            with Image.open(path) as image:
+            with Image.open(path, formats=_FORMATS) as image:
                 levels = _levels(image, path, size, numbered)
-    except FrameError:
+    except (FrameError, MemoryError):
         raise
-    except Exception as error:  # decoders raise many kinds on broken files
-        raise FrameError(f"{path}: not a readable mask ({error or type(error).__name__})") from None
+    except Exception as error:  # decoders raise many kinds on broken files, in words that say nothing to a user
+        why = error.strerror if isinstance(error, OSError) and error.strerror else _DAMAGED
+        raise FrameError(f"{path}: not a readable mask ({why})") from None
     if levels.dtype not in (np.uint8, np.uint16):
         levels = (levels != 0).astype(np.uint8)
     return _marked(levels, numbered)
@@ -80,7 +84,7 @@ def _levels(image: ImageFile.ImageFile, path: Path, size: tuple[int, int], numbe
         # Pillow keeps the high 8 bits of 16-bit colours, and a mark of 255 would be none.
         colours = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
         if colours is None:
-            raise FrameError(f"{path}: not a readable mask")
+            raise FrameError(f"{path}: not a readable mask ({_DAMAGED})")
         values = np.asarray(colours)
     else:
         upright = ImageOps.exif_transpose(image)

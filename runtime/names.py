@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -36,7 +35,7 @@ class Names:
         *folders, name = map(_fit, place.parts)
         changed = (*folders, name) != place.parts or not self._shared.isdisjoint(self._taken(path))
         if changed or len(name.encode()) > _LONGEST:
-            mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
+            mark = hashlib.sha256(path.encode(errors="surrogatepass")).hexdigest()[:12]
             name = f"{name.encode()[-_LONGEST:].decode(errors='ignore')}-{mark}"
         return Path(*folders, name)
 
@@ -52,7 +51,8 @@ def joined(path: str) -> Path:
 def in_folders(path: str) -> Path:
     """The path as it was given, without its ending, to be put into another folder."""
     *folders, name = _parts(path) or ["frame"]
-    return Path(*folders, Path(name).stem)
+    stem = Path(name).stem
+    return Path(*folders, stem if stem.strip(".") else name)  # of "..png" no folder must be left
 
 
 def _parts(path: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Reviews run in a process of their own, with lower priority, so that they cannot disturb the screen.
 
-The process is started as `python -m vmad_edge.runtime.review_process` (see there); messages go through its standard
-input and output. A message is one line of JSON, {"kind", …, "arrays": {name: [dtype, shape]}}, then the arrays' bytes.
+The process is started as `python -m vmad_edge.runtime.review_process` (see there), and takes no bundle of another hash.
+Messages go through its standard input and output. A message is one line of JSON, {"kind", …, "arrays": {name: [dtype,
+shape]}}, then the arrays' bytes.
 
     to the process    review (id, question, mode, deadline, view; pixels, patches, patches_multi)   cancel (id)
     from the process  alive (loaded, steps)   broken (reason)
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -34,12 +36,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmad_edge.runtime.bundle import Answer, Bundle
-from vmad_edge.runtime.engines import Device
+from vmad_edge.runtime.engines import Device, Stopped
 from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features, Reason
-from vmad_edge.runtime.stages.language import Stopped
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.systems.vmad import Finding, Review
 from vmad_edge.runtime.timing import Stopwatch
@@ -53,6 +54,13 @@ _END_OF_TEXT = None
 _HEARTBEAT_S = 1.0
 _SILENCE_S = 5.0
 _LONGEST_BACK_OFF_S = 30.0
+_MOST_LIKELY: dict[int, str] = {
+    signal.SIGKILL: "the system ends so what takes too much memory. Free some, or export a smaller --llm",
+    signal.SIGTERM: "somebody ended it",
+}
+_DAMAGED = (
+    "llama.cpp ends so, or ONNX Runtime, at a file that it cannot use, most often llm.gguf. Export the bundle again"
+)
 _TO_END_S = 5.0
 _LONGEST_HEAD = 1 << 24
 _TYPES = tuple(np.dtype(kind).str for kind in (np.uint8, np.float32))
@@ -176,12 +184,22 @@ class _Child:
     steps: int = 0
     """The last that it told of its own."""
     loaded: bool = False
-    reason: str = "the review process ended"
+    reason: str | None = None
+    """Why it ends, where that is known."""
     ended: threading.Event = field(default_factory=threading.Event)
 
     def kill(self, reason: str) -> None:
         self.reason = reason
         self.process.kill()  # it holds nothing to save, and a stopped process heeds no SIGTERM
+
+    def why(self) -> str:
+        """Why it ended, for people."""
+        status = self.process.returncode
+        if self.reason is not None or status >= 0:
+            return f"{self.reason or 'the review process ended'} (exit status {status})"
+        doing = "reviewed" if self.loaded else "loaded the bundle's models"
+        cause = _MOST_LIKELY.get(-status, _DAMAGED)
+        return f"the review process ended with signal {-status} ({signal.strsignal(-status)}) while it {doing}: {cause}"
 
 
 class ReviewProcess:
@@ -191,10 +209,10 @@ class ReviewProcess:
     stands still faults the reviews that it was sent; the next one starts after a pause that doubles with each failure.
     """
 
-    def __init__(self, bundle: Path, device: Device, plans: Plans, limits: ReviewLimits) -> None:
-        main = "vmad_edge.runtime.review_process"
+    def __init__(self, bundle: Bundle, device: Device, plans: Plans, limits: ReviewLimits) -> None:
         self._own_pid = os.getpid()
-        self._command = [sys.executable, "-m", main, str(self._own_pid), str(bundle), device, str(plans.folder)]
+        arguments = [str(self._own_pid), str(bundle.path), bundle.hash, device, str(plans.folder)]
+        self._command = [sys.executable, "-m", "vmad_edge.runtime.review_process", *arguments]
         self._limits = limits
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
@@ -404,7 +422,7 @@ class ReviewProcess:
         for stream in (child.process.stdin, child.process.stdout):
             with suppress(OSError, ValueError):
                 cast(IO[bytes], stream).close()
-        self._ended(child, f"{child.reason} (exit status {child.process.returncode})")
+        self._ended(child, child.why())
 
     def _heard(self, child: _Child, head: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
         child.heard += 1
@@ -542,12 +560,12 @@ class Server:
         self._cancelled: set[int] = set()
         self._steps, self._loaded = 0, False
 
-    def serve(self, bundle: Path, device: Device, plans: Plans) -> None:
+    def serve(self, bundle: Path, hash: str, device: Device, plans: Plans) -> None:
         """Until the inspector closes or something breaks; the process ends then."""
         os.nice(_NICENESS)
         for work in (self._listen, self._live):
             threading.Thread(target=self._to_the_end, args=(work,), daemon=True).start()
-        self._to_the_end(lambda: self._reviews(bundle, device, plans))
+        self._to_the_end(lambda: self._reviews(bundle, hash, device, plans))
 
     def _to_the_end(self, work: Callable[[], None]) -> None:
         """Do `work`. The process ends with it: nobody would listen, show life or review any more."""
@@ -558,8 +576,8 @@ class Server:
         finally:
             os._exit(0)  # what still runs would keep Python from its end
 
-    def _reviews(self, bundle: Path, device: Device, plans: Plans) -> None:
-        review = Review(Bundle.open(bundle), device, plans)
+    def _reviews(self, bundle: Path, hash: str, device: Device, plans: Plans) -> None:
+        review = Review(Bundle.open(bundle, hash), device, plans)
         self._loaded = True
         self._show_life()
         while True:

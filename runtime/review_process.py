@@ -1,4 +1,4 @@
-"""The review process: `python -m vmad_edge.runtime.review_process PARENT BUNDLE DEVICE PLANS`.
+"""The review process: `python -m vmad_edge.runtime.review_process PARENT BUNDLE HASH DEVICE PLANS`.
 
 It ends with its parent, whatever it is busy with. Its standard input ends too then, but not where a fork of the parent
 lives on; and nothing written in Python is heeded while a library that loads leaves it no turn.
@@ -34,4 +34,4 @@ if __name__ == "__main__":
     from vmad_edge.runtime.engines.plans import Plans
     from vmad_edge.runtime.review import Server
 
-    Server().serve(Path(sys.argv[2]), cast(Device, sys.argv[3]), Plans(Path(sys.argv[4])))
+    Server().serve(Path(sys.argv[2]), sys.argv[3], cast(Device, sys.argv[4]), Plans(Path(sys.argv[5])))

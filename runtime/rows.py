@@ -150,10 +150,20 @@ def _opened(path: Path) -> io.BufferedReader:
 def _parsed(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    whole = line.endswith(b"\n") and isinstance(row, dict) and {"path", "verdict"} <= row.keys()
-    return row if whole else None
+    return row if line.endswith(b"\n") and _is_row(row) else None
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it has what `flat` and `take_up` read of it, as they read it."""
+    if not isinstance(row, dict) or not isinstance(row.get("path"), str) or "verdict" not in row:
+        return False
+    timings, regions = row.get("timings_ms") or {}, row.get("regions") or [{}]
+    if not isinstance(timings, dict) or not isinstance(regions, list) or not isinstance(largest := regions[0], dict):
+        return False
+    lists = (largest.get("box") or [None] * 4, 4), (largest.get("centroid") or [None] * 2, 2)
+    return all(isinstance(found, list) and len(found) == expected for found, expected in lists)
 
 
 def file_facts(path: str) -> Row:

@@ -19,7 +19,6 @@ import argparse
 import ctypes
 import json
 import math
-import os
 import re
 import tempfile
 import time
@@ -48,6 +47,7 @@ from vmad_edge.export.reference.muon import Muon
 from vmad_edge.export.reference.parts import Kind, Part, draw, random_kind
 from vmad_edge.export.reference.teacher import Teacher, installed
 from vmad_edge.export.reference.text import Reader, answer, load_tokenizer, make_tokenizer, question, what_to_call
+from vmad_edge.kernels.processors import processors
 from vmad_edge.runtime.files import whole_folder
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
@@ -167,7 +167,7 @@ def train_stage(model: ReferenceModel, stage: str, saved: Path, steps: int, firs
     optimizers = _optimizers(named, stage, peak)
     start = _resume(saved, model, optimizers, named) if saved.exists() else 0
     numbers = range((first + start) * processes + rank, (first + steps) * processes, processes)
-    workers = max(1, len(os.sched_getaffinity(0)) // processes - 1)
+    workers = max(1, processors() // processes - 1)
     batches = DataLoader(
         Stream(stage, model.reader, seed, numbers), batch_size=None, num_workers=workers, multiprocessing_context="fork"
     )

@@ -67,7 +67,8 @@ class Engines:
             return self._plan(graph, thread)
         from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(self.bundle.file(f"{graph}.onnx"), "cuda", thread=thread)
+        with self.bundle.opened(f"{graph}.onnx") as path:
+            return OnnxRuntimeEngine(path, "cuda", thread=thread)
 
     def open(self, graph: str) -> Engine:
         """The engine of `graph` ("clip_encoder", …), on a stream of its own where it runs on the GPU.
@@ -76,17 +77,17 @@ class Engines:
             BundleError: the bundle has no such graph, or the engine cannot load it.
             VmadError: the device fails, or has no memory left.
         """
-        path = self.bundle.file(f"{graph}.onnx")
         if self.device == "tensorrt":
             return self._plan(graph, None)
-        # Imported here: each is an extra of its own, and a device needs one of them.
-        if self.device == "openvino":
-            from vmad_edge.runtime.engines.openvino import OpenVinoEngine
+        with self.bundle.opened(f"{graph}.onnx") as path:
+            # Imported here: each is an extra of its own, and a device needs one of them.
+            if self.device == "openvino":
+                from vmad_edge.runtime.engines.openvino import OpenVinoEngine
 
-            return OpenVinoEngine(path, self.bundle.manifest.precision.get(graph, "fp32"))
-        from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
+                return OpenVinoEngine(path, self.bundle.manifest.precision.get(graph, "fp32"))
+            from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(path, "cuda" if self.device == "cuda" else "cpu")
+            return OnnxRuntimeEngine(path, "cuda" if self.device == "cuda" else "cpu")
 
     def _plan(self, graph: str, thread: DeviceThread | None) -> TensorRtEngine:
         assert self.plans is not None  # without them it was not chosen

@@ -85,7 +85,7 @@ class OnnxRuntimeEngine:
                 "onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]'), or use device=\"cpu\"."
             )
         self.provider = f"ONNX Runtime {ort.__version__}, {device.upper()}"
-        self._path, self._device, self._thread = path, device, thread
+        self._name, self._device, self._thread = path.name, device, thread
         self.capturable = False  # it waits at the end of each run
 
     @property
@@ -128,7 +128,7 @@ class OnnxRuntimeEngine:
             return run()
         except Exception as error:
             if ran_out_of_memory(str(error)):
-                raise VmadError(_OUT_OF_MEMORY.format(path=self._path, error=error)) from None
+                raise VmadError(_OUT_OF_MEMORY.format(path=self._name, error=error)) from None
             raise
 
 

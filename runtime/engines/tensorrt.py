@@ -239,15 +239,16 @@ def build_plans(
             continue
         except BundleError as error:
             built[graph] = str(error)
-        plan, timings = build(
-            trt,
-            bundle.file(f"{graph}.onnx"),
-            bundle.manifest.dynamic_axes,
-            gpu.compute_capability,
-            plans.timings(graph),
-            workspace,
-            partial(progress, graph),
-        )
+        with bundle.opened(f"{graph}.onnx") as path:
+            plan, timings = build(
+                trt,
+                path,
+                bundle.manifest.dynamic_axes,
+                gpu.compute_capability,
+                plans.timings(graph),
+                workspace,
+                partial(progress, graph),
+            )
         plans.save(graph, key, plan, timings)
     return built
 

@@ -15,6 +15,7 @@ from vmad_edge.kernels import Dtype, ReferenceBank, max_cosine, segmented_max_co
 from vmad_edge.runtime.bundle import Similarity, Thresholds
 from vmad_edge.runtime.errors import BundleError, FrameError
 from vmad_edge.runtime.inspection import NearestNormal
+from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
 
 Floats = NDArray[np.float32]
@@ -51,6 +52,7 @@ class NormalFeatures:
                 f"{path}: expected safetensors with visual_normal [P,D], found something else. Export the bundle again."
             ) from None
         self.thresholds = spec.thresholds
+        self.fitness = FitnessLimits()
         self.spec = spec
         abnormal = features.get("visual_abnormal")
         self.abnormal = None if abnormal is None else ReferenceBank.from_array(abnormal)
@@ -102,9 +104,13 @@ class References:
         patch: [M] each row's patch number (row-major in the grid) in its frame.
         beside: the bundle's features, whose score is fused with the distance to the bank.
         dtype: of the bank that is made of the features.
+        fitness: of the frames that are compared with them.
+
+    `hash`: SHA-256 of the bank in the station that they were read from or written to; None: nobody keeps them.
     """
 
     kind = "references"
+    hash: str | None = None
 
     def __init__(
         self,
@@ -114,9 +120,10 @@ class References:
         thresholds: Thresholds | None,
         beside: NormalFeatures | None = None,
         dtype: Dtype = "float32",
+        fitness: FitnessLimits | None = None,
     ) -> None:
         self.features, self.patch, self.frames, self.thresholds = features, patch, frames, thresholds
-        self.beside, self.dtype = beside, dtype
+        self.beside, self.dtype, self.fitness = beside, dtype, fitness or FitnessLimits()
         self.bank = ReferenceBank.from_array(features, dtype)
 
     def compare(self, patches: Floats) -> PatchScores:
@@ -136,7 +143,9 @@ class References:
                 self.frames, np.searchsorted(rows, [(f.start, f.stop) for f in self.frames]), strict=True
             )
         )
-        return References(self.features[rows], self.patch[rows], frames, self.thresholds, self.beside, self.dtype)
+        return References(
+            self.features[rows], self.patch[rows], frames, self.thresholds, self.beside, self.dtype, self.fitness
+        )
 
     def nearest(self, row: int, similarity: float, grid: int) -> NearestNormal:
         """The place of bank row `row`."""

@@ -28,7 +28,7 @@ from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features, Screening
-from vmad_edge.runtime.stages.language import LanguageModel
+from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check, learned
 from vmad_edge.runtime.stages.preprocess import View, clip_pixels, sam_covered, sam_pixels
 from vmad_edge.runtime.stages.segmentation import mask_logits
 from vmad_edge.runtime.stages.segmentation_cuda import CudaSamEncoder
@@ -54,6 +54,7 @@ class SimilaritySource(Protocol):
 
     kind: str
     thresholds: Thresholds | None
+    fitness: FitnessLimits
 
     def compare(self, patches: NDArray[np.float32]) -> PatchScores: ...
 
@@ -95,15 +96,20 @@ class Screen:
         Equal frames are enrolled once: left out, a frame would be compared with its copy.
 
         Raises:
-            FrameError: no frames.
+            FrameError: no frames, or one of which nothing can be seen.
         """
         grid = self._manifest.vision.grid
         features, patches, enrolled, start = [], [], [], 0
+        anything, good = FitnessLimits(), []
         seen: set[str] = set()
         for frame in frames:
             if (pixel_hash := frame.pixel_hash) in seen:
                 continue
             seen.add(pixel_hash)
+            try:
+                good.append(check(frame.pixels, anything))
+            except UnfitError as error:
+                raise FrameError(f"{frame.id} is unfit to be enrolled: {error}") from None
             size = frame.pixels.shape[0], frame.pixels.shape[1]
             encoded = self._encode(frame, Stopwatch())
             rows = np.flatnonzero(inspected_patches(encoded.view, grid, size))
@@ -117,7 +123,7 @@ class Screen:
             raise FrameError("expected at least one normal frame to enroll, found none")
         similarity = self._manifest.similarity
         stacked = np.concatenate(features), np.concatenate(patches), tuple(enrolled)
-        whole = References(*stacked, None, beside, similarity.bank_dtype)
+        whole = References(*stacked, None, beside, similarity.bank_dtype, learned(good))
         kept = None if similarity.coreset == 1 else coreset(whole.features, similarity.coreset)
         whole.thresholds = leave_one_out_thresholds(whole, similarity, kept)
         return whole if kept is None else whole.take(kept)
@@ -187,15 +193,20 @@ class Review:
     """The slow lane. One review at a time."""
 
     def __init__(self, bundle: Bundle, device: Device, plans: Plans | None = None) -> None:
+        # Not where frames are screened: llama.cpp ends its process at some damaged files.
+        from vmad_edge.runtime.stages.language import LanguageModel
+
         self._manifest = bundle.for_review
         engines = Engines.choose(bundle, device, plans)
         self._ltc_projector = engines.open("ltc_projector")
         self._sam_encoder = _sam_encoder(engines, self._manifest.sam)
         self._mask_decoder = engines.open("mask_decoder")
-        self._language = LanguageModel(
-            bundle.file("llm.gguf"), self._manifest.language, self._manifest.conversation, gpu=engines.on_gpu
-        )
-        self._semantic_normal = load_file(bundle.file("similarity.safetensors"))["semantic_normal"]
+        with bundle.opened("llm.gguf") as gguf:
+            self._language = LanguageModel(
+                gguf, self._manifest.language, self._manifest.conversation, gpu=engines.on_gpu
+            )
+        with bundle.opened("similarity.safetensors") as features:
+            self._semantic_normal = load_file(features)["semantic_normal"]
         self._beside = ThreadPoolExecutor(1, "sam_encoder")
 
     def run(

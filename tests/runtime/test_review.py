@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vmad_edge.runtime import review as review_module
-from vmad_edge.runtime.bundle import Bundle, Manifest
+from vmad_edge.runtime.bundle import Bundle, Manifest, seal
 from vmad_edge.runtime.engines import GiveUp
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from vmad_edge.runtime.engines.openvino import OpenVinoEngine
@@ -167,9 +168,10 @@ Stub = Callable[..., ReviewProcess]
 def stub(tmp_path: Path) -> Iterator[Stub]:
     """Opens a ReviewProcess whose process does what its argument says."""
     opened = []
+    bundle = Bundle(tmp_path, "", Manifest.model_validate({**MANIFEST, "files": {}}))
 
     def open(*does: str, limits: ReviewLimits = ReviewLimits()) -> ReviewProcess:  # noqa: B008
-        opened.append(ReviewProcess(tmp_path, "cpu", Plans(tmp_path), limits))
+        opened.append(ReviewProcess(bundle, "cpu", Plans(tmp_path), limits))
         opened[-1]._command = [sys.executable, "-c", STUB, *does]
         return opened[-1]
 
@@ -286,7 +288,7 @@ def test_bytes_that_are_no_message_end_the_process(stub: Stub, sent: bytes | str
 )
 def test_what_a_thread_of_the_process_raises_ends_it(stub: Stub, where: str) -> None:
     reviews = stub()
-    reviews._command[1:] = ["-c", PLANTED, where, str(DEMO / "bundle"), str(DEMO)]
+    reviews._command[1:] = ["-c", PLANTED, where, str(DEMO / "bundle")]
     failed = ask(reviews)
     assert failed.wait(120) and "MemoryError: planted" in (failed.fault or "")
 
@@ -295,18 +297,21 @@ PLANTED = """
 import sys
 from pathlib import Path
 from vmad_edge.runtime import review
+from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.engines.plans import Plans
+folder = Path(sys.argv[2])
+hash = Bundle.open(folder).hash
 def planted(*_): raise MemoryError("planted")
 where = sys.argv[1].split(".")
 setattr(getattr(review, where[1]) if where[2:] else review, where[-1], planted)
-review.Server().serve(Path(sys.argv[2]), "cpu", Plans(Path(sys.argv[3])))
+review.Server().serve(folder, hash, "cpu", Plans(folder))
 """
 
 
 def test_what_a_review_raises_is_its_fault_alone(stub: Stub) -> None:
     """The process lives on."""
     reviews = stub()
-    reviews._command[1:] = ["-c", PLANTED, "review.Review.run", str(DEMO / "bundle"), str(DEMO)]
+    reviews._command[1:] = ["-c", PLANTED, "review.Review.run", str(DEMO / "bundle")]
     for _ in range(2):
         failed = ask(reviews)
         assert failed.wait(120) and failed.fault == "MemoryError: planted"
@@ -427,6 +432,22 @@ def test_any_number_is_a_time(given: Any, expected: float | None) -> None:
     else:
         with pytest.raises(TypeError, match="timeout: expected a number, got"):
             seconds("timeout", given, 1e3)
+
+
+def test_a_review_is_of_the_bundle_that_screened(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A folder that is replaced before the review's process opens it."""
+    folder, frame = tmp_path / "bundle", camera_frame(0)
+    shutil.copytree(tiny_bundle, folder)
+    with Inspector.open(folder, tmp_path / "station", "cpu") as inspector:
+        manifest = inspector.bundle.for_review
+        template = manifest.conversation.template.replace("USER", "YOU")
+        other = manifest.conversation.model_copy(update={"template": template})
+        seal(folder, manifest.model_copy(update={"conversation": other}))
+        refused = inspector.inspect(frame)
+        assert (refused.verdict, refused.p_yes, refused.reason_code) == (Verdict.UNCERTAIN, None, Reason.REVIEW_FAULT)
+        assert f"another bundle by now: expected {inspector.bundle.hash[:16]}…" in (refused.reason or "")
+        seal(folder, manifest)
+        assert inspector.inspect(frame).p_yes is not None
 
 
 # ---------------------------------------------------------------------------- SAM's encoder is given up

@@ -1,0 +1,462 @@
+"""Every parser of what comes from outside: valid seeds, how they are altered, and what a call of it may do.
+
+`tests/runtime/test_fuzz.py` runs each a few hundred times; `benchmarks/fuzz.py` a million times in all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from examples import MANIFEST
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from PIL import Image
+from safetensors.numpy import save
+
+from vmad_edge.export.checkpoint import Config, _clip_input, _read_json, _validate, read_shapes
+from vmad_edge.export.language import _read_lora_config
+from vmad_edge.runtime.bundle import Bundle, Manifest, ScreenManifest, Thresholds
+from vmad_edge.runtime.dataset import read_dataset
+from vmad_edge.runtime.errors import BundleError, CheckpointError, FrameError, VmadError
+from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.headers import read_gguf, read_onnx
+from vmad_edge.runtime.masks import read_mask
+from vmad_edge.runtime.review import _receive
+from vmad_edge.runtime.rows import flat, read_rows, take_up
+from vmad_edge.runtime.stages.preprocess import View
+from vmad_edge.runtime.stages.similarity import EnrolledFrame, NormalFeatures, References
+from vmad_edge.runtime.station import Calibration, Station
+
+INSIDE = re.compile(
+    r"0x[0-9a-f]{5,}|object at |<class |Traceback|site-packages|\.cpp\b|\.rs\b|\.py\b|pydantic|Errno|Assertion|std::"
+)
+"""Of a library, or of memory: nothing that a sentence for people has in it."""
+
+
+@dataclass(frozen=True)
+class Parser:
+    seeds: Callable[[], list[bytes]]
+    read: Callable[[bytes, Path], object]
+    """Gets what came from outside, and an empty folder that is its own."""
+    raises: type[VmadError]
+    """What its docstring says; all else is a fault of it."""
+    text: bool = False
+    """JSON, of which whole values are exchanged."""
+
+    def run(self, data: bytes, folder: Path) -> None:
+        """Raises what is a fault of the parser."""
+        try:
+            self.read(data, folder)
+        except self.raises as error:
+            said = str(error)
+            if not said or INSIDE.search(said):
+                raise AssertionError(f"no sentence for people: {said!r}") from None
+
+
+# ------------------------------------------------------------------------------------------------ the runtime's
+
+
+def _manifests() -> list[bytes]:
+    digest = hashlib.sha256(b"graph").hexdigest()
+    whole = Manifest.model_validate({**MANIFEST, "files": dict.fromkeys(Manifest.needed, digest)})
+    screen = {name: value for name, value in MANIFEST.items() if name not in ("sam", "conversation", "language")}
+    return [
+        whole.model_dump_json().encode(),
+        ScreenManifest.model_validate({**screen, "files": {"clip_encoder.onnx": digest}}).model_dump_json().encode(),
+    ]
+
+
+def _open_bundle(data: bytes, folder: Path) -> None:
+    for name in Manifest.needed if b'"language"' in data else ScreenManifest.needed:
+        (folder / name).write_bytes(b"graph")
+    (folder / "manifest.json").write_bytes(data)
+    (folder / "manifest.sha256").write_text(hashlib.sha256(data).hexdigest())
+    bundle = Bundle.open(folder)
+    assert bundle.file("clip_encoder.onnx").is_file()
+
+
+@cache
+def _bundle() -> Bundle:
+    return Bundle(Path("/bundle"), "ab" * 32, Manifest.model_validate({**MANIFEST, "files": {}}))
+
+
+def _calibrations() -> list[bytes]:
+    frame = {"path": "a.png", "sha256": "cd" * 32, "defective": True, "score": 0.3}
+    return [
+        Calibration(
+            bundle=_bundle().hash,
+            bank=None,
+            object="part",
+            thresholds=Thresholds(good_below=0.1, defect_above=0.2),
+            promise="none",
+            by="somebody",
+            when="2026-01-01T00:00:00+0000",
+            frames=(frame,),
+        )
+        .model_dump_json()
+        .encode()
+    ]
+
+
+def _load_calibration(data: bytes, folder: Path) -> None:
+    station = Station(folder, _bundle())
+    place = station._calibration("part")
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "calibration.json").write_bytes(data)
+    (place / "calibration.sha256").write_text(hashlib.sha256(data).hexdigest())
+    station.load_calibration("part")
+
+
+def _banks() -> list[bytes]:
+    import tempfile
+
+    frames = (
+        EnrolledFrame("one.png", 0, 2, View(0, 0, 8, 8), (8, 8), b"first picture", "a1"),
+        EnrolledFrame("two.png", 2, 5, View(-1, 0.5, 8, 8), (8, 7), b"second", "b2"),
+    )
+    features = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    made = References(features, np.arange(5, dtype=np.int32), frames, Thresholds(good_below=0.1, defect_above=0.2))
+    with tempfile.TemporaryDirectory() as folder:
+        return [(Station(Path(folder), _bundle()).save_references("part", made) / "bank.safetensors").read_bytes()]
+
+
+def _load_references(data: bytes, folder: Path) -> None:
+    station = Station(folder, _bundle())
+    place = station._bank("part")
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "bank.safetensors").write_bytes(data)
+    (place / "bank.sha256").write_text(hashlib.sha256(data).hexdigest())
+    station.load_references("part")
+
+
+def _onnx_graphs() -> list[bytes]:
+    floats = TensorProto.FLOAT
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["d"]),
+        helper.make_node("Gemm", ["d", "w"], ["y"], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", floats, ["batch", 3])],
+        [helper.make_tensor_value_info("y", floats, ["4*batch", None])],
+        [helper.make_tensor("w", floats, [2, 3], [1.0] * 6), helper.make_tensor("s", floats, [], [0.5])],
+    )
+    return [helper.make_model(graph).SerializeToString()]
+
+
+def _ggufs() -> list[bytes]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        writer = gguf.GGUFWriter(Path(folder) / "a.gguf", "llama")
+        writer.add_block_count(1)
+        writer.add_rope_freq_base(1e4)
+        writer.add_add_bos_token(True)
+        writer.add_token_list(["<s>", "a", "é"])
+        writer.add_token_scores([0.0, -1.0, -2.0])
+        writer.add_array("nested", [[1, 2], [3]])
+        writer.add_tensor("token_embd.weight", np.ones((3, 8), np.float32))
+        writer.add_tensor("blk.0.attn_q.weight", np.ones((8, 8), np.float16))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return [(Path(folder) / "a.gguf").read_bytes()]
+
+
+def _features() -> list[bytes]:
+    rows = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    return [save({"visual_normal": rows[:4], "visual_abnormal": rows[4:]}), save({"visual_normal": rows})]
+
+
+def _read_features(data: bytes, folder: Path) -> None:
+    (folder / "similarity.safetensors").write_bytes(data)
+    features = NormalFeatures(folder / "similarity.safetensors", _bundle().manifest.similarity)
+    features.compare(np.ones((2, 8), np.float32))
+
+
+def encoded(form: str, mode: str = "RGB", **options: Any) -> bytes:
+    """A noisy picture of 12 × 12 pixels."""
+    target = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
+    Image.fromarray(noise).convert(mode).save(target, form, **options)
+    return target.getvalue()
+
+
+@cache
+def pictures() -> list[bytes]:
+    forms = [("PNG", "RGB"), ("PNG", "P"), ("PNG", "I;16"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("TIFF", "RGB")]
+    forms += [("TIFF", "I;16"), ("BMP", "RGB"), ("WEBP", "RGB"), ("GIF", "P"), ("TGA", "RGB"), ("PPM", "RGB")]
+    forms += [("PPM", "I;16"), ("JPEG2000", "RGB"), ("DIB", "L")]
+    made = [encoded(*form) for form in forms]
+    made.append(encoded("TIFF", compression="tiff_lzw"))
+    made.append(
+        encoded("JPEG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0")
+    )
+    if "AVIF" in Image.SAVE:
+        made.append(encoded("AVIF"))
+    return made
+
+
+def _read_frame(data: bytes, folder: Path) -> None:
+    frame = Frame.read(data, bit_depth=16)
+    assert frame.pixels.dtype == np.uint8 and frame.pixels.ndim == 3 and frame.pixels.shape[2] == 3
+
+
+def _masks() -> list[bytes]:
+    forms = [("PNG", "L"), ("PNG", "1"), ("PNG", "P"), ("PNG", "RGBA"), ("BMP", "L"), ("TIFF", "L"), ("JPEG", "L")]
+    return [encoded(form, mode) for form, mode in forms]
+
+
+def _read_mask(data: bytes, folder: Path) -> None:
+    (folder / "mask.png").write_bytes(data)
+    mask, _ = read_mask(folder / "mask.png", (12, 12), numbered=len(data) % 2 == 0)
+    assert mask.shape == (12, 12) and mask.dtype == np.bool_
+
+
+def _messages() -> list[bytes]:
+    def message(head: dict[str, Any], **arrays: np.ndarray[Any, Any]) -> bytes:
+        described = {name: [array.dtype.str, array.shape] for name, array in arrays.items()}
+        return (
+            json.dumps({**head, "arrays": described}).encode() + b"\n" + b"".join(a.tobytes() for a in arrays.values())
+        )
+
+    pixels, patches = np.zeros((4, 5, 3), np.uint8), np.ones((4, 8), np.float32)
+    review = {"kind": "review", "id": 1, "question": "?", "mode": "full", "deadline": 1.5, "view": [0, 0, 4.5, 5]}
+    finding = {"kind": "finding", "id": 1, "p_yes": 0.5, "text": "Yes", "seg_forced": False, "stopped": None}
+    return [
+        message(review, pixels=pixels, patches=patches, patches_multi=patches[None]),
+        message({"kind": "cancel", "id": 1}) + message({"kind": "alive", "loaded": True, "steps": 3}),
+        message({"kind": "p_yes", "id": 1, "p_yes": 0.5}) + message({"kind": "text", "id": 1, "text": "Yes"}),
+        message({**finding, "timings_ms": {"review": 1.0}}, token_scores=patches[0], mask=pixels[:, :, 0]),
+        message({"kind": "fault", "id": 1, "reason": "deadline"}) + message({"kind": "broken", "reason": "no"}),
+    ]
+
+
+def _receive_all(data: bytes, folder: Path) -> None:
+    stream = io.BytesIO(data)
+    while _receive(stream) is not None:
+        pass
+
+
+def _runs() -> list[bytes]:
+    row = {
+        "path": "a.png",
+        "verdict": "DEFECT",
+        "score": 0.3,
+        "regions": [{"box": [1, 2, 3, 4], "area": 4, "peak": 0.5, "centroid": [1.5, 2.5]}],
+        "timings_ms": {"screen": 3.0, "map": 1.0},
+        "size": 3,
+        "sha256": "ab" * 32,
+        "settings": {"bundle": "b"},
+    }
+    return [(json.dumps(row) + "\n").encode(), b"".join((json.dumps({**row, "path": p}) + "\n").encode() for p in "ab")]
+
+
+def _take_up(data: bytes, folder: Path) -> None:
+    run = folder / "run.jsonl"
+    run.write_bytes(data)
+    for row in read_rows(run):
+        flat(row)
+    take_up(run, ["a.png", "b"], {"bundle": "b"}, 1)
+
+
+def _tables() -> list[bytes]:
+    head = b"object,split,label,image,mask\n"
+    return [head + b"cap,train,normal,cap/a.png,\ncap,test,anomaly,cap/a.png,cap/a.png\n", head.replace(b",", b";")]
+
+
+def _read_visa(data: bytes, folder: Path) -> None:
+    for name in ("cap", "split_csv"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "cap/a.png").touch()
+    (folder / "split_csv/1cls.csv").write_bytes(data)
+    read_dataset(folder)
+
+
+def _real_iads() -> list[bytes]:
+    row = {"category": "cap", "anomaly_class": "OK", "image_path": "a.png", "mask_path": None}
+    bad = {**row, "anomaly_class": "AK", "mask_path": "a.png"}
+    whole = {"meta": {"normal_class": "OK", "prefix": "cap/"}, "train": [row], "test": [row, bad]}
+    return [json.dumps(whole).encode()]
+
+
+def _read_real_iad(data: bytes, folder: Path) -> None:
+    for name in ("cap", "realiad_jsons"):
+        (folder / name).mkdir(exist_ok=True)
+    (folder / "cap/a.png").touch()
+    (folder / "realiad_jsons/cap.json").write_bytes(data)
+    read_dataset(folder)
+
+
+def _from_file(read: Callable[[Path], object], name: str) -> Callable[[bytes, Path], None]:
+    def run(data: bytes, folder: Path) -> None:
+        (folder / name).write_bytes(data)
+        read(folder / name)
+
+    return run
+
+
+# -------------------------------------------------------------------------------------------------- the export's
+
+
+def _configs() -> list[bytes]:
+    whole = {
+        "model_type": "vmad",
+        "weights": {"origin": "random", "licence": "none"},
+        "levels": [-1, -2],
+        "ltc": {"scale_factor": 2, "heads": 4},
+        "conversation": MANIFEST["conversation"],
+        "yes_token_ids": [1],
+        "no_token_ids": [2],
+        "similarity": {"thresholds": {"good_below": 0.1, "defect_above": 0.2}},
+    }
+    return [json.dumps(whole).encode()]
+
+
+def _indices() -> list[bytes]:
+    return [json.dumps({"metadata": {}, "weight_map": {"visual_normal": "model.safetensors"}}).encode()]
+
+
+def _read_index(data: bytes, folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(_features()[1])
+    (folder / "model.safetensors.index.json").write_bytes(data)
+    read_shapes(folder)
+
+
+def _adapters() -> list[bytes]:
+    whole = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 16,
+        "use_rslora": False,
+        "target_modules": ["q_proj", "v_proj"],
+        "modules_to_save": ["norm"],
+        "rank_pattern": {"q_proj": 8},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+        "trainable_token_indices": [1],
+        "lora_dropout": 0.0,
+    }
+    return [json.dumps(whole).encode()]
+
+
+def _processors() -> list[bytes]:
+    size = {"height": 28, "width": 28}
+    steps = {"do_resize": True, "do_center_crop": False, "do_rescale": True, "do_normalize": True, "resample": 3}
+    numbers = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255, "crop_size": size}
+    return [json.dumps({"image_processor_type": "CLIPImageProcessor", "size": size, **steps, **numbers}).encode()]
+
+
+@cache
+def _config() -> Config:
+    return Config.model_validate_json(_configs()[0])
+
+
+PARSERS = {
+    "manifest": Parser(_manifests, _open_bundle, BundleError, text=True),
+    "calibration": Parser(_calibrations, _load_calibration, BundleError, text=True),
+    "reference bank": Parser(_banks, _load_references, BundleError),
+    "normal features": Parser(_features, _read_features, BundleError),
+    "ONNX header": Parser(_onnx_graphs, _from_file(read_onnx, "a.onnx"), BundleError),
+    "GGUF header": Parser(_ggufs, _from_file(read_gguf, "a.gguf"), BundleError),
+    "safetensors header": Parser(_features, _from_file(read_shapes, "a.safetensors"), CheckpointError),
+    "frame": Parser(pictures, _read_frame, FrameError),
+    "mask": Parser(_masks, _read_mask, FrameError),
+    "message": Parser(_messages, _receive_all, VmadError),
+    "rows": Parser(_runs, _take_up, VmadError, text=True),
+    "VisA table": Parser(_tables, _read_visa, FrameError),
+    "Real-IAD table": Parser(_real_iads, _read_real_iad, FrameError, text=True),
+    "checkpoint config": Parser(
+        _configs,
+        _from_file(lambda path: _validate(Config, path, _read_json(path)), "config.json"),
+        CheckpointError,
+        True,
+    ),
+    "checkpoint index": Parser(_indices, _read_index, CheckpointError, text=True),
+    "adapter config": Parser(
+        _adapters, _from_file(lambda path: _read_lora_config(path.parent), "adapter_config.json"), CheckpointError, True
+    ),
+    "preprocessor config": Parser(
+        _processors,
+        _from_file(lambda path: _clip_input(path, _config(), 28), "preprocessor_config.json"),
+        CheckpointError,
+        text=True,
+    ),
+}
+
+
+# --------------------------------------------------------------------------------------------------- alterations
+
+NUMBERS = [struct.pack("<Q", n) for n in (0, 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)]
+TOKENS = [b"\xff" * 11, b"\x80" * 600, b"NaN", b"1e999", b"null", b"[" * 2000, b"{}", b'"\\ud800"', b"\0", b"..", b"\n"]
+TOKENS += [b"9" * 5000, b'"', b",", b"-1", b"\xef\xbb\xbf", b'{"a":1,"a":2}']
+_pieces = st.sampled_from(NUMBERS) | st.sampled_from(TOKENS) | st.binary(max_size=8)
+edits = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), _pieces, st.integers(0, 12)), max_size=6)
+RAW = ["1e999", "-1e999", "NaN", "1e-320", "-0.0", "9" * 5000, "[" * 100_000, '{"a":' * 5000, '{"a":1,"a":2}']
+"""What Python's json does not write."""
+_names = st.sampled_from(
+    ["", ".", "..", "/", "../a", "/etc/passwd", "a\0b", "\ud800", "x" * 10_000, "(", "(a+)+$", "a/b"]
+)
+_numbers = st.sampled_from([-1, 0, 1, 2**31, 2**63, 2**64, 10**400, -(2**63), 0.5, 1e308])
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | _names | _numbers,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | _names, inner, max_size=3),
+    max_leaves=6,
+) | st.integers(0, len(RAW) - 1).map(lambda which: f"@RAW {which}@")
+
+
+def damaged(data: bytes, changes: list[tuple[float, bytes, int]]) -> bytes:
+    """Some bytes replaced, inserted or cut out."""
+    for place, new, cut in changes:
+        start = int(place * (len(data) + 1))
+        data = data[:start] + new + data[start + cut :]
+    return data
+
+
+def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in a tree of JSON, with each key."""
+    for key, inner in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
+        yield tree, key
+        if isinstance(inner, dict | list):
+            yield from _places(inner)
+
+
+@st.composite
+def _other_values(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
+    """Lines of JSON with one to three values exchanged, or left out, and sometimes one more."""
+    lines = [json.loads(line) for line in draw(st.sampled_from(seeds)).splitlines()]
+    for _ in range(draw(st.integers(1, 3))):
+        places = [place for line in lines for place in _places(line)]
+        if not places:
+            break
+        container, key = draw(st.sampled_from(places))
+        match draw(st.integers(0, 5)):
+            case 0:
+                del container[key]
+            case 1 if isinstance(container, dict):
+                container[draw(st.text(max_size=8) | _names)] = draw(_values)
+            case _:
+                container[key] = draw(_values)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    return re.sub(r'"@RAW (\d)@"', lambda match: RAW[int(match[1])], text).encode("utf-8", "surrogatepass")
+
+
+def altered(parser: Parser) -> st.SearchStrategy[bytes]:
+    """Inputs that are near the seeds, as an attacker or a dying disk would send them."""
+    seeds = parser.seeds()
+    cut = st.builds(damaged, st.sampled_from(seeds), edits)
+    return _other_values(seeds) | cut if parser.text else cut
