@@ -428,7 +428,7 @@ def repeated(few: References, frames: int) -> References:
     placed = tuple(
         replace(frame, start=start, stop=end) for frame, start, end in zip(chosen, [0, *ends], ends, strict=False)
     )
-    return References(few.features[rows], few.patch[rows], placed, few.thresholds, few.beside, few.dtype)
+    return References(few.features[rows], few.patch[rows], placed, few.thresholds, few.beside, few.dtype, few.fitness)
 
 
 def _stage(runs: Sequence[Times], stage: str) -> list[float]:

@@ -38,7 +38,7 @@ _MOST_NUMBERS = 1 << 30
 _LARGEST_MANIFEST = 1 << 20
 """Bytes."""
 
-# Limits are some four times what the largest models of today have: beyond, a number is a mistake, or an attack.
+# The limits lie beyond every model of today: what passes them is a mistake, or an attack.
 Side = Annotated[int, Field(gt=0, le=8192)]
 """Pixels."""
 Width = Annotated[int, Field(gt=0, le=65_536)]
@@ -374,10 +374,13 @@ def _held(path: Path, expected: Mapping[str, Identity] | None = None) -> Iterato
     """An open folder, and what is in it: the same until the block has ended, and the same as `expected`.
 
     Raises:
-        BundleError: something else.
-        OSError: there is no such folder.
+        BundleError: something else, or no folder.
     """
-    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        said = f"{path} is not a bundle: expected a folder ({error.strerror})"
+        raise BundleError(f"{said}. `vmad export` makes bundles.") from None
     try:
         found = _identities(held)
         _refuse_change(path, found if expected is None else expected, found)
@@ -396,7 +399,7 @@ def _identities(folder: int) -> dict[str, Identity]:
 def _identity(folder: int, name: str) -> Identity:
     found: list[int] = []
     for follow in (False, True):
-        with suppress(OSError):  # a link to nowhere, or a file that went just now
+        with suppress(OSError):  # a link to nowhere, or a file that just went
             about = os.stat(name, dir_fd=folder, follow_symlinks=follow)
             found += (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
     return tuple(found)
@@ -440,7 +443,7 @@ def _open_file(folder: int, name: str) -> Iterator[BinaryIO]:
     """
     inside = Path(f"/proc/self/fd/{folder}").readlink()
     if not stat.S_ISREG(os.stat(name, dir_fd=folder).st_mode):
-        raise BundleError(f"{inside / name} is no file, as every part of a bundle is. Copy the bundle again.")
+        raise BundleError(f"{inside / name} is no file: every part of a bundle is one. Copy the bundle again.")
     opened = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)  # by now a FIFO, it would wait
     with os.fdopen(opened, "rb") as file:
         place = Path(f"/proc/self/fd/{opened}").readlink()

@@ -15,7 +15,10 @@ from vmad_edge.runtime.bundle import Thresholds
 from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.files import sha256
 from vmad_edge.runtime.frame import AS_STORED, Reading
+from vmad_edge.runtime.inspection import Inspection
 from vmad_edge.runtime.inspector import Inspector
+from vmad_edge.runtime.stages.fitness import Fitness, learned, measure
+from vmad_edge.runtime.stages.scope import scope_limit
 from vmad_edge.runtime.station import Calibration, CalibrationFrame
 
 
@@ -50,6 +53,10 @@ def calibrate(
 ) -> Calibration:
     """Screen the frames, set thresholds for `object` from their scores, and write them to the station.
 
+    Frames that are unfit to be judged are left out, and the promise says so: on the line they are NOT_INSPECTED too.
+    From the good ones that are left, limits of fitness are learned.
+    The good frames' distances to the enrolled ones set the limit of its scope anew.
+
     Args:
         inspector: one opened with `calibrated=False`, so that an outdated calibration is not in the way.
         by: who answers for it; None takes the account and the machine.
@@ -57,7 +64,8 @@ def calibrate(
 
     Raises:
         BundleError: the station knows other objects but not this one, or cannot be read.
-        FrameError: a frame cannot be inspected, is one of the enrolled references, or is given as good and defective.
+        FrameError: a frame cannot be read or screened, is one of the enrolled references, or is given as good and
+            defective.
         VmadError: too few frames for what is promised (equal ones count once); what the object is compared with is not
             what the station keeps, so that nobody else could use the thresholds.
     """
@@ -68,21 +76,32 @@ def calibrate(
     enrolled = {frame.pixel_hash for frame in references.frames} if references else set()
     frames: dict[str, CalibrationFrame] = {}
     """By their pixels: what shows the same is the same frame, and says nothing more."""
+    fit: dict[str, Fitness] = {}
+    unfit: list[str] = []
     given = 0
     for path, is_defective in chain(zip(good, repeat(False)), zip(defects, repeat(True))):
-        pixel_hash, frame = _scored(inspector, path, name, is_defective, enrolled, reading)
+        given += 1
+        inspection = inspector.inspect(path, object=name, review=False, **reading)
+        if inspection.reason_code is not None and inspection.reason_code.is_unfit:
+            unfit.append(f"{path}: {inspection.reason}")
+            continue
+        pixel_hash, frame = _scored(inspection, path, name, is_defective, enrolled)
         first = frames.setdefault(pixel_hash, frame)
         if first.defective is not is_defective:
             raise FrameError(f"{path} is given as defective, and {first.path}, which shows the same, as good")
-        given += 1
-    copies = given - len(frames)
+        if not is_defective:
+            fit[pixel_hash] = measure(inspection.frame.pixels)
+    copies = given - len(unfit) - len(frames)
     said = f"; {copies} of the {given} frames given are copies of others and not counted" if copies else ""
+    if unfit:
+        said += f"; {len(unfit)} of the {given} frames given are unfit and not counted (the first, {unfit[0]})"
     normal = sorted(frame.score for frame in frames.values() if not frame.defective)
     defective = sorted(frame.score for frame in frames.values() if frame.defective)
     try:
         thresholds, promise = from_labels(normal, defective, targets) if defective else from_good(normal, targets)
     except VmadError as error:
         raise VmadError(f"{error}{said}") from None
+    distances = (frame.scope_distance for frame in frames.values() if not frame.defective)
     if _kept(inspector, name) != bank:
         raise VmadError(f"{name!r} was enrolled anew while its frames were compared: calibrate again")
     calibration = Calibration(
@@ -90,10 +109,12 @@ def calibrate(
         bank=bank,
         object=name,
         thresholds=thresholds,
+        scope=scope_limit([d for d in distances if d is not None]),
         promise=promise + said,
         by=by or _account(),
         when=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         frames=tuple(frames.values()),
+        fitness=learned(list(fit.values())),
     )
     inspector.station.save_calibration(calibration)
     return calibration
@@ -223,10 +244,9 @@ def _kept(inspector: Inspector, object: str) -> str | None:
 
 
 def _scored(
-    inspector: Inspector, path: str, object: str, defective: bool, enrolled: set[str], reading: Reading
+    inspection: Inspection, path: str, object: str, defective: bool, enrolled: set[str]
 ) -> tuple[str, CalibrationFrame]:
     """The frame's pixel hash, and what is kept of it."""
-    inspection = inspector.inspect(path, object=object, review=False, **reading)
     if inspection.score is None:
         raise FrameError(f"{path} cannot be calibrated with: {inspection.reason}")
     pixel_hash = inspection.frame.pixel_hash
@@ -236,7 +256,11 @@ def _scored(
         )
     file = Path(path).absolute()
     return pixel_hash, CalibrationFrame(
-        path=str(file), sha256=sha256(file), defective=defective, score=inspection.score
+        path=str(file),
+        sha256=sha256(file),
+        defective=defective,
+        score=inspection.score,
+        scope_distance=inspection.scope_distance,
     )
 
 

@@ -32,8 +32,8 @@ from vmad_edge.runtime.console import printable, track
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.gpu import gpu
 from vmad_edge.runtime.engines.tensorrt import build_plans
-from vmad_edge.runtime.errors import VmadError
-from vmad_edge.runtime.evaluate import Figures, Shots, compare, evaluate, read_evaluation
+from vmad_edge.runtime.errors import BundleError, VmadError
+from vmad_edge.runtime.evaluate import Evaluation, Figures, Shots, compare, evaluate, read_evaluation
 from vmad_edge.runtime.evaluate_page import warnings, write_page
 from vmad_edge.runtime.floors import chain_of, floors
 from vmad_edge.runtime.floors import facts as floors_facts
@@ -43,6 +43,7 @@ from vmad_edge.runtime.frame import Colour, Reading
 from vmad_edge.runtime.hardware import HARDWARE
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import RunInProgress
+from vmad_edge.runtime.stages.scope import in_words
 from vmad_edge.runtime.station import Calibration, Fallback, Station, same_frames
 from vmad_edge.runtime.system import check_system
 
@@ -323,6 +324,7 @@ def _enroll(args: argparse.Namespace) -> int:
             "frames": len(references.frames),
             "patches": len(references.features),
             "thresholds": None if thresholds is None else thresholds.model_dump(),
+            "scope": in_words(references.scope),
             "station": str(inspector.station.path),
         }
         outdated = [why for why in inspector.station.calibrated().values() if isinstance(why, str)]
@@ -350,6 +352,8 @@ def _info(args: argparse.Namespace) -> int:
             "made_with": manifest.made_with,
             "station": str(inspector.station.path),
             "enrolled": inspector.station.enrolled(),
+            "scope": {name: _scope(inspector.station, name) for name in inspector.station.enrolled()}
+            or "no scope check: nothing is enrolled",
             "enrolled_with_other_bundles": inspector.station.enrolled_elsewhere(),
             "calibrated": {n: _calibration_facts(found) for n, found in inspector.station.calibrated().items()},
             "device": inspector.engines.device,
@@ -362,6 +366,15 @@ def _info(args: argparse.Namespace) -> int:
     if manifest.clip.resize == "shortest_edge":
         _err.print("warning: this checkpoint crops the centre of each frame; what lies outside counts as not inspected")
     return 0
+
+
+def _scope(station: Station, object: str) -> str:
+    """Of an enrolled object, or why its bank is refused."""
+    try:
+        references = station.load_references(object)
+    except BundleError as error:
+        return str(error)
+    return in_words(None if references is None else references.scope)
 
 
 def _cuda_kernels() -> str:
@@ -429,7 +442,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     page = write_page(evaluation, out)
     for warning in warnings(evaluation):
         _err.print(f"warning: {warning}", markup=False)
-    rows = {category.name: category.figures for category in evaluation.categories}
     if args.json:
         facts = {
             category.name: {
@@ -437,6 +449,10 @@ def _evaluate(args: argparse.Namespace) -> int:
                 "enrolled": category.enrolled,
                 "frames": len(category.frames),
                 "not_inspected": category.not_inspected,
+                "unfit_good": category.unfit_good,
+                "unfit_defective": category.unfit_defective,
+                "out_of_scope_good": category.out_of_scope(False),
+                "out_of_scope_defective": category.out_of_scope(True),
                 "without_mask": category.unmarked,
             }
             for category in evaluation.categories
@@ -448,7 +464,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         }
         print(json.dumps({"categories": facts, "mean": evaluation.mean.model_dump(), **whole}, indent=2))
     else:
-        _out.print(_figures({**rows, "mean": evaluation.mean}))
+        _out.print(_figures(evaluation))
         _err.print(f"{'with reviews' if args.review else 'the screen alone'}; page: {page}", soft_wrap=True)
     return 3 if any(category.not_inspected or category.not_submitted for category in evaluation.categories) else 0
 
@@ -523,17 +539,20 @@ def _calibration_facts(calibration: Calibration | str) -> dict[str, Any]:
     if isinstance(calibration, str):
         return {"refused": calibration}
     return {
-        **calibration.model_dump(include={"object", "thresholds", "promise", "by", "when"}),
+        **calibration.model_dump(include={"object", "thresholds", "scope", "promise", "by", "when"}),
         "bank": calibration.bank or "the bundle's normal features",
         "frames": len(calibration.frames),
     }
 
 
-def _figures(rows: dict[str, Figures]) -> Table:
-    table = Table("%", *(name.replace("_", " ") for name in Figures.model_fields), box=None)
-    for name, figures in rows.items():
+def _figures(evaluation: Evaluation) -> Table:
+    unfit = ("unfit, good", "unfit, defective")
+    table = Table("%", *(name.replace("_", " ") for name in Figures.model_fields), *unfit, box=None)
+    rows = [(c.name, c.figures, (str(c.unfit_good), str(c.unfit_defective))) for c in evaluation.categories]
+    for name, figures, counts in [*rows, ("mean", evaluation.mean, ("", ""))]:
         values = figures.model_dump().values()
-        table.add_row(printable(name), *("–" if value is None else f"{100 * value:.1f}" for value in values))
+        cells = ("–" if value is None else f"{100 * value:.1f}" for value in values)
+        table.add_row(printable(name), *cells, *counts)
     return table
 
 

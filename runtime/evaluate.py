@@ -29,7 +29,7 @@ from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.files import sha256, whole_folder, write_whole
 from vmad_edge.runtime.frame import AS_STORED, Colour, Reading
-from vmad_edge.runtime.inspection import Inspection, Verdict
+from vmad_edge.runtime.inspection import Inspection, Reason, Verdict
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.metrics import Scores, measure, pixel_scores
 from vmad_edge.runtime.report import fit, heat
@@ -67,6 +67,7 @@ class FrameResult(Record):
     score: float | None
     p_yes: float | None
     reason: str | None
+    reason_code: Reason | None = None
     regions: int
     """Of its mask."""
     pixels: tuple[int, int]
@@ -75,6 +76,10 @@ class FrameResult(Record):
     """What its mask may mean other than it was taken for."""
     made_of: tuple[str, str, str]
     """SHA-256 of the frame, of its mask (or nothing, or of several), and of all that was enrolled before it."""
+
+    @property
+    def unfit(self) -> bool:
+        return self.reason_code is not None and self.reason_code.is_unfit
 
 
 class Figures(Record):
@@ -112,6 +117,19 @@ class CategoryResult(Record):
     @property
     def not_inspected(self) -> int:
         return sum(frame.verdict is Verdict.NOT_INSPECTED for frame in self.frames)
+
+    def out_of_scope(self, defective: bool) -> int:
+        """Good or defective frames that are unlike all that were enrolled."""
+        return sum(f.reason_code is Reason.OUT_OF_SCOPE and f.defective is defective for f in self.frames)
+
+    @property
+    def unfit_good(self) -> int:
+        """Good frames that were refused before the screen saw them."""
+        return sum(frame.unfit and not frame.defective for frame in self.frames)
+
+    @property
+    def unfit_defective(self) -> int:
+        return sum(frame.unfit and frame.defective for frame in self.frames)
 
     @property
     def unmarked(self) -> int:
@@ -336,6 +354,7 @@ def _keep_frame(
         score=inspection.score,
         p_yes=inspection.p_yes,
         reason=inspection.reason,
+        reason_code=inspection.reason_code,
         regions=regions,
         pixels=pixels,
         made_of=made_of,

@@ -55,13 +55,14 @@ def write_page(evaluation: Evaluation, folder: Path) -> Path:
     )
     columns = [name for name in Figures.model_fields if name != "p_yes_auroc" or settings.review]
     rows = [
-        _row(c.name, c.figures, columns, (c.enrolled, len(c.frames), c.not_inspected)) for c in evaluation.categories
+        _row(c.name, c.figures, columns, (c.enrolled, len(c.frames), c.not_inspected, _unfit(c)))
+        for c in evaluation.categories
     ]
-    rows.append(_row("mean", evaluation.mean, columns, ("", "", ""), "mean"))
+    rows.append(_row("mean", evaluation.mean, columns, ("", "", "", ""), "mean"))
     paper = ""
     if published is not None:
         cells = "".join(f"<td>{getattr(published, name, '')}</td>" for name in columns)
-        rows.append(f'<tr class="paper"><td>VMAD’s paper, mean</td><td></td><td></td><td></td>{cells}</tr>')
+        rows.append(f'<tr class="paper"><td>VMAD’s paper, mean</td><td></td><td></td><td></td><td></td>{cells}</tr>')
         paper = (
             f"Published for {published.dataset}, not measured here; the paper’s AP, of {published.ap}, names no level."
         )
@@ -90,6 +91,13 @@ def warnings(evaluation: Evaluation) -> list[str]:
                 f"{category.name}: {category.not_inspected} frames were not inspected and count in no figure "
                 f"(the first: {reason})"
             )
+        if category.unfit_good or category.unfit_defective:
+            found.append(
+                f"{category.name}: of those, unfit to be judged: {category.unfit_good} good and "
+                f"{category.unfit_defective} defective frames"
+            )
+        if any(out := (category.out_of_scope(False), category.out_of_scope(True))):
+            found.append(f"{category.name}: out of scope: {out[0]} good and {out[1]} defective frames")
         if category.unmarked:
             found.append(
                 f"{category.name}: {category.unmarked} defective frames have no mask, or an empty one; they count for "
@@ -116,6 +124,10 @@ def warnings(evaluation: Evaluation) -> list[str]:
                 f"{category.name}: nothing to tell apart, so no figures: no inspected frame is {' or '.join(missing)}"
             )
     return found
+
+
+def _unfit(category: CategoryResult) -> str:
+    return f"{category.unfit_good} good, {category.unfit_defective} defective"
 
 
 def _facts(evaluation: Evaluation) -> str:

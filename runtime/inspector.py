@@ -25,6 +25,8 @@ from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.frame import Colour, Frame, FrameSource, check_source
 from vmad_edge.runtime.inspection import Inspection, Reason, Region, Screening, Verdict, find_regions, verdict_of
 from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, ReviewProcess
+from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check
+from vmad_edge.runtime.stages.scope import in_words
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
 from vmad_edge.runtime.stages.vocabulary import check_model
@@ -62,7 +64,9 @@ class ReviewHandle:
             reason = f"review {'failed' if code is Reason.REVIEW_FAULT else 'left out'}: {pending.fault}"
         elif finding is not None and finding.stopped is not None:
             reason, code = f"the review was stopped: {finding.stopped}", Reason.REVIEW_CANCELLED
-        after = replace(self._inspection, reason=reason, reason_code=code)
+        screened = self._inspection  # out of scope stays the first reason
+        told = "; ".join(said for said in (screened.reason, reason) if said) or None
+        after = replace(screened, reason=told, reason_code=screened.reason_code or code)
         if finding is not None:
             after = _reviewed(after, finding, pending.timings_ms, self._manifest)
         # Without one of its own, a review that settled the verdict is held to the screen's.
@@ -285,7 +289,7 @@ class Inspector:
             bit_depth, colour: see `Frame.read`.
 
         Raises:
-            FrameError: no frames, or one that cannot be read; nothing is changed then.
+            FrameError: no frames, or one that cannot be read or shows nothing; nothing is changed then.
         """
         self._must_be_open()
         name = self._object(object)
@@ -307,7 +311,7 @@ class Inspector:
         """From now on compare `object`'s frames with each other: `frames` are all that will be inspected.
 
         Nobody said that they are normal, so there are no thresholds and the screen's verdict is UNCERTAIN. Those that
-        cannot be read are left out.
+        cannot be read, or are unfit, are left out.
 
         Raises:
             FrameError: too few frames that can be read, see `Unlabelled`.
@@ -337,6 +341,8 @@ class Inspector:
             "enrolled": None if enrolled is None else hashlib.sha256(enrolled.encode()).hexdigest(),
             "good_below": None if thresholds is None else float(f"{thresholds.good_below:.6g}"),
             "defect_above": None if thresholds is None else float(f"{thresholds.defect_above:.6g}"),
+            "fitness": hashlib.sha256(source.fitness.model_dump_json().encode()).hexdigest(),
+            "scope_limit": None if source.scope is None else float(f"{source.scope.limit.limit:.6g}"),
         }
 
     def references(self, object: str | None = None) -> References | None:
@@ -352,6 +358,11 @@ class Inspector:
         if isinstance(beside, NormalFeatures):
             return None
         raise VmadError(f"{name!r} is compared with {beside.kind}: expected enrolled frames or the bundle's features")
+
+    def told(self, object: str | None = None) -> str:
+        """What `object` is compared with now, and which frames are in scope, for people."""
+        source = self._source(self._object(object))
+        return f"{source.kind}; {in_words(source.scope)}"
 
     def thresholds(self, object: str | None = None) -> Thresholds | None:
         """Of `object` as it is compared now; None where there are none (unlabelled frames)."""
@@ -399,6 +410,10 @@ class Inspector:
         calibration = self.station.load_calibration(object, bank) if self._calibrated else None
         if calibration is not None:
             source.thresholds = calibration.thresholds
+            if calibration.fitness is not None and calibration.fitness.frames > source.fitness.frames:
+                source.fitness = calibration.fitness
+            if source.scope is not None and calibration.scope is not None:
+                source.scope = replace(source.scope, limit=calibration.scope)
         return self._with_stream(source)
 
     def _held(self) -> list[str]:
@@ -431,6 +446,8 @@ class Inspector:
                 with watch("read"):
                     frame = Frame.read(source, bit_depth, colour)
                     frame = frame if frame_id is None else replace(frame, id=frame_id)
+                with watch("fitness"):
+                    check(frame.pixels, compared_with.fitness)
                 screening = self._screen.run(frame, compared_with, watch)
             if not np.isfinite(screening.score):
                 reason, code = "the encoder or the similarity gave NaN", Reason.SCREEN_FAULT
@@ -440,6 +457,8 @@ class Inspector:
                     return replace(inspection, deadline_met=met, deadline=deadline)
                 reason = f"the screen took {watch.timings_ms['screen']:.0f} ms and missed the deadline"
                 code = Reason.SCREEN_LATE
+        except UnfitError as error:
+            reason, code = str(error), error.reason
         except FrameError as error:
             reason, code = str(error), Reason.UNREADABLE
         except Exception as error:  # whatever went wrong in the screen is a reason, never a verdict
@@ -464,7 +483,12 @@ class Inspector:
         source: SimilaritySource,
         watch: Stopwatch,
     ) -> Inspection:
-        verdict = verdict_of(screening.score, source.thresholds)
+        verdict, reason, code = verdict_of(screening.score, source.thresholds), None, None
+        if source.scope is not None and screening.scope_distance is not None:
+            distance, limit = screening.scope_distance, source.scope.limit.limit
+            if not distance <= limit:
+                verdict, code = Verdict.UNCERTAIN, Reason.OUT_OF_SCOPE
+                reason = f"unlike all enrolled frames: {distance:.3f} from the nearest one, the limit is {limit:.3f}"
         regions: tuple[Region, ...] = ()
         nearest = None
         references = _beside(source)
@@ -478,7 +502,10 @@ class Inspector:
             frame,
             object,
             verdict,
+            reason=reason,
+            reason_code=code,
             score=screening.score,
+            scope_distance=screening.scope_distance,
             compared_with=source.kind,
             map=screening.map,
             regions=regions,
@@ -496,7 +523,9 @@ def _readable(frames: Iterable[FrameSource], bit_depth: int | None, colour: Colo
     for frame in frames:
         check_source(frame, bit_depth, colour)
         with suppress(FrameError):
-            yield Frame.read(frame, bit_depth, colour)
+            read = Frame.read(frame, bit_depth, colour)
+            check(read.pixels, FitnessLimits())
+            yield read
 
 
 def _normal_features(bundle: Bundle) -> NormalFeatures | None:
@@ -517,11 +546,16 @@ def _in_time(deadline: float | None) -> bool | None:
     return None if deadline is None else time.monotonic() <= deadline
 
 
-def settled(verdict: Verdict, p_yes: float) -> Verdict:
-    """What a review makes of the screen's verdict: it settles UNCERTAIN, never turns DEFECT into GOOD."""
+def settled(verdict: Verdict, p_yes: float, reason: Reason | None = None) -> Verdict:
+    """What a review makes of the screen's verdict: it settles UNCERTAIN, never turns DEFECT into GOOD.
+
+    A frame that is out of scope (`reason`) it may call DEFECT, not GOOD.
+    """
     if verdict is not Verdict.UNCERTAIN:
         return verdict
-    return Verdict.DEFECT if p_yes >= 0.5 else Verdict.GOOD
+    if p_yes >= 0.5:
+        return Verdict.DEFECT
+    return Verdict.UNCERTAIN if reason is Reason.OUT_OF_SCOPE else Verdict.GOOD
 
 
 def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, float], manifest: Manifest) -> Inspection:
@@ -534,8 +568,9 @@ def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, fl
         timings_ms={**inspection.timings_ms, **timings_ms},
         features=None,
     )
-    if inspection.verdict is Verdict.UNCERTAIN:
-        after = replace(after, verdict=settled(inspection.verdict, finding.p_yes), decided_by="review")
+    verdict = settled(inspection.verdict, finding.p_yes, inspection.reason_code)
+    if verdict is not inspection.verdict:
+        after = replace(after, verdict=verdict, decided_by="review")
     if finding.token_scores is not None and inspection.features is not None:
         size = inspection.frame.pixels.shape[0], inspection.frame.pixels.shape[1]
         scores, view = finding.token_scores, inspection.features.view

@@ -1,7 +1,7 @@
 """The device's own folder beside a bundle: what it enrolled and calibrated. Keyed by the bundle's hash.
 
 station/<first 16 of the bundle's hash>/
-  banks/<object>.bank                 safetensors: features, patch numbers, pictures; what they are in its metadata
+  banks/<object>.bank                 safetensors: features, patch numbers, pictures, scope; its metadata says what
   calibrations/<object>.calibration   JSON: the Calibration below
   engines/<graph>/plan.trt …          a TensorRT plan, see engines/plans.py
 
@@ -37,7 +37,9 @@ from vmad_edge.runtime.errors import BundleError, FrameError
 from vmad_edge.runtime.files import check_ours, only_writer, open_ours, sync, whole_file
 from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
 from vmad_edge.runtime.objects import alike, folder_name, listed, object_name
+from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
+from vmad_edge.runtime.stages.scope import Scope, ScopeLimit
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, NormalFeatures, References
 
 Fallback = Literal["bundle"]
@@ -86,6 +88,10 @@ class _BankRecord(Record):
     object: Text
     frames: tuple[_FrameRecord, ...]
     thresholds: Thresholds | None
+    fitness: FitnessLimits = FitnessLimits()
+    """An older bank has none: those of any frame."""
+    scope: ScopeLimit | None = None
+    """None: one frame, or enrolled before there was a scope check."""
 
 
 class CalibrationFrame(Record):
@@ -93,6 +99,8 @@ class CalibrationFrame(Record):
     sha256: str
     defective: bool
     score: FiniteFloat
+    scope_distance: FiniteFloat | None = None
+    """See `Inspection`."""
 
 
 class Calibration(Record):
@@ -105,10 +113,14 @@ class Calibration(Record):
     """Hash of the reference bank that the frames were compared with; None: the bundle's normal features."""
     object: Text
     thresholds: Thresholds
+    scope: ScopeLimit | None = None
+    """Instead of the bank's; None: that one holds."""
     promise: str
     by: Text
     when: str
     frames: tuple[CalibrationFrame, ...]
+    fitness: FitnessLimits | None = None
+    """Of its good frames; an older one has none."""
 
 
 class Station:
@@ -146,13 +158,20 @@ class Station:
             )
             jpegs.append(frame.jpeg)
             end += len(frame.jpeg)
+        scope = references.scope
         record = _BankRecord(
-            bundle=self._bundle.hash, object=object, frames=tuple(frames), thresholds=references.thresholds
+            bundle=self._bundle.hash,
+            object=object,
+            frames=tuple(frames),
+            thresholds=references.thresholds,
+            fitness=references.fitness,
+            scope=None if scope is None else scope.limit,
         )
         arrays: dict[str, NDArray[Any]] = {
             "features": references.features,
             "patch": references.patch,
             "jpeg": np.frombuffer(b"".join(jpegs), np.uint8),
+            **({} if scope is None else {"scope": scope.descriptors}),
         }
         if fault := _fault(record, arrays, self._bundle.manifest.vision):
             raise BundleError(f"the references of {object!r} cannot be kept: {fault}")
@@ -184,6 +203,8 @@ class Station:
             record.thresholds,
             beside,
             self._bundle.manifest.similarity.bank_dtype,
+            record.fitness,
+            None if record.scope is None else Scope(arrays["scope"], record.scope),
         )
         references.hash = hash
         return references
@@ -540,7 +561,8 @@ def _bank(
         arrays = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         text = header["__metadata__"]["bank"]
-        arrays = {name: arrays[name] for name in ("features", "patch", "jpeg")}
+        optional = {"scope"} & arrays.keys()
+        arrays = {name: arrays[name] for name in ("features", "patch", "jpeg", *optional)}
     except (KeyError, ValueError, SafetensorError) as error:
         raise BundleError(f"{path} is not a complete reference bank: {_what_of(error)}. {advice}") from None
     record = _parsed(_BankRecord, text, path, advice)
@@ -568,6 +590,12 @@ def _fault(record: _BankRecord, arrays: dict[str, NDArray[Any]], vision: Vision 
     pictures = [frame.jpeg for frame in record.frames]
     if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or not _joined(pictures, len(jpeg)):
         return f"expected pictures one after the other in {jpeg.size} bytes, found others"
+    if (record.scope is None) != ("scope" not in arrays):
+        return "expected a scope and its limit, or neither, found one of them"
+    if record.scope is not None:
+        scope, shape = arrays["scope"], (len(record.frames), features.shape[1])
+        if scope.dtype != np.float32 or scope.shape != shape or not np.isfinite(scope).all():
+            return f"expected a scope of {list(shape)} finite float32, found {list(scope.shape)} {scope.dtype}"
     return None
 
 

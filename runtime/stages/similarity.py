@@ -15,7 +15,9 @@ from vmad_edge.kernels import Dtype, ReferenceBank, max_cosine, segmented_max_co
 from vmad_edge.runtime.bundle import Similarity, Thresholds
 from vmad_edge.runtime.errors import BundleError, FrameError
 from vmad_edge.runtime.inspection import NearestNormal
+from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
+from vmad_edge.runtime.stages.scope import Scope
 
 Floats = NDArray[np.float32]
 
@@ -41,6 +43,8 @@ class NormalFeatures:
     """
 
     kind = "normal features"
+    scope: Scope | None = None
+    """They are of all parts, so none is out of their scope."""
 
     def __init__(self, path: Path, spec: Similarity) -> None:
         try:
@@ -51,6 +55,7 @@ class NormalFeatures:
                 f"{path}: expected safetensors with visual_normal [P,D], found something else. Export the bundle again."
             ) from None
         self.thresholds = spec.thresholds
+        self.fitness = FitnessLimits()
         self.spec = spec
         abnormal = features.get("visual_abnormal")
         self.abnormal = None if abnormal is None else ReferenceBank.from_array(abnormal)
@@ -102,6 +107,8 @@ class References:
         patch: [M] each row's patch number (row-major in the grid) in its frame.
         beside: the bundle's features, whose score is fused with the distance to the bank.
         dtype: of the bank that is made of the features.
+        fitness: of the frames that are compared with them.
+        scope: of the same frames; None: one frame, or enrolled before there was one. No frame is out of scope then.
 
     `hash`: SHA-256 of the bank in the station that they were read from or written to; None: nobody keeps them.
     """
@@ -117,9 +124,11 @@ class References:
         thresholds: Thresholds | None,
         beside: NormalFeatures | None = None,
         dtype: Dtype = "float32",
+        fitness: FitnessLimits | None = None,
+        scope: Scope | None = None,
     ) -> None:
         self.features, self.patch, self.frames, self.thresholds = features, patch, frames, thresholds
-        self.beside, self.dtype = beside, dtype
+        self.beside, self.dtype, self.fitness, self.scope = beside, dtype, fitness or FitnessLimits(), scope
         self.bank = ReferenceBank.from_array(features, dtype)
 
     def compare(self, patches: Floats) -> PatchScores:
@@ -139,7 +148,8 @@ class References:
                 self.frames, np.searchsorted(rows, [(f.start, f.stop) for f in self.frames]), strict=True
             )
         )
-        return References(self.features[rows], self.patch[rows], frames, self.thresholds, self.beside, self.dtype)
+        kept = self.features[rows], self.patch[rows]
+        return References(*kept, frames, self.thresholds, self.beside, self.dtype, self.fitness, self.scope)
 
     def nearest(self, row: int, similarity: float, grid: int) -> NearestNormal:
         """The place of bank row `row`."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -300,6 +301,9 @@ def test_a_folder_that_changes_places_while_it_is_used(folder: Path) -> None:
         (folder / "llm.gguf").write_bytes(b"WEIGHTS")
         assert path.read_bytes() == b"weights"
     with pytest.raises(BundleError, match="was changed"), bundle.opened("llm.gguf"):
+        pass
+    shutil.rmtree(folder)
+    with pytest.raises(BundleError, match="is not a bundle: expected a folder"), bundle.opened("llm.gguf"):
         pass
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -292,6 +292,41 @@ def test_equal_frames_count_once(inspector: Inspector, parts: Path, tmp_path: Pa
     assert "of 3 defective frames" in made.promise and "33 of the 41 frames given are copies" in made.promise
     with pytest.raises(FrameError, match=r"plate \(3\)\.png is given as defective, and .*good/0\.png, .* as good"):
         calibrate(inspector, good, [*defects, str(copies[3])], object="tile")
+
+
+def test_refuses_references_that_nobody_keeps(inspector: Inspector, parts: Path, tmp_path: Path) -> None:
+    def refused(says: str, good: Iterable[str]) -> None:
+        with pytest.raises(VmadError, match=says):
+            calibrate(inspector, good, object="tile", targets=LOOSE)
+        assert inspector.station.calibrated() == {}
+
+    inspector.enroll(files(parts / "enrolled"), object="tile", keep=False)
+    refused("'tile' are in this inspector alone.*keep=True", files(parts / "good"))
+    inspector.compare_unlabelled(files(parts / "good"), object="tile")
+    refused("'tile' is compared with unlabelled frames", files(parts / "good"))
+    inspector.enroll(files(parts / "enrolled"), object="tile")
+    references = inspector.references("tile")
+
+    def others_enroll(between: Callable[[], object]) -> Iterator[str]:
+        yield from files(parts / "good")
+        between()
+
+    assert references is not None
+    other = references.take(np.arange(len(references.features) - 1))
+    refused(
+        "compared with another reference bank .* than the station has now",
+        others_enroll(lambda: inspector.station.save_references("tile", other)),
+    )
+    inspector.enroll(files(parts / "enrolled"), object="tile")
+    refused(
+        "'tile' was enrolled anew while",
+        others_enroll(lambda: inspector.enroll(files(parts / "enrolled")[:2], object="tile")),
+    )
+    made = calibrate(inspector, files(parts / "good"), object="tile", targets=LOOSE)
+    compared = inspector.references("tile")
+    assert compared is not None and made.bank == compared.hash == inspector.station.bank_hash("tile")
+    path = inspector.station.path / "banks/tile.bank"
+    assert hashlib.sha256(path.read_bytes()[65:]).hexdigest() == made.bank
 
 
 def test_recorded_paths_are_absolute(inspector: Inspector, parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
