@@ -202,7 +202,9 @@ def pictures() -> list[bytes]:
     forms += [("PPM", "I;16"), ("JPEG2000", "RGB"), ("DIB", "L")]
     made = [encoded(*form) for form in forms]
     made.append(encoded("TIFF", compression="tiff_lzw"))
-    made.append(encoded("JPEG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"))
+    made.append(
+        encoded("JPEG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0")
+    )
     if "AVIF" in Image.SAVE:
         made.append(encoded("AVIF"))
     return made
@@ -227,7 +229,9 @@ def _read_mask(data: bytes, folder: Path) -> None:
 def _messages() -> list[bytes]:
     def message(head: dict[str, Any], **arrays: np.ndarray[Any, Any]) -> bytes:
         described = {name: [array.dtype.str, array.shape] for name, array in arrays.items()}
-        return json.dumps({**head, "arrays": described}).encode() + b"\n" + b"".join(a.tobytes() for a in arrays.values())
+        return (
+            json.dumps({**head, "arrays": described}).encode() + b"\n" + b"".join(a.tobytes() for a in arrays.values())
+        )
 
     pixels, patches = np.zeros((4, 5, 3), np.uint8), np.ones((4, 8), np.float32)
     review = {"kind": "review", "id": 1, "question": "?", "mode": "full", "deadline": 1.5, "view": [0, 0, 4.5, 5]}
@@ -376,7 +380,10 @@ PARSERS = {
     "VisA table": Parser(_tables, _read_visa, FrameError),
     "Real-IAD table": Parser(_real_iads, _read_real_iad, FrameError, text=True),
     "checkpoint config": Parser(
-        _configs, _from_file(lambda path: _validate(Config, path, _read_json(path)), "config.json"), CheckpointError, True
+        _configs,
+        _from_file(lambda path: _validate(Config, path, _read_json(path)), "config.json"),
+        CheckpointError,
+        True,
     ),
     "checkpoint index": Parser(_indices, _read_index, CheckpointError, text=True),
     "adapter config": Parser(
@@ -395,12 +402,14 @@ PARSERS = {
 
 NUMBERS = [struct.pack("<Q", n) for n in (0, 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)]
 TOKENS = [b"\xff" * 11, b"\x80" * 600, b"NaN", b"1e999", b"null", b"[" * 2000, b"{}", b'"\\ud800"', b"\0", b"..", b"\n"]
-TOKENS += [b"9" * 5000, b'"', b",", b"-1", b"\xef\xbb\xbf", b"{\"a\":1,\"a\":2}"]
+TOKENS += [b"9" * 5000, b'"', b",", b"-1", b"\xef\xbb\xbf", b'{"a":1,"a":2}']
 _pieces = st.sampled_from(NUMBERS) | st.sampled_from(TOKENS) | st.binary(max_size=8)
 edits = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), _pieces, st.integers(0, 12)), max_size=6)
 RAW = ["1e999", "-1e999", "NaN", "1e-320", "-0.0", "9" * 5000, "[" * 100_000, '{"a":' * 5000, '{"a":1,"a":2}']
 """What Python's json does not write."""
-_names = st.sampled_from(["", ".", "..", "/", "../a", "/etc/passwd", "a\0b", "\ud800", "x" * 10_000, "(", "(a+)+$", "a/b"])
+_names = st.sampled_from(
+    ["", ".", "..", "/", "../a", "/etc/passwd", "a\0b", "\ud800", "x" * 10_000, "(", "(a+)+$", "a/b"]
+)
 _numbers = st.sampled_from([-1, 0, 1, 2**31, 2**63, 2**64, 10**400, -(2**63), 0.5, 1e308])
 _values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | _names | _numbers,

@@ -31,6 +31,8 @@ _CROPS, _CROP = 5, 64
 """A side: of a grid of crops, and of a crop."""
 _RING = 16
 """Rows over which a JPEG smears the edge of what is missing."""
+_JUMP = 24
+"""Grey levels of a step from pixel to pixel that count at a seam."""
 _SAME_KIND = 3
 """Frames of one size, or all grey or all coloured, from which on that is no accident. [ASSUME]"""
 
@@ -41,8 +43,8 @@ class Fitness:
 
     size: tuple[int, int]
     """(height, width)."""
-    grey: bool
-    """Its channels are equal."""
+    coloured: float
+    """Share of pixels whose channels differ."""
     brightest: float
     """Grey level that a thousandth of the pixels are above."""
     darkest: float
@@ -65,7 +67,7 @@ class Fitness:
     """Constant rows one after the other, as a share of all."""
     flat_columns: float
     seam: float
-    """What a step from row to row exceeds both beside it by, where that is most: s usual steps are s / (4 + s)."""
+    """What a step from row to row exceeds both beside it by, where that is most: s usual steps are s / (1 + s)."""
     cut: float
     """Share of the frame that a constant band along one side takes, if the picture ends there from one line to the
     next over half the width: what was not transferred. Bands on two opposite sides are a frame's own border."""
@@ -171,7 +173,7 @@ def measure(pixels: NDArray[np.uint8]) -> Fitness:
     of_rows, of_columns = _spans(rows), _spans(columns)
     return Fitness(
         size=(height, width),
-        grey=_is_grey(few),
+        coloured=_coloured(few),
         brightest=float(brightest),
         darkest=float(darkest),
         mean=cv2.mean(rows)[0],
@@ -196,10 +198,10 @@ def unfit(found: Fitness, limits: FitnessLimits) -> tuple[Reason, str] | None:
             f"{w}×{h} pixels; all {limits.frames} good frames have {width}×{height}: look at the camera's settings, or "
             "enroll frames like this"
         )
-    if limits.grey is not None and found.grey is not limits.grey:
+    if (limits.grey is True and found.coloured > 0.5) or (limits.grey is False and found.coloured == 0):
         kinds = {True: "grey (one channel)", False: "in colour (three channels)"}
         return Reason.UNFIT_SIZE, (
-            f"{kinds[found.grey]}; all {limits.frames} good frames are {kinds[limits.grey]}: look at the camera's "
+            f"{kinds[not limits.grey]}; all {limits.frames} good frames are {kinds[limits.grey]}: look at the camera's "
             "pixel format, or enroll frames like this"
         )
     for check in _CHECKS:
@@ -244,7 +246,8 @@ def learned(good: Sequence[Fitness]) -> FitnessLimits:
         )
         limit, widest = extreme + (-1, 1)[check.side] * margin, limits[check.number][check.side]
         limits[check.number][check.side] = max(limit, widest) if check.side == 0 else min(limit, widest)
-    sizes, greys = {frame.size for frame in good}, {frame.grey for frame in good}
+    sizes = {frame.size for frame in good}
+    greys = {True if frame.coloured == 0 else False if frame.coloured > 0.1 else None for frame in good}
     enough = len(good) >= _SAME_KIND
     return FitnessLimits(
         frames=len(good),
@@ -273,9 +276,9 @@ def _between(pixels: NDArray[np.uint8], lower: int, upper: int) -> float:
     return cv2.countNonZero(inside) / inside.size
 
 
-def _is_grey(pixels: NDArray[np.uint8]) -> bool:
+def _coloured(pixels: NDArray[np.uint8]) -> float:
     red, green, blue = cv2.split(pixels)
-    return max(cv2.norm(red, green, cv2.NORM_INF), cv2.norm(green, blue, cv2.NORM_INF)) <= _FLAT
+    return float(np.count_nonzero(cv2.max(cv2.absdiff(red, green), cv2.absdiff(green, blue)) > _FLAT)) / red.size
 
 
 def _longest(flags: NDArray[np.bool_]) -> int:
@@ -318,10 +321,12 @@ def _laplacian(crop: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _seam(rows: NDArray[np.uint8]) -> float:
-    steps = cv2.reduce(cv2.absdiff(rows[1:], rows[:-1]), 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F)[:, 0]
+    # A tear goes through the whole width: what a few columns jump by, an object's edge, does not count in full.
+    jumps = np.minimum(cv2.absdiff(rows[1:], rows[:-1]), np.uint8(_JUMP))
+    steps = cv2.reduce(jumps, 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F)[:, 0]
     beside = np.maximum(np.concatenate([[0], steps[:-1]]), np.concatenate([steps[1:], [0]]))
     jump = max(0.0, float((steps - beside).max())) / (float(np.median(steps)) + 1)
-    return jump / (4 + jump)
+    return jump / (1 + jump)
 
 
 def _cut(lines: NDArray[np.uint8], spans: NDArray[np.int32]) -> float:

@@ -33,10 +33,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("good", "odd", "broken"):
         (folder / name).mkdir()
     for seed in range(6):
-        noise = np.random.default_rng(seed).normal(128, 2, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+        noise = plain_part(np.random.default_rng(seed), 2, 64, 64).clip(0, 255).astype(np.uint8)
         Image.fromarray(noise).save(folder / f"good/{seed}.png")
-    odd = np.random.default_rng(9).integers(0, 256, (64, 64, 3), np.uint8)
-    Image.fromarray(odd).save(folder / "odd/odd.png")
+    odd = plain_part(np.random.default_rng(9), 2, 64, 64) + 50 * np.sin(np.arange(64)[:, None] * (0.5, 0.7, 0.9))
+    Image.fromarray(odd.clip(0, 255).astype(np.uint8)).save(folder / "odd/odd.png")
     (folder / "broken/broken.png").write_bytes(b"this is text")
     return folder
 

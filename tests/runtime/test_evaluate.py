@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from browser import needs_browser, opened
+from plain_parts import plain_part
 from selenium.webdriver.common.by import By
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -33,9 +34,9 @@ def draw(folder: Path, seed: int) -> None:
     """One category in MVTec AD's layout: four frames to enroll, three good and three defective ones to test."""
     rng = np.random.default_rng(seed)
     for name in ("train/good/0", "train/good/1", "train/good/2", "train/good/3", "test/good/0", "test/good/1"):
-        write(folder / f"{name}.png", rng.normal(128, 6, (64, 48, 3)).clip(0, 255).astype(np.uint8))
+        write(folder / f"{name}.png", plain_part(rng, 6, 64, 48).clip(0, 255).astype(np.uint8))
     for number, ending in enumerate(("_mask", "", "_mask")):
-        part, mask = rng.normal(128, 6, (64, 48, 3)), np.zeros((64, 48), np.uint8)
+        part, mask = plain_part(rng, 6, 64, 48), np.zeros((64, 48), np.uint8)
         mask[20 : 40 + number, 10:30] = mask[5:9, 40:44] = 255
         part[mask > 0] = rng.integers(0, 256, (int((mask > 0).sum()), 3))
         write(folder / f"test/scratch/{number}.png", part.clip(0, 255).astype(np.uint8))
