@@ -29,10 +29,12 @@ _REDUCED = 256
 """Longer side of the reduced picture."""
 _CROPS, _CROP = 5, 64
 """A side: of a grid of crops, and of a crop."""
+_WIDTH = 0.85
+"""Share of the width over which the picture ends at once where a transfer did; few objects are as wide and straight."""
 _RING = 16
 """Rows over which a JPEG smears the edge of what is missing."""
-_JUMP = 24
-"""Grey levels of a step from pixel to pixel that count at a seam."""
+_JUMP = 12
+"""Grey levels from one pixel to the next that are more than noise."""
 _SAME_KIND = 3
 """Frames of one size, or all grey or all coloured, from which on that is no accident. [ASSUME]"""
 
@@ -67,10 +69,10 @@ class Fitness:
     """Constant rows one after the other, as a share of all."""
     flat_columns: float
     seam: float
-    """What a step from row to row exceeds both beside it by, where that is most: s usual steps are s / (1 + s)."""
+    """Share of the columns that jump between two rows, beyond the share that does one row before or after."""
     cut: float
     """Share of the frame that a constant band along one side takes, if the picture ends there from one line to the
-    next over half the width: what was not transferred. Bands on two opposite sides are a frame's own border."""
+    next over most of the width: what was not transferred. Bands on two opposite sides are a frame's own border."""
 
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -148,9 +150,7 @@ _CHECKS = (
     ),
     _Check("flat_rows", 1, Reason.UNFIT_TORN, "not whole: rows without any content make up", _TRANSFER),
     _Check("flat_columns", 1, Reason.UNFIT_TORN, "not whole: columns without any content make up", _TRANSFER),
-    _Check(
-        "seam", 1, Reason.UNFIT_TORN, "torn: the picture's jump between two rows, on a scale to 100%, is", _TRANSFER
-    ),
+    _Check("seam", 1, Reason.UNFIT_TORN, "torn: between two rows alone jump, of all columns,", _TRANSFER),
     _Check("mean", 0, Reason.UNFIT_DARK, "too dark: its mean grey level is", _LIGHT),
     _Check("black", 1, Reason.UNFIT_DARK, "too dark: black pixels make up", _LIGHT),
     _Check("mean", 1, Reason.UNFIT_BRIGHT, "too bright: its mean grey level is", _LIGHT),
@@ -321,12 +321,9 @@ def _laplacian(crop: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _seam(rows: NDArray[np.uint8]) -> float:
-    # A tear goes through the whole width: what a few columns jump by, an object's edge, does not count in full.
-    jumps = np.minimum(cv2.absdiff(rows[1:], rows[:-1]), np.uint8(_JUMP))
-    steps = cv2.reduce(jumps, 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F)[:, 0]
-    beside = np.maximum(np.concatenate([[0], steps[:-1]]), np.concatenate([steps[1:], [0]]))
-    jump = max(0.0, float((steps - beside).max())) / (float(np.median(steps)) + 1)
-    return jump / (1 + jump)
+    jumping = (cv2.absdiff(rows[1:], rows[:-1]) > _JUMP).mean(axis=1)
+    beside = np.maximum(np.concatenate([[0], jumping[:-1]]), np.concatenate([jumping[1:], [0]]))
+    return max(0.0, float((jumping - beside).max()))
 
 
 def _cut(lines: NDArray[np.uint8], spans: NDArray[np.int32]) -> float:
@@ -342,6 +339,6 @@ def _missing(lines: NDArray[np.uint8], spans: NDArray[np.int32]) -> int:
         return 0
     begin = int(told[-1]) + 1
     around = lines[max(0, begin - _RING) : begin + 1].astype(np.int32)
-    steps = np.median(np.abs(np.diff(around, axis=0)), axis=1)
-    whole = float(np.median(np.abs(around[0] - around[-1])))
+    steps = np.quantile(np.abs(np.diff(around, axis=0)), 1 - _WIDTH, axis=1)
+    whole = float(np.quantile(np.abs(around[0] - around[-1]), 1 - _WIDTH))
     return len(lines) - begin if steps.max() >= max(6.0, 0.6 * whole) else 0

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from plain_parts import plain_part
 from torch.nn.functional import avg_pool2d, interpolate
 
 from vmad_edge.export.reference.teacher import installed

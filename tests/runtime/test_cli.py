@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from plain_parts import plain_part
 
 from vmad_edge.runtime.cli import main
 

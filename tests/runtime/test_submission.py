@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from plain_parts import plain_part
 
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.cli import main
