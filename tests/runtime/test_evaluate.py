@@ -166,8 +166,13 @@ def test_page_in_a_browser(evaluated: Path) -> None:
         assert not browser.get_log("browser")
         rows = browser.find_elements(By.CSS_SELECTOR, "tbody tr")
         cells = [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in rows]
-        assert [row[0] for row in cells] == ["bolt_m3", "nut", "mean"] and cells[1][1:4] == ["2", "5", "0"]
-        assert cells[1][4] == f"{100 * (found.categories[1].figures.image_auroc or 0):.1f}"
+        assert [row[0] for row in cells] == ["bolt_m3", "nut", "mean"] and cells[1][1:5] == [
+            "2",
+            "5",
+            "0",
+            "0 good, 0 defective",
+        ]
+        assert cells[1][5] == f"{100 * (found.categories[1].figures.image_auroc or 0):.1f}"
         for curve in browser.find_elements(By.CSS_SELECTOR, "svg"):
             frame, line = (curve.find_element(By.TAG_NAME, name).rect for name in ("rect", "polyline"))
             # from corner to corner (PRO may end below the top), and nowhere beyond but for the line's own width
