@@ -63,7 +63,7 @@ CAMERA = (1080, 1440)
 
 def camera_frame(seed: int) -> NDArray[np.uint8]:
     small = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), np.uint8)
-    return np.asarray(Image.fromarray(small).resize(CAMERA[::-1], Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(small).resize(CAMERA[::-1], Image.Resampling.NEAREST))
 
 
 @pytest.fixture
