@@ -288,7 +288,7 @@ def test_bytes_that_are_no_message_end_the_process(stub: Stub, sent: bytes | str
 )
 def test_what_a_thread_of_the_process_raises_ends_it(stub: Stub, where: str) -> None:
     reviews = stub()
-    reviews._command[1:] = ["-c", PLANTED, where, str(DEMO / "bundle"), str(DEMO)]
+    reviews._command[1:] = ["-c", PLANTED, where, str(DEMO / "bundle")]
     failed = ask(reviews)
     assert failed.wait(120) and "MemoryError: planted" in (failed.fault or "")
 
@@ -297,18 +297,21 @@ PLANTED = """
 import sys
 from pathlib import Path
 from vmad_edge.runtime import review
+from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.engines.plans import Plans
+folder = Path(sys.argv[2])
+hash = Bundle.open(folder).hash
 def planted(*_): raise MemoryError("planted")
 where = sys.argv[1].split(".")
 setattr(getattr(review, where[1]) if where[2:] else review, where[-1], planted)
-review.Server().serve(Path(sys.argv[2]), "cpu", Plans(Path(sys.argv[3])))
+review.Server().serve(folder, hash, "cpu", Plans(folder))
 """
 
 
 def test_what_a_review_raises_is_its_fault_alone(stub: Stub) -> None:
     """The process lives on."""
     reviews = stub()
-    reviews._command[1:] = ["-c", PLANTED, "review.Review.run", str(DEMO / "bundle"), str(DEMO)]
+    reviews._command[1:] = ["-c", PLANTED, "review.Review.run", str(DEMO / "bundle")]
     for _ in range(2):
         failed = ask(reviews)
         assert failed.wait(120) and failed.fault == "MemoryError: planted"
