@@ -37,7 +37,7 @@ SECONDS = 5.0
 MEMORY = 4 << 30
 LARGEST = 1 << 13
 """Bytes of an input that atheris makes."""
-HYPOTHESIS_SHARE = 0.04
+HYPOTHESIS_SHARE = 0.01
 """It makes some hundred inputs a second, atheris thousands."""
 SLOW = {"frame": 0.5, "mask": 0.5, "preprocessor config": 0.5, "Real-IAD table": 0.5, "VisA table": 0.5}
 """Parsers that get less than an equal share."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 from pydantic import Field
 from safetensors import safe_open
 
-from vmad_edge.export.reading import Shapes, read_json, read_shapes, validated
+from vmad_edge.export.reading import Shapes, in_words, read_json, read_shapes, validated
 from vmad_edge.runtime.bundle import (
     Answer,
     ClipInput,
@@ -296,8 +296,9 @@ def _check_model(folder: Path) -> PretrainedConfig:
         with torch.device("meta"):
             model = model_class(config)
     except Exception as error:  # transformers raises many kinds on a config that makes no model
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: expected a config of {model_class.__name__}, found: {reason}") from None
+        raise CheckpointError(
+            f"{path}: expected a config of {model_class.__name__}, found: {in_words(error)}"
+        ) from None
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _check_shapes(folder, expected, found, optional=model.all_tied_weights_keys)
     return config

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoTokenizer
 
-from vmad_edge.export.reading import read_json, read_shapes, validated, weight_files
+from vmad_edge.export.reading import in_words, read_json, read_shapes, validated, weight_files
 from vmad_edge.kernels.processors import processors
 from vmad_edge.runtime.bundle import SpacePrefix
 from vmad_edge.runtime.errors import CheckpointError
@@ -124,8 +124,7 @@ def _read_config(language: Path) -> Config:
     try:
         config: Config = AutoConfig.from_pretrained(language, local_files_only=True)
     except Exception as error:  # transformers raises many kinds on a config that makes no model
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: expected a config of LlamaForCausalLM, found: {reason:.200}") from None
+        raise CheckpointError(f"{path}: expected a config of LlamaForCausalLM, found: {in_words(error)}") from None
     if config.model_type != "llama":
         raise CheckpointError(f"{path}: expected model_type 'llama', found {config.model_type!r}.")
     if getattr(config, "quantization_config", None) is not None:
@@ -477,15 +476,18 @@ def read_tokenizer(language: Path) -> Any:
             stacklevel=2,
         )
     try:
-        return AutoTokenizer.from_pretrained(language, local_files_only=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(language, local_files_only=True, **options)
+        tokenizer("a")  # settings of other types show only now
+        return tokenizer
     except RecursionError:  # of a special token that the vocabulary does not have
         raise CheckpointError(
             f"{language}: the tokenizer cannot be read: its special tokens are not in its vocabulary"
             f"{_suggested(language)}."
         ) from None
-    except Exception as error:  # transformers raises many kinds, tokenizers Exception itself
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{language}: the tokenizer cannot be read ({reason:.200}).") from None
+    except BaseException as error:  # transformers raises many kinds, tokenizers Exception itself, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{language}: the tokenizer cannot be read ({in_words(error)}).") from None
 
 
 def _suggested(language: Path) -> str:
@@ -650,6 +652,8 @@ def _special_ids(path: Path, tokenizer: Any) -> dict[str, int]:
 def _adds_bos(path: Path, tokenizer: Any, default: bool | None) -> bool:
     """Whether texts begin with BOS; tokenizer_config.json, or `default` where it is silent, must agree."""
     ids = tokenizer("a").input_ids
+    if not ids:
+        raise CheckpointError(f"{path}: the tokenizer makes no token of a text.")
     if ids[-1] == tokenizer.eos_token_id:
         raise CheckpointError(f"{path}: the tokenizer ends every text with EOS; set add_eos_token to false.")
     add_bos: bool = ids[0] == tokenizer.bos_token_id

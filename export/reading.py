@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +55,11 @@ def validated(kind: type[Settings], path: Path, data: Mapping[str, Any]) -> Sett
         return kind.model_validate(data)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {': '.join(first_fault(error))}") from None
+
+
+def in_words(error: BaseException) -> str:
+    """What a library says, in a short line and without its classes."""
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(str(error).split()))[:200]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -27,8 +27,6 @@ _STRAY = 8
 """Fewer bytes than a hole leaves over, before a JPEG's end (webcams write them); longer ones if they are all alike."""
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 """A JPEG's marker, where entropy-coded data end; FF 00 and the restart markers are part of them."""
-_HARMLESS = re.compile(r"unknown JFIF revision|Unknown Adobe color transform|Invalid SOS parameters for sequential")
-"""libjpeg's warnings of headers; where it gives one last, it has none of the picture."""
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 
 
@@ -85,9 +83,9 @@ def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
     try:
         return np.asarray(simplejpeg.decode_jpeg(data), np.uint8)
     except ValueError as error:
-        why = str(error)  # an error, or the last of its warnings
-    if _HARMLESS.search(why):
-        return np.asarray(simplejpeg.decode_jpeg(data, strict=False), np.uint8)
+        why = str(error)  # an error, or the first of its warnings
+    if why.startswith("Invalid SOS") and (mended := _with_spectrum(data)) != data:
+        return decode_jpeg(mended)
     stray = _EXTRANEOUS.search(why)
     if stray is None:
         raise DamageError(why)
@@ -98,6 +96,15 @@ def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
         return np.asarray(simplejpeg.decode_jpeg(bare + b"\xff\xd9"), np.uint8)
     except ValueError:
         raise DamageError(f"{count} bytes too many, as a hole leaves them") from None
+
+
+def _with_spectrum(jpeg: bytes) -> bytes:
+    """A sequential JPEG whose scans say that they hold all coefficients: some cameras write zeros there."""
+    mended = bytearray(jpeg)
+    for marker, _, _, data in _segments(jpeg):
+        if marker == 0xDA:
+            mended[data.start - 3 : data.start] = b"\0\x3f\0"
+    return bytes(mended)
 
 
 class _Segment(NamedTuple):
@@ -142,12 +149,10 @@ def _check_jpeg(jpeg: bytes) -> None:
                 raise DamageError(f"more than {MAX_SCANS} scans")
             shown = payload[1 : 1 + 2 * payload[0] : 2]
             tables = [16 | table & 15 for table in payload[2 : 1 + 2 * payload[0] : 2]]
-            first, last, low = (
-                payload[1 + 2 * payload[0] :] if progressive else (0, 63, 0)
-            )  # some cameras write 0, 0, 0
+            first, last, low = payload[1 + 2 * payload[0] :] if progressive else (0, 63, 0)
             missing_bits.update({(part, place): low & 15 for part in shown for place in range(first, last + 1)})
             coded = last > 0 and any(most_frequent.get(table, 0) & 15 for table in tables)
-            if coded and jpeg.find(bytes(_ZEROS), data.start, data.stop) >= 0:
+            if coded and bytes(_ZEROS) in jpeg[data].rstrip(b"\0"):  # those before the end may be padding
                 raise DamageError("a hole of zeros")
     if components and (len(missing_bits) < 64 * components or any(missing_bits.values())):
         raise DamageError("its last scans are missing")

@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from vmad_edge.runtime.damage import DamageError, check_strips, check_whole, decode_jpeg
@@ -23,6 +23,8 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM",
 """Pillow's names of what is read; of these its build may lack AVIF."""
 MAX_PIXELS = 150_000_000
 """Larger images are refused before they are decoded."""
+MAX_BYTES_A_PIXEL, MAX_METADATA = 16, 1 << 26
+"""Of a file: decoding takes at most ten times the frame's own bytes and six times the file's."""
 MAX_TILE = 1024 * 1024
 """Of a TIFF's tiles, in pixels; they may be as large as the picture, too."""
 MAX_PAGES = 100
@@ -79,7 +81,7 @@ def from_image(image: Image.Image, name: str, bit_depth: int | None) -> NDArray[
     if (file := getattr(image, "fp", None)) is not None and getattr(image, "n_frames", 1) == 1:
         file.seek(0)  # opened, and not decoded yet: what Pillow would fill in, or drop, is in the file
         return decode(file.read(), name, bit_depth)
-    if image.format is not None and (image.mode.startswith("I;16") or _is_16_bit(image)):
+    if image.format is not None and (image.mode.startswith("I;16") or _is_16_bit(image) or _was_16_bit(image)):
         raise FrameError(f"{name}: Pillow does not keep 16-bit files whole; give the path or the file's bytes instead")
     if image.mode.startswith("I;16"):
         return in_rgb(to_8_bits(np.asarray(image).astype(np.uint16), bit_depth, name))
@@ -130,7 +132,7 @@ def _decode(data: bytes, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
         if max(page.get(258, (1,))) > 8:
             return _deep_tiff(data, page, name, bit_depth)
     with Image.open(io.BytesIO(data), formats=opened()) as image:
-        check_size(*image.size, name)
+        _check_header(data, *image.size, name)
         check_whole(data)
         if image.format not in ("MPO", "TIFF") and (count := getattr(image, "n_frames", 1)) != 1:
             raise FrameError(f"{name}: expected one image, found {count} (an animation or a stack)")
@@ -156,22 +158,21 @@ def _in_pillow(image: Image.Image, name: str) -> NDArray[np.uint8]:
     """
     filled = ImageFile.LOAD_TRUNCATED_IMAGES
     asked = bool(getattr(image, "tile", ())) and image.format not in _NEVER_FILLED
-    pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    pixels = np.array(image.convert("RGB"))
     if asked and (filled or ImageFile.LOAD_TRUNCATED_IMAGES):
         raise FrameError(
             f"{name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set in this process, so that a {image.format} file "
             "that is cut off would be read as a picture; unset it"
         )
-    return pixels
+    return _upright(pixels, image)
 
 
 def _upright(pixels: NDArray[np.uint8], image: Image.Image) -> NDArray[np.uint8]:
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    if orientation == 1:
-        return pixels
-    turned = Image.fromarray(pixels)
-    turned.getexif()[ExifTags.Base.Orientation] = orientation
-    return np.array(ImageOps.exif_transpose(turned))
+    if orientation in (5, 6, 7, 8):
+        pixels = np.asarray(cv2.transpose(pixels), np.uint8)
+    mirrored = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)  # left to right, both, top to bottom
+    return pixels if mirrored is None else np.asarray(cv2.flip(pixels, mirrored), np.uint8)
 
 
 def _check_mode(image: Image.Image, name: str) -> None:
@@ -191,6 +192,15 @@ def opened() -> tuple[str, ...]:
 def _is_16_bit(image: Image.Image) -> bool:
     """Whether a file just opened holds 16 bits a channel, whatever mode Pillow would turn them into ("RGB;16B")."""
     return any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
+
+
+def _was_16_bit(image: Image.Image) -> bool:
+    """The same of a loaded one, by its file; of one that came from a file object nothing tells any more."""
+    try:
+        with Image.open(getattr(image, "filename", ""), formats=opened()) as again:
+            return _is_16_bit(again)
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _primary_page(data: bytes, name: str) -> tuple[bytes, ImageFileDirectory_v2]:
@@ -221,10 +231,16 @@ def _primary_page(data: bytes, name: str) -> tuple[bytes, ImageFileDirectory_v2]
     return data[:place] + struct.pack(form, whole[0]) + data[2 * place :], page
 
 
+def _check_header(data: bytes, width: int, height: int, name: str) -> None:
+    check_size(width, height, name)
+    if len(data) > (most := MAX_BYTES_A_PIXEL * width * height + MAX_METADATA):
+        raise FrameError(f"{name}: {len(data):,} bytes of {width}×{height} pixels; expected at most {most:,}")
+
+
 def _check_parts(data: bytes, page: ImageFileDirectory_v2, name: str) -> None:
     """That its strips or tiles are there, whole, and no larger than the picture asks for."""
     width, height = page[256], page[257]
-    check_size(width, height, name)
+    _check_header(data, width, height, name)
     most = max(width * height, MAX_TILE)
     if page.get(322, 1) * page.get(323, 1) > most:
         raise FrameError(f"{name}: tiles of {page[322]}×{page[323]} pixels in a picture of {width}×{height}")

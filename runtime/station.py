@@ -141,7 +141,25 @@ class Station:
             BundleError: others can write to the station, its file system has no locks, or no reader would take it.
             VmadError: the object's name is too long.
         """
-        frames, jpegs, end = [], [], 0
+        try:
+            record = self._record(object, references)
+        except ValidationError as error:
+            raise BundleError(f"the references of {object!r} cannot be kept: {': '.join(first_fault(error))}") from None
+        jpegs = b"".join(frame.jpeg for frame in references.frames)
+        arrays: dict[str, NDArray[Any]] = {
+            "features": references.features,
+            "patch": references.patch,
+            "jpeg": np.frombuffer(jpegs, np.uint8),
+            **({} if references.scope is None else {"scope": references.scope.descriptors}),
+        }
+        if fault := _fault(record, arrays, self._bundle.manifest.vision):
+            raise BundleError(f"the references of {object!r} cannot be kept: {fault}")
+        path, references.hash = self._write("banks", object, save(arrays, {"bank": record.model_dump_json()}))
+        return path
+
+    def _record(self, object: str, references: References) -> _BankRecord:
+        """Raises: ValidationError: it is no possible one."""
+        frames, end = [], 0
         for frame in references.frames:
             view = (frame.view.left, frame.view.top, frame.view.right, frame.view.bottom)
             frames.append(
@@ -156,27 +174,15 @@ class Station:
                     pixel_hash=frame.pixel_hash,
                 )
             )
-            jpegs.append(frame.jpeg)
             end += len(frame.jpeg)
-        scope = references.scope
-        record = _BankRecord(
+        return _BankRecord(
             bundle=self._bundle.hash,
             object=object,
             frames=tuple(frames),
             thresholds=references.thresholds,
             fitness=references.fitness,
-            scope=None if scope is None else scope.limit,
+            scope=None if references.scope is None else references.scope.limit,
         )
-        arrays: dict[str, NDArray[Any]] = {
-            "features": references.features,
-            "patch": references.patch,
-            "jpeg": np.frombuffer(b"".join(jpegs), np.uint8),
-            **({} if scope is None else {"scope": scope.descriptors}),
-        }
-        if fault := _fault(record, arrays, self._bundle.manifest.vision):
-            raise BundleError(f"the references of {object!r} cannot be kept: {fault}")
-        path, references.hash = self._write("banks", object, save(arrays, {"bank": record.model_dump_json()}))
-        return path
 
     def load_references(self, object: str, beside: NormalFeatures | None = None) -> References | None:
         """The bank of `object`, or None if none was enrolled; `beside` see `References`.
@@ -586,7 +592,7 @@ def _fault(record: _BankRecord, arrays: dict[str, NDArray[Any]], vision: Vision 
         return f"expected patch numbers from 0 to below {patches}, found {patch.min()} to {patch.max()}"
     spans = [(frame.start, frame.stop) for frame in record.frames]
     if not _joined(spans, rows) or any(stop - start > patches for start, stop in spans):
-        return f"expected frames that share {rows} rows, one after the other, at most {patches} each, found {spans}"
+        return f"expected frames that share {rows} rows, one after the other, at most {patches} each, found others"
     pictures = [frame.jpeg for frame in record.frames]
     if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or not _joined(pictures, len(jpeg)):
         return f"expected pictures one after the other in {jpeg.size} bytes, found others"

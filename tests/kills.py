@@ -8,6 +8,8 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
+import pytest
+
 _TRACEME, _SYSCALL, _SETOPTIONS, _GET_SYSCALL_INFO = 0, 24, 0x4200, 0x420E  # linux/ptrace.h
 _TELL_APART, _ENTRY = 1, 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -20,8 +22,7 @@ def kills(work: Callable[[], object]) -> Iterator[int]:
 
     Ends when one got to the end of `work`. What `work` changed in memory is lost with its process.
 
-    Raises:
-        OSError: this system does not let a process trace its child.
+    Skips the test where the system does not let a process trace its child.
     """
     calls = 0
     while _killed_after(calls, work):
@@ -39,7 +40,7 @@ def _killed_after(calls: int, work: Callable[[], object]) -> bool:
         os._exit(0)
     _, status = os.waitpid(child, 0)
     if not os.WIFSTOPPED(status):
-        raise OSError("a process cannot trace its child here")
+        pytest.skip("a process may not trace its child here (ptrace)")
     _ptrace(_SETOPTIONS, child, _TELL_APART)
     while os.WIFSTOPPED(status) and calls >= 0:
         _ptrace(_SYSCALL, child, 0)

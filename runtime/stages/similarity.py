@@ -50,15 +50,18 @@ class NormalFeatures:
         try:
             features = load_file(path)
             self.normal = ReferenceBank.from_array(features["visual_normal"])
-        except (OSError, KeyError, ValueError, SafetensorError):
+            abnormal = features.get("visual_abnormal")
+            self.abnormal = None if abnormal is None else ReferenceBank.from_array(abnormal)
+            if self.abnormal is not None and self.abnormal.width != self.normal.width:
+                raise ValueError("widths differ")
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError):
             raise BundleError(
-                f"{path}: expected safetensors with visual_normal [P,D], found something else. Export the bundle again."
+                f"{path}: expected safetensors with visual_normal [P,D] (and visual_abnormal [P',D]), found something "
+                "else. Export the bundle again."
             ) from None
         self.thresholds = spec.thresholds
         self.fitness = FitnessLimits()
         self.spec = spec
-        abnormal = features.get("visual_abnormal")
-        self.abnormal = None if abnormal is None else ReferenceBank.from_array(abnormal)
 
     def compare(self, patches: Floats) -> PatchScores:
         """`patches` [N,D] → scores [N]."""

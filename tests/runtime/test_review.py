@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -63,7 +64,7 @@ CAMERA = (1080, 1440)
 
 def camera_frame(seed: int) -> NDArray[np.uint8]:
     small = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), np.uint8)
-    return np.asarray(Image.fromarray(small).resize(CAMERA[::-1], Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(small).resize(CAMERA[::-1], Image.Resampling.NEAREST))
 
 
 @pytest.fixture
@@ -288,7 +289,7 @@ def test_bytes_that_are_no_message_end_the_process(stub: Stub, sent: bytes | str
 )
 def test_what_a_thread_of_the_process_raises_ends_it(stub: Stub, where: str) -> None:
     reviews = stub()
-    reviews._command[1:] = ["-c", PLANTED, where, str(DEMO / "bundle"), str(DEMO)]
+    reviews._command[1:] = ["-c", PLANTED, where, str(DEMO / "bundle")]
     failed = ask(reviews)
     assert failed.wait(120) and "MemoryError: planted" in (failed.fault or "")
 
@@ -297,18 +298,21 @@ PLANTED = """
 import sys
 from pathlib import Path
 from vmad_edge.runtime import review
+from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.engines.plans import Plans
+folder = Path(sys.argv[2])
+hash = Bundle.open(folder).hash
 def planted(*_): raise MemoryError("planted")
 where = sys.argv[1].split(".")
 setattr(getattr(review, where[1]) if where[2:] else review, where[-1], planted)
-review.Server().serve(Path(sys.argv[2]), "cpu", Plans(Path(sys.argv[3])))
+review.Server().serve(folder, hash, "cpu", Plans(folder))
 """
 
 
 def test_what_a_review_raises_is_its_fault_alone(stub: Stub) -> None:
     """The process lives on."""
     reviews = stub()
-    reviews._command[1:] = ["-c", PLANTED, "review.Review.run", str(DEMO / "bundle"), str(DEMO)]
+    reviews._command[1:] = ["-c", PLANTED, "review.Review.run", str(DEMO / "bundle")]
     for _ in range(2):
         failed = ask(reviews)
         assert failed.wait(120) and failed.fault == "MemoryError: planted"
@@ -411,6 +415,18 @@ def test_a_review_is_waited_for_until_its_deadline_and_no_longer(stub: Stub) -> 
     found = handle.wait()
     assert (found.reason_code, found.deadline_met) == (Reason.REVIEW_LATE, False)
     assert not pending.wait(0)
+
+
+def test_a_review_whose_time_is_up_in_between_is_not_lost(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    reviews = stub("stands")
+    asked = [ask(reviews) for _ in range(4)]
+    times = itertools.cycle([False, True])
+    monkeypatch.setattr(review_module._Job, "expired", property(lambda job: next(times)))
+    with reviews._changed:
+        reviews._behind()
+        on_their_way = [job.pending for job in reviews._waiting]
+        on_their_way += [] if reviews._child is None else reviews._child.sent.values()
+    assert all(review in on_their_way or review.wait(0) for review in asked)
 
 
 @pytest.mark.parametrize(

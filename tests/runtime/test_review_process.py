@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.inspector import Inspector
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -55,8 +56,8 @@ def parent(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 SPEAKS = """
 import json, os, subprocess, sys, time
 until, said, *command = sys.argv[1:]
-command = [os.getpid() if word == "PARENT" else word for word in command]
-child = subprocess.Popen([sys.executable, *map(str, command)], stdin=-1, stdout=-1, start_new_session=True)
+command = [str(os.getpid()) if word == "PARENT" else word for word in command]
+child = subprocess.Popen([sys.executable, *command], stdin=-1, stdout=-1, start_new_session=True)
 fork = os.fork()
 if fork == 0:
     time.sleep(600)
@@ -67,7 +68,7 @@ child.stdin.write(eval(said)); child.stdin.flush()
 print(child.pid, fork, flush=True)
 time.sleep(600)
 """
-PROCESS = ["-m", "vmad_edge.runtime.review_process", "PARENT", str(DEMO / "bundle"), "cpu", "/nowhere"]
+PROCESS = ["-m", "vmad_edge.runtime.review_process", "PARENT", str(DEMO / "bundle"), "HASH", "cpu", "/nowhere"]
 HOLDS_THE_LOCK = """
 import ctypes, sys
 from vmad_edge.runtime.review_process import end_with
@@ -92,7 +93,8 @@ HEAD = b'{"kind": "review", "id": 1, "arrays": {"pixels": ["|u1", [100, 100, 3]]
     ],
 )
 def test_ends_with_its_parent_though_a_fork_lives_on(until: str, said: bytes, command: list[str]) -> None:
-    with parent(SPEAKS, until, repr(said), *command) as program:
+    hash = Bundle.open(DEMO / "bundle").hash
+    with parent(SPEAKS, until, repr(said), *(hash if word == "HASH" else word for word in command)) as program:
         review, fork = program.children  # type: ignore[attr-defined]
         assert runs(review)
         program.kill()

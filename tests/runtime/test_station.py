@@ -564,12 +564,27 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     assert loaded is not None and loaded.frames[0].id == r"screw \udcff.png" and station.enrolled() == [odd]
 
 
-def test_what_no_reader_would_take_is_not_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "spoil,says",
+    [
+        (lambda made: put(made.features, np.nan), "expected finite features"),
+        (lambda made: put(made.patch, 4), "expected patch numbers from 0 to below 4, found 0 to 4"),
+        (lambda made: replaced_frame(made, stop=4), "expected frames that share 5 rows"),
+        (lambda made: replaced_frame(made, view=View(8, 0, 0, 8)), "expected a view with left < right"),
+    ],
+)
+def test_what_no_reader_would_take_is_not_written(
+    spoil: Callable[[References], object], says: str, tmp_path: Path
+) -> None:
     station, made = Station(tmp_path, bundle()), references()
-    made.features[0, 0] = np.nan
-    with pytest.raises(BundleError, match="cannot be kept: expected finite features"):
+    spoil(made)
+    with pytest.raises(BundleError, match=f"references of 'part' cannot be kept: .*{says}"):
         station.save_references("part", made)
     assert list(tmp_path.iterdir()) == [] and made.hash is None
+
+
+def replaced_frame(made: References, **fields: Any) -> None:
+    made.frames = (made.frames[0], replace(made.frames[1], **fields))
 
 
 def test_refuses_a_bank_copied_from_another_bundle(tmp_path: Path) -> None:

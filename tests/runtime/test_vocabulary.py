@@ -20,7 +20,7 @@ from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.stages.vocabulary import check_model, prompt_lengths
 
 ROOT = Path(__file__).parents[2]
-PART = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+PART = ROOT / "demo/example.png"
 SEG_ID = 1024
 
 
@@ -124,11 +124,10 @@ def test_a_model_that_ends_the_review_process_leaves_the_screen_alone(bundle: Bu
 def test_the_process_that_screens_never_imports_llama_cpp(tmp_path: Path) -> None:
     script = f"""
 import sys
-import numpy as np
 from vmad_edge.runtime.cli import main
 from vmad_edge.runtime.inspector import Inspector
 with Inspector.open({str(ROOT / "demo/bundle")!r}, {str(tmp_path)!r}, "cpu") as inspector:
-    assert inspector.inspect(np.zeros((64, 64, 3), np.uint8), review=False).score is not None
+    assert inspector.inspect({str(PART)!r}, review=False).score is not None
 assert "onnxruntime" in sys.modules
 sys.exit(", ".join(name for name in sys.modules if name.partition(".")[0] == "llama_cpp") or 0)
 """
