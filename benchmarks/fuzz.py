@@ -19,7 +19,6 @@ import json
 import mmap
 import os
 import resource
-import signal
 import struct
 import subprocess
 import sys
@@ -29,13 +28,16 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from vmad_edge.runtime.files import write_whole
+from vmad_edge.runtime.machine import Run, RunInProgress
+
 ROOT = Path(__file__).parents[1]
 SECONDS = 5.0
 """Of processor time, for one input."""
 MEMORY = 4 << 30
-LARGEST = 1 << 16
+LARGEST = 1 << 13
 """Bytes of an input that atheris makes."""
-HYPOTHESIS_SHARE = 0.04
+HYPOTHESIS_SHARE = 0.01
 """It makes some hundred inputs a second, atheris thousands."""
 SLOW = {"frame": 0.5, "mask": 0.5, "preprocessor config": 0.5, "Real-IAD table": 0.5, "VisA table": 0.5}
 """Parsers that get less than an equal share."""
@@ -149,7 +151,15 @@ def _atheris(parser: str, once: Callable[[bytes], None], executions: int, seed: 
     words = corpus.with_name("words")
     tokens = [*parsers.TOKENS, *parsers.NUMBERS]
     words.write_text("".join('"' + "".join(f"\\x{b:02x}" for b in token[:64]) + '"\n' for token in tokens))
-    options = {"runs": executions, "seed": seed, "max_len": LARGEST, "timeout": 0, "rss_limit_mb": 0, "dict": words}
+    options = {
+        "runs": executions,
+        "seed": seed,
+        "max_len": LARGEST,
+        "len_control": 0,
+        "timeout": 3600,
+        "rss_limit_mb": 0,
+        "dict": words,
+    }
     atheris.Setup([sys.argv[0], *(f"-{k}={v}" for k, v in options.items()), "-print_final_stats=1", str(corpus)], once)
     atheris.Fuzz()
 
@@ -184,18 +194,16 @@ def drive(parser: str, engine: str, executions: int, seed: int, folder: Path, pa
 def _wait(process: subprocess.Popen[bytes], progress: Progress) -> bool:
     """Until it ends; whether one input took so long that it was killed."""
     begun, since = -1, 0.0
-    while True:
-        try:
-            process.wait(0.5)
-            return False
-        except subprocess.TimeoutExpired:
-            used = _processor_seconds(process.pid)
-            if progress.begun != begun or progress.begun == progress.ended:
-                begun, since = progress.begun, used
-            elif used - since > SECONDS:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                return True
+    while process.poll() is None:
+        used = _processor_seconds(process.pid)
+        if progress.begun != begun or progress.begun == progress.ended:
+            begun, since = progress.begun, used
+        elif used - since > SECONDS:
+            process.kill()
+            process.wait()
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def _processor_seconds(pid: int) -> float:
@@ -212,7 +220,9 @@ def main() -> None:
         child(parser, engine, int(executions), int(seed), Path(folder))
         return
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    arguments.add_argument("--executions", type=int, default=1_000_000, help="of all parsers together (default 1000000)")
+    arguments.add_argument(
+        "--executions", type=int, default=1_000_000, help="of all parsers together (default 1000000)"
+    )
     arguments.add_argument("--atheris", metavar="FOLDER", help="where pip put it; without: hypothesis alone")
     arguments.add_argument("--seed", type=int, default=1)
     arguments.add_argument("--only", nargs="*", metavar="PARSER", help="default: all")
@@ -223,19 +233,66 @@ def main() -> None:
     sys.path[:0] = path
     import parsers
 
-    names = args.only or list(parsers.PARSERS)
+    progress, names = RunInProgress(), args.only or list(parsers.PARSERS)
     weights = {name: SLOW.get(name, 1.0) for name in names}
-    rows = []
     for name in names:
         total = round(args.executions * weights[name] / sum(weights.values()))
         by_hypothesis = round(total * HYPOTHESIS_SHARE) if args.atheris else total
         start, folder = time.perf_counter(), args.folder / name.replace(" ", "_")
         done = {"hypothesis": drive(name, "hypothesis", by_hypothesis, args.seed, folder, path)}
-        if args.atheris:
-            done["atheris"] = drive(name, "atheris", total - done["hypothesis"], args.seed, folder, path)
-        faults = sorted((folder / "faults").glob("*.json"))
-        rows.append((name, done, len(faults), time.perf_counter() - start))
-        print(*rows[-1], flush=True)
+        done["atheris"] = drive(name, "atheris", total - by_hypothesis, args.seed, folder, path) if args.atheris else 0
+        row = {"parser": name, "commit": commit(), "seed": args.seed, **done}
+        row |= {"faults": faults_in(folder), "minutes": round((time.perf_counter() - start) / 60, 1)}
+        with (args.folder / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+    if args.out:
+        write_whole(args.out, page(args.folder, progress.end(("atheris", "hypothesis", "safetensors", "pydantic"))))
+
+
+def commit() -> str:
+    """Of this tree, with a + if it was changed since."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return head + ("+" if changed else "")
+
+
+def faults_in(folder: Path) -> list[str]:
+    found = [json.loads(path.read_text()) for path in sorted((folder / "faults").glob("*.json"))]
+    return [f"{fault['what'].partition(':')[0]} in {fault['where']}" for fault in found]
+
+
+def page(folder: Path, run: Run) -> str:
+    """docs/measured/fuzz.md, of all runs whose figures are in `folder`."""
+    import parsers
+
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    total = sum(row["hypothesis"] + row["atheris"] for row in rows)
+    versions = ", ".join(f"{package} {version}" for package, version in run.versions.items())
+    text = [
+        "# Every parser on altered input\n",
+        f"{total:,} executions, counted by the processes that ran them. Made by `benchmarks/fuzz.py`, whose docstring "
+        "says what a fault is; the parsers, seeds and alterations are those of `tests/parsers.py`. A row is one run.\n",
+        "| parser | executions | by hypothesis | by atheris | faults | minutes | seed | commit |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+        *(
+            f"| {row['parser']} | {row['hypothesis'] + row['atheris']:,} | {row['hypothesis']:,} | {row['atheris']:,} "
+            f"| {len(row['faults'])} | {row['minutes']} | {row['seed']} | {row['commit']} |"
+            for row in rows
+        ),
+        f"\n- Last command: `{run.command}`, {run.date}.",
+        f"- Machine: {run.machine.processor}, {run.machine.cores} cores, {run.machine.memory_gib} GiB, "
+        f"{run.machine.system}; other processes took {run.others or 0:.0%} of its time, so minutes are upper bounds.",
+        f"- Versions: {versions}.",
+        "\n## Faults of these runs\n",
+        *([f"- {row['parser']}: {fault}" for row in rows for fault in row["faults"]] or ["None."]),
+        "\n## Faults of the past\n",
+        f"{len(parsers.PAST)} inputs that were faults, found by these parsers' earlier runs, by tables of edges and by "
+        "reading; all are mended, and `tests/runtime/test_fuzz.py` runs them again.\n",
+        *(f"- {parser}: {what}" for what, (parser, _) in parsers.PAST.items()),
+    ]
+    return "\n".join(text) + "\n"
 
 
 if __name__ == "__main__":

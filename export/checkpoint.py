@@ -14,16 +14,17 @@ checkpoint/
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
+from safetensors import safe_open
 
+from vmad_edge.export.reading import Shapes, in_words, read_json, read_shapes, validated
 from vmad_edge.runtime.bundle import (
     Answer,
     ClipInput,
@@ -45,10 +46,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and reading a config does no
     from vmad_edge.export.models.mobile_sam import MobileSamConfig
     from vmad_edge.export.models.seg_projection import SegProjection
 
-Shapes = dict[str, tuple[int, ...]]
 Model = TypeVar("Model", bound="PreTrainedModel")
 Module = TypeVar("Module", bound="torch.nn.Module")
-Settings = TypeVar("Settings", bound=Record)
 
 PICKLES = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 PROMPT_WIDTH = 256
@@ -113,9 +112,11 @@ class Checkpoint:
             CheckpointError: a missing part, a wrong shape, an unknown setting, or a pickle.
         """
         folder = Path(path)
+        if not os.path.isdir(folder):  # noqa: PTH112 (pathlib raises where a name is too long)
+            raise CheckpointError(f"{folder}: expected the folder of a checkpoint, found none")
         _refuse_pickles(folder)
         _refuse_lfs_pointers(folder)
-        config = _validate(Config, folder / "config.json", _read_json(folder / "config.json"))
+        config = validated(Config, folder / "config.json", read_json(folder / "config.json"))
         vision = _check_model(folder / "vision")
         language, vocabulary, space_prefix = _check_language(folder)
         segmenter = _check_segmenter(folder / "segmenter")
@@ -229,29 +230,6 @@ class Checkpoint:
         return base
 
 
-def read_shapes(path: Path) -> Shapes:
-    """Names and shapes of the tensors in a safetensors file, or in a folder's `model.safetensors` or its shards.
-
-    Raises:
-        CheckpointError: no such file, or not safetensors.
-    """
-    if path.is_dir():
-        index = path / "model.safetensors.index.json"
-        names = ["model.safetensors"]
-        if index.exists():
-            weight_map = _read_json(index).get("weight_map")
-            _expect(index, "weight_map", "the file of each tensor", weight_map, ok=isinstance(weight_map, dict))
-            names = sorted({str(file) for file in cast("dict[str, Any]", weight_map).values()})
-        return {name: shape for file in names for name, shape in read_shapes(path / file).items()}
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: expected weights in safetensors there. Save them with save_file.")
-    try:
-        with safe_open(path, "numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: expected a safetensors file, found something else ({error})") from None
-
-
 def _refuse_pickles(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in PICKLES:
@@ -263,38 +241,31 @@ def _refuse_pickles(folder: Path) -> None:
 
 def _refuse_lfs_pointers(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
-        # At most 1,024 bytes: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
-        if path.is_file() and path.stat().st_size <= 1024 and path.read_bytes().startswith(_LFS):
-            raise CheckpointError(
-                f"{path} is a git-LFS pointer, which stands for a file that was not downloaded: run `git lfs pull` in "
-                "the clone that it comes from, and copy the file again."
-            )
+        refuse_lfs_pointer(path)
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """What stands in a clone for a file that was not downloaded.
+
+    Raises:
+        CheckpointError: `path` is one.
+    """
+    # At most 1,024 bytes: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+    if path.is_file() and path.stat().st_size <= 1024 and _read(path).startswith(_LFS):
+        raise CheckpointError(
+            f"{path} is a git-LFS pointer, which stands for a file that was not downloaded: run `git lfs pull` in "
+            "the clone that it comes from, and copy the file again."
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 _LFS = b"version https://git-lfs.github.com/spec/"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except OSError:
-        raise CheckpointError(f"{path} is missing: expected a JSON file there") from None
-    except RecursionError:
-        raise CheckpointError(f"{path}: expected a JSON object of settings, found lists nested too deeply") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: expected JSON, found something else ({error})") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
-
-
-def _validate(kind: type[Settings], path: Path, data: Mapping[str, Any]) -> Settings:
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise CheckpointError(f"{path}: {where}: {first['msg']}, found {first.get('input')!r:.80}") from None
 
 
 def _expect(path: Path, what: str, expected: str, found: object, *, ok: bool) -> None:
@@ -313,22 +284,37 @@ def _check_model(folder: Path) -> PretrainedConfig:
     }
     model_type, config_class, model_class = kinds[folder.name]
     path = folder / "config.json"
-    data = _read_json(path)
+    data = read_json(path)
     found_type = data.get("model_type")
     wanted = ('"mobile_sam" or ' if folder.name == "segmenter" else "") + f'"{model_type}"'
     _expect(path, "model_type", wanted, found_type, ok=found_type == model_type)
+    # transformers 4 wrote a prefix that version 5 dropped.
+    found = {name.removeprefix("vision_model."): shape for name, shape in read_shapes(folder).items()}
+    _refuse_depths(path, data, len(found))
     try:
         config: PretrainedConfig = config_class.from_dict(data)
         with torch.device("meta"):
             model = model_class(config)
     except Exception as error:  # transformers raises many kinds on a config that makes no model
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: expected a config of {model_class.__name__}, found: {reason}") from None
-    # transformers 4 wrote a prefix that version 5 dropped.
-    found = {name.removeprefix("vision_model."): shape for name, shape in read_shapes(folder).items()}
+        raise CheckpointError(
+            f"{path}: expected a config of {model_class.__name__}, found: {in_words(error)}"
+        ) from None
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _check_shapes(folder, expected, found, optional=model.all_tied_weights_keys)
     return config
+
+
+_REPEATED = frozenset({"iou_head_depth", "num_hidden_layers", "num_multimask_outputs", "num_point_embeddings"})
+"""Settings that say how often a part of the model is built."""
+
+
+def _refuse_depths(path: Path, data: Mapping[str, Any], most: int) -> None:
+    """No part is there more often than there are tensors: a damaged number must not build modules without end."""
+    for name, value in data.items():
+        if isinstance(value, dict):
+            _refuse_depths(path, value, most)
+        elif name in _REPEATED and isinstance(value, int | float):
+            _expect(path, name, f"at most {most}, as many as there are tensors", value, ok=value <= most)
 
 
 def _check_segmenter(folder: Path) -> PretrainedConfig:
@@ -353,8 +339,8 @@ def _mobile_sam_config(folder: Path) -> MobileSamConfig | None:
     from vmad_edge.export.models.mobile_sam import MobileSamConfig
 
     path = folder / "config.json"
-    data = _read_json(path)
-    return _validate(MobileSamConfig, path, data) if data.get("model_type") == "mobile_sam" else None
+    data = read_json(path)
+    return validated(MobileSamConfig, path, data) if data.get("model_type") == "mobile_sam" else None
 
 
 def _check_module(path: Path, module: torch.nn.Module, reason: str) -> None:
@@ -477,7 +463,7 @@ _CLIP_SETTINGS = frozenset(
 
 
 def _clip_input(path: Path, config: Config, image_size: int) -> ClipInput:
-    data = _read_json(path)
+    data = read_json(path)
     kind = data.get("image_processor_type", data.get("feature_extractor_type"))
     _expect(path, "image_processor_type", "CLIPImageProcessor", kind, ok=kind in _CLIP_PROCESSORS)
     for step in ("do_resize", "do_rescale", "do_normalize"):
@@ -514,7 +500,7 @@ def _clip_input(path: Path, config: Config, image_size: int) -> ClipInput:
         "mean": data["image_mean"],
         "std": data["image_std"],
     }
-    return _validate(ClipInput, path, settings)
+    return validated(ClipInput, path, settings)
 
 
 def _rescale_factor(data: dict[str, Any]) -> Any:
@@ -551,7 +537,7 @@ def _sam_input(folder: Path, segmenter: PretrainedConfig) -> SamInput:
     path = folder / "preprocessor_config.json"
     if not path.exists():
         return SamInput(size=size)
-    data = _read_json(path)
+    data = read_json(path)
     for what, value in (
         ("size", {"longest_edge": size}),
         ("resample", 2),
@@ -561,7 +547,7 @@ def _sam_input(folder: Path, segmenter: PretrainedConfig) -> SamInput:
         _expect(path, what, str(value), data.get(what), ok=data.get(what) == value)
     scale, statistics = _rescale_factor(data), {"mean": data.get("image_mean"), "std": data.get("image_std")}
     _expect(path, "rescale_factor", "a number above 0", scale, ok=isinstance(scale, int | float) and scale > 0)
-    given = _validate(SamInput, path, {"size": size, **statistics})
+    given = validated(SamInput, path, {"size": size, **statistics})
     scaled = {name: tuple(value / scale for value in getattr(given, name)) for name in statistics}
     return SamInput.model_validate({"size": size, **scaled})
 

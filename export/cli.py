@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from vmad_edge.runtime.bundle import Bundle, ClipInput, Language, Precision, Similarity, Weights
+from vmad_edge.runtime.bundle import Bundle, ClipInput, Language, Precision, Similarity, Weights, first_fault
 from vmad_edge.runtime.cli import add_reading, reading
 from vmad_edge.runtime.console import steps
 from vmad_edge.runtime.engines import Device
@@ -274,9 +274,8 @@ def _export_features(args: argparse.Namespace) -> int:
         clip = ClipInput(size=args.size or input_size(args.onnx), rescale_factor=1 / 255, **fields)
         similarity = Similarity(score_rule=args.score_rule, smoothing_sigma=args.smoothing_sigma, coreset=args.coreset)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        raise VmadError(f"--{option}: {first['msg']}, found {first['input']}") from None
+        where, what = first_fault(error)
+        raise VmadError(f"--{where.partition('.')[0].replace('_', '-')}: {what}") from None
     manifest = export_features(
         args.onnx,
         args.bundle,

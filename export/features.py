@@ -11,10 +11,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from pydantic import ValidationError
 
+from vmad_edge.export.checkpoint import refuse_lfs_pointer
 from vmad_edge.export.folder import new_bundle, refuse_other_folder, with_files
 from vmad_edge.export.graphs.onnx_export import save_model
-from vmad_edge.runtime.bundle import ClipInput, ScreenManifest, Similarity, Vision, Weights, seal
+from vmad_edge.runtime.bundle import ClipInput, ScreenManifest, Similarity, Vision, Weights, first_fault, seal
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from vmad_edge.runtime.errors import CheckpointError
 
@@ -43,9 +45,11 @@ def export_features(
 
     Raises:
         BundleError: ONNX Runtime cannot load the graph; something else than a bundle is at `bundle`; no room there.
-        CheckpointError: another input, a level that is not there or is no square map.
+        CheckpointError: a git-LFS pointer, another input, a level that is not there or is no square map, or what
+            no bundle may have.
     """
     refuse_other_folder(bundle)
+    refuse_lfs_pointer(graph)
     engine = OnnxRuntimeEngine(graph)
     model = ir.load(graph)
     _check_input(model, graph, clip.size)
@@ -65,14 +69,17 @@ def export_features(
     with new_bundle(bundle) as folder:
         save_model(model, folder / "clip_encoder.onnx")
         patches = OnnxRuntimeEngine(folder / "clip_encoder.onnx").run({_INPUT: nothing})[_OUTPUT]
-        manifest = ScreenManifest(
-            made_with={"python": platform.python_version(), **{name: version(name) for name in _WRITERS}},
-            weights=weights,
-            clip=clip,
-            vision=Vision(grid=grid, width=patches.shape[2], levels=tuple(levels)),
-            similarity=similarity,
-            files={},
-        )
+        try:
+            manifest = ScreenManifest(
+                made_with={"python": platform.python_version(), **{name: version(name) for name in _WRITERS}},
+                weights=weights,
+                clip=clip,
+                vision=Vision(grid=grid, width=patches.shape[2], levels=tuple(levels)),
+                similarity=similarity,
+                files={},
+            )
+        except ValidationError as error:
+            raise CheckpointError(f"{graph}: no bundle may have {': '.join(first_fault(error))}") from None
         manifest = with_files(manifest, folder)
         seal(folder, manifest)
     return manifest
@@ -83,8 +90,9 @@ def input_size(graph: Path) -> int:
 
     Raises:
         BundleError: ONNX Runtime cannot load it.
-        CheckpointError: it takes frames of any size.
+        CheckpointError: a git-LFS pointer, or it takes frames of any size.
     """
+    refuse_lfs_pointer(graph)
     OnnxRuntimeEngine(graph)
     shape = ir.load(graph).graph.inputs[0].shape
     if shape is None or len(shape) != 4 or not isinstance(shape[3], int):

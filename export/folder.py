@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,14 @@ def refuse_other_folder(bundle: Path) -> None:
     """Only a new path, an empty folder or a bundle may be written over.
 
     Raises:
-        BundleError: something else is there.
+        BundleError: something else is there, or what is there cannot be read.
     """
-    replaceable = bundle.is_dir() and ((bundle / MANIFEST).is_file() or not any(bundle.iterdir()))
-    if bundle.exists() and not replaceable:
+    try:
+        replaceable = bundle.is_dir() and ((bundle / MANIFEST).is_file() or not any(bundle.iterdir()))
+        there = os.path.lexists(bundle)
+    except OSError as error:
+        raise BundleError(f"{bundle} cannot be read ({error.strerror}): expected a new path") from None
+    if there and not replaceable:
         raise BundleError(f"{bundle} exists and is no bundle: expected a new path, or a bundle to replace")
 
 
@@ -32,6 +37,7 @@ def new_bundle(bundle: Path) -> Iterator[Path]:
 
     Raises:
         BundleError: there is no room.
+        OSError: nothing can be written there for another reason.
     """
     try:
         with whole_folder(bundle) as folder:

@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +21,14 @@ import gguf
 import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, FiniteFloat, JsonValue, PositiveInt, model_validator
+from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoTokenizer
 
+from vmad_edge.export.reading import in_words, read_json, read_shapes, validated, weight_files
 from vmad_edge.kernels.processors import processors
 from vmad_edge.runtime.bundle import SpacePrefix
 from vmad_edge.runtime.errors import CheckpointError
@@ -38,13 +40,13 @@ Quantization = Literal["f32", "f16", "q8_0", "q4_k_m"]
 
 _FTYPE = {"q8_0": llama.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_k_m": llama.LLAMA_FTYPE_MOSTLY_Q4_K_M}
 
+_MOST_TOKENS = 1 << 22
+"""Vocabularies that are published have a tenth of that; a damaged id must not fill the memory."""
 _VOCABULARY = {"model.embed_tokens.weight", "lm_head.weight"}
 
 # Keys of adapter_config.json that this merge obeys, or that leave the merged weights alone. Any other key that is on
 # (DoRA, lora_bias, layer_replication, one that a later peft brings) would change the weights: refused by name.
-_OBEYED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
-_OBEYED |= {"exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights"}
-_OBEYED |= {"trainable_token_indices"}
+_OBEYED = {"peft_type", "init_lora_weights", "layers_pattern"}  # and the fields of _Lora
 _HARMLESS = {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "lora_dropout"}
 _HARMLESS |= {"megatron_core", "qalora_group_size", "peft_version", "ensure_weight_tying"}
 _HARMLESS |= {"fan_in_fan_out"}  # of Conv1D, which LLaMA does not have; peft ignores it on Linear
@@ -122,8 +124,7 @@ def _read_config(language: Path) -> Config:
     try:
         config: Config = AutoConfig.from_pretrained(language, local_files_only=True)
     except Exception as error:  # transformers raises many kinds on a config that makes no model
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: expected a config of LlamaForCausalLM, found: {reason:.200}") from None
+        raise CheckpointError(f"{path}: expected a config of LlamaForCausalLM, found: {in_words(error)}") from None
     if config.model_type != "llama":
         raise CheckpointError(f"{path}: expected model_type 'llama', found {config.model_type!r}.")
     if getattr(config, "quantization_config", None) is not None:
@@ -172,13 +173,6 @@ class _Tensor:
 
 def _open(path: Path) -> dict[str, _Tensor]:
     """The tensors of a safetensors file, unread."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing. Weights must be safetensors (a pickle is executable code).")
-    try:
-        with safe_open(path, framework="pt") as file:  # numpy has no bfloat16
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Save it again.") from None
 
     def reader(name: str) -> Callable[[], Array]:
         def read() -> Array:
@@ -188,19 +182,19 @@ def _open(path: Path) -> dict[str, _Tensor]:
 
         return read
 
-    return {name: _Tensor(name, shape, reader(name)) for name, shape in shapes.items()}
+    return {name: _Tensor(name, shape, reader(name)) for name, shape in read_shapes(path).items()}
 
 
 def _read_base(language: Path, config: Config) -> dict[str, _Tensor]:
     """The base model's tensors, exactly those that its config promises. A tied lm_head is the embedding."""
-    index = language / "model.safetensors.index.json"
-    files = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
-    found = {name: tensor for file in sorted(files) for name, tensor in _open(language / file).items()}
+    found = {name: tensor for file in weight_files(language) for name, tensor in _open(file).items()}
     found = {name: t for name, t in found.items() if not name.endswith("rotary_emb.inv_freq")}  # computed, not learned
     if config.tie_word_embeddings and "lm_head.weight" in found:
         raise CheckpointError(f"{language}: weights hold lm_head.weight, but config.json has tie_word_embeddings on.")
     if config.tie_word_embeddings and "model.embed_tokens.weight" in found:
         found["lm_head.weight"] = replace(found["model.embed_tokens.weight"], name="lm_head.weight")
+    if config.num_hidden_layers > len(found):
+        raise CheckpointError(f"{language}: config.json has {config.num_hidden_layers} layers, more than tensors.")
     expected = _shapes(config)
     if missing := expected.keys() - found.keys():
         raise CheckpointError(f"{language}: weights lack {_some(missing)}. Save the whole LlamaForCausalLM.")
@@ -247,12 +241,36 @@ def _merge(language: Path, adapter: Path, config: Config) -> list[_Tensor]:
     return list(tensors.values())
 
 
-def _read_lora_config(adapter: Path) -> dict[str, Any]:
+class _Lora(BaseModel):
+    """What this merge obeys of adapter_config.json; defaults are peft's."""
+
+    r: PositiveInt = 8
+    lora_alpha: FiniteFloat = 8
+    use_rslora: bool | None = False
+    rank_pattern: dict[str, PositiveInt] | None = None
+    alpha_pattern: dict[str, FiniteFloat] | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: JsonValue = None
+    layers_to_transform: JsonValue = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+
+    @model_validator(mode="after")
+    def _patterns(self) -> _Lora:
+        target = [self.target_modules] if isinstance(self.target_modules, str) else []
+        for pattern in (*target, *(self.rank_pattern or {}), *(self.alpha_pattern or {})):
+            if not _is_expression(_ending_in(pattern)):
+                raise ValueError(f"{pattern!r:.80} is no regular expression")
+        return self
+
+
+def _read_lora_config(adapter: Path) -> _Lora:
     path = adapter / "adapter_config.json"
-    lora = _read_json(path)
+    lora = read_json(path)
     if lora.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: expected peft_type 'LORA', found {lora.get('peft_type')!r}. {_MERGE_IT}")
-    on = {key: value for key, value in lora.items() if key not in _OBEYED | _HARMLESS and value and value != "none"}
+    known = _OBEYED | _HARMLESS | _Lora.model_fields.keys()
+    on = {key: value for key, value in lora.items() if key not in known and value and value != "none"}
     if on:
         raise CheckpointError(f"{path}: {_some(on)} cannot be merged here. {_MERGE_IT}")
     if (init := lora.get("init_lora_weights")) not in _PLAIN_INITS:
@@ -260,7 +278,7 @@ def _read_lora_config(adapter: Path) -> dict[str, Any]:
             f"{path}: init_lora_weights {init!r} changes the base weights; save the adapter with peft's "
             f"path_initial_model_for_weight_conversion, which makes a plain LoRA of it. Or: {_MERGE_IT}"
         )
-    return lora
+    return validated(_Lora, path, lora)
 
 
 def _sort_adapter(
@@ -289,13 +307,13 @@ def _sort_adapter(
 
 def _check_targets(
     adapter: Path,
-    lora: dict[str, Any],
+    lora: _Lora,
     full: dict[str, _Tensor],
     pairs: dict[str, tuple[_Tensor, _Tensor]],
     base: dict[str, _Tensor],
 ) -> None:
     """What the adapter's config says was trained is there, and nothing else."""
-    target = lora.get("target_modules") or []
+    target = lora.target_modules or []
 
     def is_target(module: str) -> bool:
         if isinstance(target, str):
@@ -306,10 +324,10 @@ def _check_targets(
     expected = {f"{module}.weight" for module in modules if is_target(module)}
     if extra := pairs.keys() - expected:
         raise CheckpointError(f"{adapter}: LoRA pairs for {_some(extra)}, which target_modules do not name.")
-    some_left_out = lora.get("exclude_modules") or lora.get("layers_to_transform") is not None
+    some_left_out = lora.exclude_modules or lora.layers_to_transform is not None
     if (missing := expected - pairs.keys()) and not some_left_out:
         raise CheckpointError(f"{adapter}: target_modules name {_some(missing)}, but the file has no LoRA pair for it.")
-    for module in lora.get("modules_to_save") or []:
+    for module in lora.modules_to_save or []:
         if not any(name.rpartition(".")[0].endswith(module) for name in full):
             raise CheckpointError(f"{adapter}: modules_to_save names {module}, but the file does not hold it.")
 
@@ -319,10 +337,10 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def _trained_rows(
-    adapter: Path, lora: dict[str, Any], stored: dict[str, _Tensor], base: dict[str, _Tensor]
+    adapter: Path, lora: _Lora, stored: dict[str, _Tensor], base: dict[str, _Tensor]
 ) -> dict[str, tuple[list[int], _Tensor]]:
     """Which rows of which tensor were trained alone, and their values."""
-    given = lora.get("trainable_token_indices") or {}
+    given = lora.trainable_token_indices or {}
     if isinstance(given, list):
         given = {"embed_tokens": given}
     found = {}
@@ -360,10 +378,10 @@ def _put_rows(adapter: Path, base: _Tensor, indices: list[int], rows: _Tensor) -
     return _Tensor(base.name, base.shape, read)
 
 
-def _add_pair(adapter: Path, lora: dict[str, Any], base: _Tensor, a: _Tensor, b: _Tensor) -> _Tensor:
+def _add_pair(adapter: Path, lora: _Lora, base: _Tensor, a: _Tensor, b: _Tensor) -> _Tensor:
     module = base.name.removesuffix(".weight")
-    rank = _by_pattern(lora.get("rank_pattern"), module, lora.get("r", 8))
-    alpha = _by_pattern(lora.get("alpha_pattern"), module, lora.get("lora_alpha", 8))
+    rank = _by_pattern(lora.rank_pattern, module, lora.r)
+    alpha = _by_pattern(lora.alpha_pattern, module, lora.lora_alpha)
     # An embedding's pair is that of its transpose: A [r,rows], B [width,r].
     embedding = module.endswith("embed_tokens")
     rows, width = reversed(base.shape) if embedding else base.shape
@@ -372,7 +390,7 @@ def _add_pair(adapter: Path, lora: dict[str, Any], base: _Tensor, a: _Tensor, b:
             f"{adapter}: LoRA of {base.name}: expected A {(rank, width)} and B {(rows, rank)}, "
             f"found {a.shape} and {b.shape}."
         )
-    scale = np.float32(alpha / math.sqrt(rank) if lora.get("use_rslora") else alpha / rank)
+    scale = np.float32(alpha / math.sqrt(rank) if lora.use_rslora else alpha / rank)
 
     def read() -> Array:
         delta = scale * (b.read() @ a.read())
@@ -381,9 +399,21 @@ def _add_pair(adapter: Path, lora: dict[str, Any], base: _Tensor, a: _Tensor, b:
     return _Tensor(base.name, base.shape, read)
 
 
-def _by_pattern(pattern: dict[str, Any] | None, module: str, default: float) -> Any:
+def _by_pattern(pattern: Mapping[str, float] | None, module: str, default: float) -> Any:
     """The value whose key is first to match, as a regular expression, the end of the module's name (peft's rule)."""
-    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next((value for key, value in (pattern or {}).items() if re.match(_ending_in(key), module)), default)
+
+
+def _is_expression(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def _ending_in(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer
@@ -431,7 +461,7 @@ def read_tokenizer(language: Path) -> Any:
         CheckpointError: transformers cannot read it, or special tokens are empty.
     """
     path, options = language / "tokenizer_config.json", {}
-    said = _read_json(path) if path.is_file() else {}
+    said = read_json(path) if path.is_file() else {}
     if empty := [name for name in ("bos_token", "eos_token", "unk_token") if said.get(name) == ""]:
         raise CheckpointError(
             f"{path}: {_some(empty)} is an empty text, which is no token{_suggested(language)}. transformers 4 took id "
@@ -446,15 +476,18 @@ def read_tokenizer(language: Path) -> Any:
             stacklevel=2,
         )
     try:
-        return AutoTokenizer.from_pretrained(language, local_files_only=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(language, local_files_only=True, **options)
+        tokenizer("a")  # settings of other types show only now
+        return tokenizer
     except RecursionError:  # of a special token that the vocabulary does not have
         raise CheckpointError(
             f"{language}: the tokenizer cannot be read: its special tokens are not in its vocabulary"
             f"{_suggested(language)}."
         ) from None
-    except Exception as error:  # transformers raises many kinds, tokenizers Exception itself
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{language}: the tokenizer cannot be read ({reason:.200}).") from None
+    except BaseException as error:  # transformers raises many kinds, tokenizers Exception itself, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{language}: the tokenizer cannot be read ({in_words(error)}).") from None
 
 
 def _suggested(language: Path) -> str:
@@ -619,10 +652,12 @@ def _special_ids(path: Path, tokenizer: Any) -> dict[str, int]:
 def _adds_bos(path: Path, tokenizer: Any, default: bool | None) -> bool:
     """Whether texts begin with BOS; tokenizer_config.json, or `default` where it is silent, must agree."""
     ids = tokenizer("a").input_ids
+    if not ids:
+        raise CheckpointError(f"{path}: the tokenizer makes no token of a text.")
     if ids[-1] == tokenizer.eos_token_id:
         raise CheckpointError(f"{path}: the tokenizer ends every text with EOS; set add_eos_token to false.")
     add_bos: bool = ids[0] == tokenizer.bos_token_id
-    said = _read_json(path.with_name("tokenizer_config.json")).get("add_bos_token", default)
+    said = read_json(path.with_name("tokenizer_config.json")).get("add_bos_token", default)
     if said not in (None, add_bos):
         raise CheckpointError(
             f"{path}: the tokenizer adds {'a' if add_bos else 'no'} BOS, which tokenizer_config.json contradicts. "
@@ -664,6 +699,8 @@ def _put(
     kind: gguf.TokenType,
 ) -> None:
     """Set a token that SentencePiece does not know, after as many unused ones as its id asks for."""
+    if not 0 <= token_id < _MOST_TOKENS:
+        raise CheckpointError(f"the tokenizer: {token!r:.80} has id {token_id}, expected 0 to {_MOST_TOKENS - 1}.")
     while len(tokens) <= token_id:
         _append_unused(tokens, scores, types)
     tokens[token_id], scores[token_id], types[token_id] = token, -1000.0, kind
@@ -762,20 +799,6 @@ def _quantize(source: Path, target: Path, ftype: int) -> None:
     params.nthread = processors()
     if llama.llama_model_quantize(os.fsencode(source), os.fsencode(target), params):
         raise CheckpointError(f"llama.cpp could not quantize {source}: {llama_messages()}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
-    except RecursionError:
-        raise CheckpointError(f"{path} is no JSON object of settings: lists nested too deeply.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}.")
-    return content
 
 
 def _some(names: Any) -> str:

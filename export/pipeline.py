@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 from safetensors.numpy import save
 from safetensors.torch import load_file
 
@@ -20,7 +21,7 @@ from vmad_edge.export.language import Quantization, export_language
 from vmad_edge.export.parity import ParityError, measure
 from vmad_edge.export.parity_page import ParityPage
 from vmad_edge.export.precision import lower
-from vmad_edge.runtime.bundle import Bundle, Language, Manifest, Precision, Vision, seal
+from vmad_edge.runtime.bundle import Bundle, Language, Manifest, Precision, Vision, first_fault, seal
 from vmad_edge.runtime.errors import CheckpointError, FrameError
 from vmad_edge.runtime.folders import list_images
 from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
@@ -65,6 +66,7 @@ def export(
     progress("checkpoint")
     source = Checkpoint.open(checkpoint)
     images, more = images_to_compare(source, parity_images, parity_count, reading)
+    manifest = _manifest(source, quantization)
     source.check_weights()
     with new_bundle(bundle) as folder:
         for graph in (clip_encoder, ltc_projector, sam_encoder, mask_decoder):
@@ -74,7 +76,6 @@ def export(
         progress("language model")
         export_language(source.path / "language", source.path / "adapter", folder / "llm.gguf", quantization)
         _export_similarity(source, folder / "similarity.safetensors")
-        manifest = _manifest(source, quantization)
         if precision == "fp16":
             manifest = manifest.model_copy(update={"precision": lower(folder, manifest, images, reading, progress)})
         elif frames is not None:
@@ -170,7 +171,15 @@ def _export_similarity(source: Checkpoint, target: Path) -> None:
 
 
 def _manifest(source: Checkpoint, quantization: Quantization) -> Manifest:
-    """All but the hashes of the files, which are not all written yet."""
+    """All but the hashes of the files, which are not written yet."""
+    try:
+        return _described(source, quantization)
+    except ValidationError as error:
+        where, what = first_fault(error)
+        raise CheckpointError(f"{source.path}: no bundle may have {where}: {what}") from None
+
+
+def _described(source: Checkpoint, quantization: Quantization) -> Manifest:
     config = source.config
     return Manifest(
         made_with={"python": platform.python_version(), **{name: version(name) for name in _WRITERS}},

@@ -13,7 +13,7 @@ and never holds the Q·M cosines. The rules that all share:
 - Arrays are float32. float16 and float64 are converted (a float64 beyond float32's range counts as infinite) and
   so are arrays that are not C-contiguous: that is a copy. Other memory is O(Q·k) or O(Q·S), and a block a thread.
 - `threads=None` is OMP_NUM_THREADS, else all processors that this process may use, by affinity and CPU quota
-  (`processors.py`). The GIL is released.
+  (`processors.py`). More than 512 are 512. The GIL is released.
 - The code takes the best path that the processor can, one of `paths()`; VMAD_PATH=NAME makes it another. A path has
   its own rounding: bits are the same on one path.
 """
@@ -35,6 +35,7 @@ from vmad_edge.kernels.processors import processors
 
 __all__ = ["Dtype", "ReferenceBank", "interval_mean", "max_cosine", "mutual_score", "paths", "segmented_max_cosine"]
 
+_MOST_THREADS = 512  # as in cpu/similarity.cpp
 _FRAMES_ROWS = 2304  # query rows a call of mutual_score: enough that preparing the bank anew costs little
 
 
@@ -194,10 +195,11 @@ def _at_least_one(name: str, value: int) -> int:
 
 def _thread_count(threads: int | None) -> int:
     if threads is not None:
-        return _at_least_one("threads", threads)
+        return min(_at_least_one("threads", threads), _MOST_THREADS)
     if setting := os.environ.get("OMP_NUM_THREADS"):
         first = setting.split(",")[0].strip()  # OpenMP allows a list, one number a nesting level
-        if not first.isdecimal() or int(first) < 1:
+        digits = first.lstrip("0")
+        if not (digits and first.isascii() and first.isdecimal()):
             raise ValueError(f"OMP_NUM_THREADS: expected an integer of at least 1, got {setting!r}")
-        return int(first)
-    return processors()
+        return min(int(digits[:4]), _MOST_THREADS)  # four are too many already, and no length is too long for int()
+    return min(processors(), _MOST_THREADS)

@@ -32,7 +32,7 @@ def _whole_quotas(root: Path) -> tuple[int, ...]:
 def _quotas(root: Path) -> Iterator[float]:
     """Processors, of each quota that holds for the process."""
     for version, folder in _groups(root):
-        with suppress(OSError, ValueError, ZeroDivisionError):  # the files are absent where no quota can be set
+        with suppress(OSError, ValueError, ArithmeticError):  # the files are absent where no quota can be set
             if version == 2:
                 quota, period = (folder / "cpu.max").read_text().split()
             else:

@@ -29,9 +29,9 @@ from vmad_edge.runtime.frame import AS_STORED, Frame, FrameSource, Reading
 from vmad_edge.runtime.inspection import Inspection
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import Run, RunInProgress, peak_mib
-from vmad_edge.runtime.stages.language import prompt_lengths
 from vmad_edge.runtime.stages.preprocess import clip_pixels
 from vmad_edge.runtime.stages.similarity import References
+from vmad_edge.runtime.stages.vocabulary import prompt_lengths
 from vmad_edge.runtime.station import Fallback, Station
 
 Times = dict[str, float]

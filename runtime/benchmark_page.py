@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmad_edge.runtime.benchmark import Benchmark, Lane, Ratio, Spread
-from vmad_edge.runtime.files import write_whole
+from vmad_edge.runtime.files import whole_file, write_whole
 from vmad_edge.runtime.machine import busy_elsewhere
 
 _WIDTH, _HEIGHT, _GAP = 1280, 960, 40
@@ -49,9 +49,8 @@ def write(benchmark: Benchmark, folder: Path) -> Path:
     """`folder`/bench.json and bench.png; returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "bench.json", benchmark.model_dump_json(indent=2) + "\n")
-    scratch = folder / ".bench.png.part"
-    picture(benchmark).save(scratch, "PNG")
-    scratch.replace(folder / "bench.png")
+    with whole_file(folder / "bench.png") as scratch:
+        picture(benchmark).save(scratch, "PNG")
     return folder
 
 

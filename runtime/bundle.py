@@ -15,15 +15,17 @@ A bundle that screens only (`vmad export-features`) has the manifest and clip_en
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, BinaryIO, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from vmad_edge.kernels import Dtype
 from vmad_edge.runtime.errors import BundleError, VmadError
@@ -31,12 +33,28 @@ from vmad_edge.runtime.files import sha256_of
 
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
+_MOST_NUMBERS = 1 << 30
+"""In `patches_multi`: 4 GiB. ViT-H's at 1024 px are 21 million."""
 _LARGEST_MANIFEST = 1 << 20
 """Bytes."""
 
-Triple = tuple[float, float, float]
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+# The limits lie beyond every model of today: what passes them is a mistake, or an attack.
+Side = Annotated[int, Field(gt=0, le=8192)]
+"""Pixels."""
+Width = Annotated[int, Field(gt=0, le=65_536)]
+Tokens = Annotated[int, Field(gt=0, le=1 << 20)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 20)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=256)]
+Mean = Annotated[float, Field(ge=-255, le=255)]
+Std = Annotated[float, Field(ge=1e-3, le=255)]
+Triple = tuple[Mean, Mean, Mean]
+Stds = tuple[Std, Std, Std]
+Level = Annotated[int, Field(ge=-1000, le=1000)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Text = Annotated[str, Field(max_length=20_000)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
+"""Of a file in the bundle itself."""
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Answer = Literal["full", "short"]
 Precision = Literal["fp32", "fp16", "int8"]
 SpacePrefix = Literal["first", "always", "never"]
@@ -52,52 +70,59 @@ def first_fault(error: ValidationError) -> tuple[str, str]:
     where = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode() or "the file"
     if first["type"] == "json_invalid":
         return where, "expected JSON, found something else"
-    found = "" if first["type"] == "missing" else f", found {first['input']!r:.80}"
+    found = "" if first["type"] in ("missing", "value_error") else f", found {first['input']!r:.80}"
     return where, first["msg"].removeprefix("Value error, ") + found
 
 
 class ClipInput(Record):
     """CLIP's preprocessing, taken from the checkpoint's preprocessor_config.json."""
 
-    size: Positive
+    size: Side
     """S_c: side of `clip_pixels` in pixels."""
     resize: Literal["exact", "shortest_edge"]
     """`exact`: both sides to S_c. `shortest_edge`: the shorter side to S_c, then a centre crop: borders are lost."""
     pad_to_square: bool
     """Pad the shorter side with the mean colour first (LLaVA's image_aspect_ratio "pad")."""
     resample: Literal["bilinear", "bicubic", "lanczos"]
-    rescale_factor: float
+    rescale_factor: Annotated[float, Field(ge=1e-6, le=1)]
     mean: Triple
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    std: Stds
 
 
 class SamInput(Record):
     """SAM's preprocessing: longest side to `size` (Pillow, bilinear), normalise, pad right and bottom with zeros."""
 
-    size: Positive
+    size: Side
     mean: Triple = (123.675, 116.28, 103.53)
-    std: Triple = (58.395, 57.12, 57.375)
+    std: Stds = (58.395, 57.12, 57.375)
 
 
 class Vision(Record):
-    grid: Positive
+    grid: Annotated[int, Field(gt=0, le=512)]
     """Patches per side; N = grid²."""
-    width: Positive
+    width: Width
     """D."""
-    patches_level: int | None = None
+    patches_level: Level | None = None
     """Index into hidden_states (0 = embeddings, negative from the end) of `patches`; LLaVA reads −2. None: `patches`
     joins the levels."""
-    levels: Annotated[tuple[int | str, ...], Field(min_length=1)]
+    levels: Annotated[tuple[Level | Name, ...], Field(min_length=1, max_length=64)]
     """Indices of `patches_multi`, in the order that the LTC projector takes them; or a feature graph's outputs."""
+
+    @model_validator(mode="after")
+    def _levels(self) -> Vision:
+        _refuse_twice("levels", self.levels)
+        if (numbers := self.grid**2 * self.width * len(self.levels)) > _MOST_NUMBERS:
+            raise ValueError(f"expected at most {_MOST_NUMBERS} numbers of a frame's patches, found {numbers}")
+        return self
 
 
 class Conversation(Record):
-    template: str
+    template: Text
     """The whole prompt with one `<image>` and one `{question}`."""
-    question: str
+    question: Text
     """The default question, with `{object}` where the part's name goes."""
-    object: str = "part"
-    short_answer: str = "Yes"
+    object: Name = "part"
+    short_answer: Text = "Yes"
     """Teacher-forced in answer mode `short`, up to the state that `<seg>` needs."""
 
     @model_validator(mode="after")
@@ -110,7 +135,7 @@ class Conversation(Record):
 class Llama(Record):
     """How llama.cpp runs the language model."""
 
-    gpu_layers: Annotated[int, Field(ge=-1)] = -1
+    gpu_layers: Annotated[int, Field(ge=-1, le=10_000)] = -1
     """Layers that lie on the GPU, where there is one; −1: all. Fewer take less of its memory, and longer."""
     flash_attention: bool | None = None
     """None: where llama.cpp finds that it helps."""
@@ -125,32 +150,45 @@ class Llama(Record):
 
 
 class Language(Record):
-    width: Positive
+    width: Width
     """H."""
-    visual_tokens: Positive
+    visual_tokens: Tokens
     """K."""
-    context_length: Positive
+    context_length: Tokens
     """Tokens of prompt, image and answer together; the KV cache has room for as many."""
-    vocabulary: Positive
+    vocabulary: Tokens
     space_prefix: SpacePrefix = "first"
     """Where the tokenizer puts a ▁ of its own: before a text, also after each special token in it, nowhere."""
     quantization: Literal["f32", "f16", "q8_0", "q4_k_m"]
-    seg_token: str
-    seg_token_id: int
+    seg_token: Name
+    seg_token_id: TokenId
     seg_state: Literal["emitting", "token"]
     """Which hidden state is h_seg: of the step whose logits emit `<seg>` (LISA), or of `<seg>` itself."""
-    yes_token_ids: Annotated[tuple[int, ...], Field(min_length=1)]
-    no_token_ids: Annotated[tuple[int, ...], Field(min_length=1)]
-    max_new_tokens: Positive
+    yes_token_ids: TokenIds
+    no_token_ids: TokenIds
+    max_new_tokens: Tokens
     answer: Answer = "full"
     llama: Llama = Llama()
+
+    @model_validator(mode="after")
+    def _tokens(self) -> Language:
+        ids = (self.seg_token_id, *self.yes_token_ids, *self.no_token_ids)
+        _refuse_twice("seg_token_id, yes_token_ids and no_token_ids", ids)
+        if max(ids) >= self.vocabulary:
+            raise ValueError(f"expected token ids below the vocabulary, {self.vocabulary}, found {max(ids)}")
+        if (least := self.visual_tokens + self.max_new_tokens + 1) > self.context_length:
+            raise ValueError(
+                f"visual_tokens, max_new_tokens and a prompt are at least {least} tokens, more than context_length, "
+                f"{self.context_length}"
+            )
+        return self
 
 
 class Thresholds(Record):
     """score < good_below: GOOD. score ≥ defect_above: DEFECT. Between: UNCERTAIN."""
 
-    good_below: float
-    defect_above: float
+    good_below: FiniteFloat
+    defect_above: FiniteFloat
 
     @model_validator(mode="after")
     def _order(self) -> Thresholds:
@@ -162,13 +200,13 @@ class Thresholds(Record):
 class Similarity(Record):
     score_rule: Literal["max", "mean_top_1_percent"] = "mean_top_1_percent"
     """Image score from patch scores: the largest (MuSc, WinCLIP) or the mean of the top 1% (AnomalyDINO)."""
-    temperature: PositiveFloat = 0.07
+    temperature: Annotated[float, Field(ge=1e-3, le=100)] = 0.07
     """Of the softmax between normal and abnormal features, where the bundle has abnormal ones."""
     reference_weight: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Of enrolled references beside normal and abnormal features (FADE's few-shot weight); 1: references alone."""
-    reference_gain: PositiveFloat = 1.75
+    reference_gain: Annotated[float, Field(gt=0, le=1000)] = 1.75
     """What a distance to the references, 1 − cosine, counts beside that softmax (FADE: 3.5 · (1 − cosine) / 2)."""
-    smoothing_sigma: Annotated[float, Field(ge=0)] = 4.0
+    smoothing_sigma: Annotated[float, Field(ge=0, le=256)] = 4.0
     """Gaussian on the anomaly map, in pixels of `clip_pixels` (AnomalyCLIP: 4)."""
     coreset: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the enrolled patches that `enroll` keeps: PatchCore's greedy coreset below 1."""
@@ -179,8 +217,8 @@ class Similarity(Record):
 
 
 class Weights(Record):
-    origin: str
-    licence: str
+    origin: Text
+    licence: Text
 
 
 class ScreenManifest(Record):
@@ -188,19 +226,31 @@ class ScreenManifest(Record):
 
     schema_version: Literal[1] = 1
     system: Literal["vmad", "patchcore"] = "patchcore"
-    made_with: dict[str, str]
+    made_with: Annotated[dict[Name, Name], Field(max_length=100)]
     """Versions of what wrote the bundle."""
     weights: Weights
     clip: ClipInput
     vision: Vision
     similarity: Similarity
-    precision: dict[str, Precision] = Field(default_factory=dict)
+    precision: Annotated[dict[Name, Precision], Field(max_length=100)] = Field(default_factory=dict)
     """Of the graphs, by name; one that is not named computes in FP32. OpenVINO takes bf16 for fp16, and beside int8."""
-    dynamic_axes: dict[str, Positive] = Field(default_factory=lambda: {"batch": 8, "prompts": 4})
+    dynamic_axes: Annotated[dict[Name, Annotated[int, Field(gt=0, le=4096)]], Field(max_length=100)] = Field(
+        default_factory=lambda: {"batch": 8, "prompts": 4}
+    )
     """The largest size of each axis that the graphs leave open, by its name there; TensorRT plans are built for 1 up to
     that."""
-    files: dict[str, str]
-    """Every other file of the bundle (relative, plain names) and its SHA-256."""
+    files: Annotated[dict[FileName, Sha256], Field(max_length=1000)]
+    """Every other file of the bundle and its SHA-256."""
+    needed: ClassVar[tuple[str, ...]] = ("clip_encoder.onnx",)
+    """Files without which no bundle of its kind does anything."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ScreenManifest:
+        if self.vision.grid > self.clip.size:
+            raise ValueError(f"vision.grid, {self.vision.grid}, has more patches a side than clip.size has pixels")
+        if unknown := [name for name in self.precision if self.files and f"{name}.onnx" not in self.files]:
+            raise ValueError(f"precision names {', '.join(unknown)}, which no graph among the files is called")
+        return self
 
     @property
     def object(self) -> str:
@@ -213,6 +263,10 @@ class Manifest(ScreenManifest):
     sam: SamInput
     conversation: Conversation
     language: Language
+    needed: ClassVar[tuple[str, ...]] = (
+        *("clip_encoder.onnx", "ltc_projector.onnx", "sam_encoder.onnx", "mask_decoder.onnx"),
+        *("llm.gguf", "similarity.safetensors"),
+    )
 
     @property
     def object(self) -> str:
@@ -230,7 +284,7 @@ class Bundle:
     path: Path
     hash: str
     manifest: ScreenManifest
-    hashed: Mapping[str, Identity] | None = None
+    hashed: Mapping[str, Identity] | None = field(default=None, repr=False, compare=False)
     """All that is in the folder, as it was when it was hashed; None: it is being written."""
 
     @staticmethod
@@ -320,10 +374,13 @@ def _held(path: Path, expected: Mapping[str, Identity] | None = None) -> Iterato
     """An open folder, and what is in it: the same until the block has ended, and the same as `expected`.
 
     Raises:
-        BundleError: something else.
-        OSError: there is no such folder.
+        BundleError: something else, or no folder.
     """
-    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        said = f"{path} is not a bundle: expected a folder ({error.strerror})"
+        raise BundleError(f"{said}. `vmad export` makes bundles.") from None
     try:
         found = _identities(held)
         _refuse_change(path, found if expected is None else expected, found)
@@ -342,7 +399,7 @@ def _identities(folder: int) -> dict[str, Identity]:
 def _identity(folder: int, name: str) -> Identity:
     found: list[int] = []
     for follow in (False, True):
-        with suppress(OSError):  # a link to nowhere, or a file that went just now
+        with suppress(OSError):  # a link to nowhere, or a file that just went
             about = os.stat(name, dir_fd=folder, follow_symlinks=follow)
             found += (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
     return tuple(found)
@@ -386,7 +443,7 @@ def _open_file(folder: int, name: str) -> Iterator[BinaryIO]:
     """
     inside = Path(f"/proc/self/fd/{folder}").readlink()
     if not stat.S_ISREG(os.stat(name, dir_fd=folder).st_mode):
-        raise BundleError(f"{inside / name} is no file, as every part of a bundle is. Copy the bundle again.")
+        raise BundleError(f"{inside / name} is no file: every part of a bundle is one. Copy the bundle again.")
     opened = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)  # by now a FIFO, it would wait
     with os.fdopen(opened, "rb") as file:
         place = Path(f"/proc/self/fd/{opened}").readlink()
@@ -422,8 +479,23 @@ class _Kind(BaseModel):
 def _parse(path: Path, text: bytes) -> ScreenManifest:
     try:
         kind = ScreenManifest if _Kind.model_validate_json(text).system == "patchcore" else Manifest
-        return kind.model_validate_json(text)
+        manifest = kind.model_validate_json(text, strict=True)
+        json.loads(text, object_pairs_hook=_refuse_twice_in_json)  # of such, pydantic takes the last
     except ValidationError as error:
         where, what = first_fault(error)
         advice = "This bundle needs a newer vmad-edge." if where == "schema_version" else "Export it again."
         raise BundleError(f"{path}: {where}: {what}. {advice}") from None
+    except ValueError as error:
+        raise BundleError(f"{path}: {error}. Export it again.") from None
+    if lacking := set(kind.needed) - manifest.files.keys():
+        raise BundleError(f"{path}: files: expected {', '.join(sorted(lacking))} too. Export it again.")
+    return manifest
+
+
+def _refuse_twice_in_json(pairs: list[tuple[str, object]]) -> None:
+    _refuse_twice("the names in an object", [name for name, _ in pairs])
+
+
+def _refuse_twice(what: str, values: Sequence[object]) -> None:
+    if twice := [value for value, count in Counter(values).items() if count > 1]:
+        raise ValueError(f"expected each of {what} once, found {twice[0]!r:.80} twice")

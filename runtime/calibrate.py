@@ -18,6 +18,7 @@ from vmad_edge.runtime.frame import AS_STORED, Reading
 from vmad_edge.runtime.inspection import Inspection
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.stages.fitness import Fitness, learned, measure
+from vmad_edge.runtime.stages.scope import scope_limit
 from vmad_edge.runtime.station import Calibration, CalibrationFrame
 
 
@@ -54,6 +55,7 @@ def calibrate(
 
     Frames that are unfit to be judged are left out, and the promise says so: on the line they are NOT_INSPECTED too.
     From the good ones that are left, limits of fitness are learned.
+    The good frames' distances to the enrolled ones set the limit of its scope anew.
 
     Args:
         inspector: one opened with `calibrated=False`, so that an outdated calibration is not in the way.
@@ -61,15 +63,16 @@ def calibrate(
         reading: how the frames are read.
 
     Raises:
-        BundleError: the station knows other objects but not this one.
+        BundleError: the station knows other objects but not this one, or cannot be read.
         FrameError: a frame cannot be read or screened, is one of the enrolled references, or is given as good and
             defective.
-        VmadError: too few frames for what is promised; equal ones count once.
+        VmadError: too few frames for what is promised (equal ones count once); what the object is compared with is not
+            what the station keeps, so that nobody else could use the thresholds.
     """
     targets = targets or Targets()
     name = inspector.bundle.manifest.object if object is None else object
-    bank = inspector.station.bank_hash(name)
-    references = inspector.station.load_references(name)
+    references = inspector.references(name)
+    bank = _kept(inspector, name)
     enrolled = {frame.pixel_hash for frame in references.frames} if references else set()
     frames: dict[str, CalibrationFrame] = {}
     """By their pixels: what shows the same is the same frame, and says nothing more."""
@@ -98,11 +101,15 @@ def calibrate(
         thresholds, promise = from_labels(normal, defective, targets) if defective else from_good(normal, targets)
     except VmadError as error:
         raise VmadError(f"{error}{said}") from None
+    distances = (frame.scope_distance for frame in frames.values() if not frame.defective)
+    if _kept(inspector, name) != bank:
+        raise VmadError(f"{name!r} was enrolled anew while its frames were compared: calibrate again")
     calibration = Calibration(
         bundle=inspector.bundle.hash,
         bank=bank,
         object=name,
         thresholds=thresholds,
+        scope=scope_limit([d for d in distances if d is not None]),
         promise=promise + said,
         by=by or _account(),
         when=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -214,6 +221,28 @@ def _upper_bound(scores: Sequence[float], share: float, confidence: float) -> fl
     return math.nextafter(scores[n - 1 - beyond], math.inf)  # a score equal to it is still below the threshold
 
 
+def _kept(inspector: Inspector, object: str) -> str | None:
+    """Hash of the bank that `object` is compared with; None: the bundle's normal features.
+
+    Raises:
+        VmadError: the station does not keep what it is compared with.
+    """
+    references = inspector.references(object)
+    if references is not None and references.hash is None:
+        raise VmadError(
+            f"the references of {object!r} are in this inspector alone, so thresholds for them would be nobody's: "
+            "enroll them with keep=True, then calibrate"
+        )
+    compared, kept = references and references.hash, inspector.station.bank_hash(object)
+    if compared != kept:
+        now, there = (hash[:16] if hash else "none" for hash in (compared, kept))
+        raise VmadError(
+            f"{object!r} is compared with another reference bank ({now}) than the station has now ({there}): open the "
+            "inspector anew, then calibrate"
+        )
+    return kept
+
+
 def _scored(
     inspection: Inspection, path: str, object: str, defective: bool, enrolled: set[str]
 ) -> tuple[str, CalibrationFrame]:
@@ -227,7 +256,11 @@ def _scored(
         )
     file = Path(path).absolute()
     return pixel_hash, CalibrationFrame(
-        path=str(file), sha256=sha256(file), defective=defective, score=inspection.score
+        path=str(file),
+        sha256=sha256(file),
+        defective=defective,
+        score=inspection.score,
+        scope_distance=inspection.scope_distance,
     )
 
 

@@ -32,7 +32,7 @@ from vmad_edge.runtime.console import printable, track
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.gpu import gpu
 from vmad_edge.runtime.engines.tensorrt import build_plans
-from vmad_edge.runtime.errors import VmadError
+from vmad_edge.runtime.errors import BundleError, VmadError
 from vmad_edge.runtime.evaluate import Evaluation, Figures, Shots, compare, evaluate, read_evaluation
 from vmad_edge.runtime.evaluate_page import warnings, write_page
 from vmad_edge.runtime.floors import chain_of, floors
@@ -43,7 +43,7 @@ from vmad_edge.runtime.frame import Colour, Reading
 from vmad_edge.runtime.hardware import HARDWARE
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import RunInProgress
-from vmad_edge.runtime.stages.language import placement
+from vmad_edge.runtime.stages.scope import in_words
 from vmad_edge.runtime.station import Calibration, Fallback, Station, same_frames
 from vmad_edge.runtime.system import check_system
 
@@ -324,6 +324,7 @@ def _enroll(args: argparse.Namespace) -> int:
             "frames": len(references.frames),
             "patches": len(references.features),
             "thresholds": None if thresholds is None else thresholds.model_dump(),
+            "scope": in_words(references.scope),
             "station": str(inspector.station.path),
         }
         outdated = [why for why in inspector.station.calibrated().values() if isinstance(why, str)]
@@ -351,6 +352,8 @@ def _info(args: argparse.Namespace) -> int:
             "made_with": manifest.made_with,
             "station": str(inspector.station.path),
             "enrolled": inspector.station.enrolled(),
+            "scope": {name: _scope(inspector.station, name) for name in inspector.station.enrolled()}
+            or "no scope check: nothing is enrolled",
             "enrolled_with_other_bundles": inspector.station.enrolled_elsewhere(),
             "calibrated": {n: _calibration_facts(found) for n, found in inspector.station.calibrated().items()},
             "device": inspector.engines.device,
@@ -365,6 +368,15 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _scope(station: Station, object: str) -> str:
+    """Of an enrolled object, or why its bank is refused."""
+    try:
+        references = station.load_references(object)
+    except BundleError as error:
+        return str(error)
+    return in_words(None if references is None else references.scope)
+
+
 def _cuda_kernels() -> str:
     try:
         return cuda.targets() or "none: this was installed without a GPU that has an nvcc, and without CUDACXX"
@@ -375,6 +387,8 @@ def _cuda_kernels() -> str:
 def _review_facts(manifest: ScreenManifest, gpu: bool) -> dict[str, str]:
     if not isinstance(manifest, Manifest):
         return {"review": "none: this bundle screens only"}
+    from vmad_edge.runtime.stages.language import placement  # llama.cpp: not where frames are screened
+
     language = manifest.language
     return {
         "language": f"width {language.width}, {language.visual_tokens} visual tokens, {language.quantization}, "
@@ -437,6 +451,8 @@ def _evaluate(args: argparse.Namespace) -> int:
                 "not_inspected": category.not_inspected,
                 "unfit_good": category.unfit_good,
                 "unfit_defective": category.unfit_defective,
+                "out_of_scope_good": category.out_of_scope(False),
+                "out_of_scope_defective": category.out_of_scope(True),
                 "without_mask": category.unmarked,
             }
             for category in evaluation.categories
@@ -523,7 +539,7 @@ def _calibration_facts(calibration: Calibration | str) -> dict[str, Any]:
     if isinstance(calibration, str):
         return {"refused": calibration}
     return {
-        **calibration.model_dump(include={"object", "thresholds", "promise", "by", "when"}),
+        **calibration.model_dump(include={"object", "thresholds", "scope", "promise", "by", "when"}),
         "bank": calibration.bank or "the bundle's normal features",
         "frames": len(calibration.frames),
     }

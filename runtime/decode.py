@@ -1,4 +1,5 @@
-"""Encoded images to 8-bit RGB: Pillow reads them, OpenCV where Pillow would drop the low bits of 16-bit values."""
+"""Encoded images to 8-bit RGB: Pillow reads them, libjpeg's strict wrapper where Pillow would hide its warnings, OpenCV
+where Pillow would drop the low bits of 16-bit values."""
 
 from __future__ import annotations
 
@@ -12,26 +13,33 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from vmad_edge.runtime.damage import DamageError, check_strips, check_whole, decode_jpeg
 from vmad_edge.runtime.errors import FrameError
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """Pillow's names of what is read; of these its build may lack AVIF."""
 MAX_PIXELS = 150_000_000
 """Larger images are refused before they are decoded."""
+MAX_BYTES_A_PIXEL, MAX_METADATA = 16, 1 << 26
+"""Of a file: decoding takes at most ten times the frame's own bytes and six times the file's."""
+MAX_TILE = 1024 * 1024
+"""Of a TIFF's tiles, in pixels; they may be as large as the picture, too."""
+MAX_PAGES = 100
+"""Of a TIFF, thumbnails among them."""
 MIN_SIDE, MAX_SIDE = 8, 32_766
 """OpenCV's, in what draws the maps."""
 MAX_ASPECT = 100
 """Long side to short side: a system that pads or crops to a square sees nothing of thinner frames."""
 
+_NEVER_FILLED = ("AVIF", "JPEG", "MPO", "PNG", "WEBP")
+"""Formats whose missing parts are found whether Pillow is told to fill them in or not."""
 _TIFF = {b"II*\0": ("<L", 4), b"MM\0*": (">L", 4), b"II+\0": ("<Q", 8)}
 """Of a TIFF's and a little-endian BigTIFF's first bytes: how and where the first page's offset is written."""
 _LOSSLESS = {1, 5, 8, 32773, 32946}
 """None, LZW, Deflate, PackBits and Adobe's Deflate: the compressions of TIFF that are read with more than 8 bits."""
-_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
-"""A JPEG's marker, where entropy-coded data end; FF 00 and the restart markers are part of them."""
 
 
 def decode(data: bytes, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
@@ -57,6 +65,8 @@ def decode(data: bytes, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
         raise FrameError(f"{name}: not a readable image (damaged from its start on, or none of {known})") from None
     except Image.DecompressionBombError:
         raise FrameError(f"{name}: its size exceeds limits; expected at most {MAX_PIXELS:,} pixels in all") from None
+    except DamageError as error:
+        raise FrameError(f"{name}: not a readable image (damaged: {error})") from None
     except Exception:  # decoders raise many kinds on broken files, in words that say nothing to a user
         raise FrameError(f"{name}: not a readable image (damaged or cut off)") from None
 
@@ -68,13 +78,16 @@ def from_image(image: Image.Image, name: str, bit_depth: int | None) -> NDArray[
         FrameError: as of `decode`; a file of more than 8 bits that was opened with Pillow, which drops some of them.
     """
     check_size(*image.size, name)
-    if image.format is not None and (image.mode.startswith("I;16") or _is_16_bit(image)):
+    if (file := getattr(image, "fp", None)) is not None and getattr(image, "n_frames", 1) == 1:
+        file.seek(0)  # opened, and not decoded yet: what Pillow would fill in, or drop, is in the file
+        return decode(file.read(), name, bit_depth)
+    if image.format is not None and (image.mode.startswith("I;16") or _is_16_bit(image) or _was_16_bit(image)):
         raise FrameError(f"{name}: Pillow does not keep 16-bit files whole; give the path or the file's bytes instead")
     if image.mode.startswith("I;16"):
         return in_rgb(to_8_bits(np.asarray(image).astype(np.uint16), bit_depth, name))
     _check_mode(image, name)
     try:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        return _in_pillow(image.convert("LA") if image.mode == "La" else image, name)
     except ValueError:
         raise FrameError(f"{name}: PIL's mode {image.mode} is not read; convert it to RGB first") from None
     except (OSError, SyntaxError):  # opened, and decoded only now
@@ -113,14 +126,14 @@ def in_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _decode(data: bytes, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
-    if data.startswith(b"\xff\xd8") and not _ends(data):
-        raise FrameError(f"{name}: not a readable image (cut off: the JPEG does not end)")
     if data[:4] in _TIFF:
         data, page = _primary_page(data, name)
+        _check_parts(data, page, name)
         if max(page.get(258, (1,))) > 8:
             return _deep_tiff(data, page, name, bit_depth)
-    with Image.open(io.BytesIO(data), formats=_opened()) as image:
-        check_size(*image.size, name)
+    with Image.open(io.BytesIO(data), formats=opened()) as image:
+        _check_header(data, *image.size, name)
+        check_whole(data)
         if image.format not in ("MPO", "TIFF") and (count := getattr(image, "n_frames", 1)) != 1:
             raise FrameError(f"{name}: expected one image, found {count} (an animation or a stack)")
         if image.format == "PPM" and image.mode in ("I", "RGB") and (maxval := _maxval(image)) > 255:
@@ -130,7 +143,36 @@ def _decode(data: bytes, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
         if image.format == "PNG" and _is_16_bit(image):
             return _deep_png(data, image, name, bit_depth)
         _check_mode(image, name)
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        if image.format in ("JPEG", "MPO"):
+            pixels = decode_jpeg(data)
+            if image.mode != "CMYK":  # of which Pillow makes other colours
+                return _upright(pixels, image)
+        return _in_pillow(image, name)
+
+
+def _in_pillow(image: Image.Image, name: str) -> NDArray[np.uint8]:
+    """[h,w,3] RGB of an image that may be decoded only here.
+
+    Raises:
+        FrameError: an application told Pillow to fill in what is missing of files.
+    """
+    filled = ImageFile.LOAD_TRUNCATED_IMAGES
+    asked = bool(getattr(image, "tile", ())) and image.format not in _NEVER_FILLED
+    pixels = np.array(image.convert("RGB"))
+    if asked and (filled or ImageFile.LOAD_TRUNCATED_IMAGES):
+        raise FrameError(
+            f"{name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set in this process, so that a {image.format} file "
+            "that is cut off would be read as a picture; unset it"
+        )
+    return _upright(pixels, image)
+
+
+def _upright(pixels: NDArray[np.uint8], image: Image.Image) -> NDArray[np.uint8]:
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation in (5, 6, 7, 8):
+        pixels = np.asarray(cv2.transpose(pixels), np.uint8)
+    mirrored = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)  # left to right, both, top to bottom
+    return pixels if mirrored is None else np.asarray(cv2.flip(pixels, mirrored), np.uint8)
 
 
 def _check_mode(image: Image.Image, name: str) -> None:
@@ -141,27 +183,24 @@ def _check_mode(image: Image.Image, name: str) -> None:
 
 
 @cache
-def _opened() -> tuple[str, ...]:
+def opened() -> tuple[str, ...]:
+    """The formats to give to `Image.open`, which tries all others too (an EPS called .png starts Ghostscript)."""
     Image.init()
     return tuple(form for form in FORMATS if form in Image.OPEN)  # MPO is opened as JPEG
-
-
-def _ends(jpeg: bytes) -> bool:
-    """Whether the first picture's end is there; what lies behind it (padding, previews, a signature) may be anything.
-
-    A file that was written half and padded with zeros decodes to a picture with a grey part.
-    """
-    place = 2
-    while found := _MARKER.search(jpeg, place):
-        if found[1] == b"\xd9":
-            return True
-        place = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
-    return False
 
 
 def _is_16_bit(image: Image.Image) -> bool:
     """Whether a file just opened holds 16 bits a channel, whatever mode Pillow would turn them into ("RGB;16B")."""
     return any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
+
+
+def _was_16_bit(image: Image.Image) -> bool:
+    """The same of a loaded one, by its file; of one that came from a file object nothing tells any more."""
+    try:
+        with Image.open(getattr(image, "filename", ""), formats=opened()) as again:
+            return _is_16_bit(again)
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _primary_page(data: bytes, name: str) -> tuple[bytes, ImageFileDirectory_v2]:
@@ -171,6 +210,8 @@ def _primary_page(data: bytes, name: str) -> tuple[bytes, ImageFileDirectory_v2]
     pages: dict[int, ImageFileDirectory_v2] = {}
     file, (offset,) = io.BytesIO(data), struct.unpack(form, data[place : 2 * place])
     while offset and offset not in pages:
+        if len(pages) == MAX_PAGES:
+            raise FrameError(f"{name}: expected one image, found more than {MAX_PAGES} pages (a stack)")
         file.seek(offset)
         pages[offset] = ImageFileDirectory_v2(begin)
         pages[offset].load(file)
@@ -190,9 +231,27 @@ def _primary_page(data: bytes, name: str) -> tuple[bytes, ImageFileDirectory_v2]
     return data[:place] + struct.pack(form, whole[0]) + data[2 * place :], page
 
 
-def _deep_tiff(data: bytes, page: ImageFileDirectory_v2, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
-    width, height, samples, photometric = (int(page.get(tag, 1)) for tag in (256, 257, 277, 262))
+def _check_header(data: bytes, width: int, height: int, name: str) -> None:
     check_size(width, height, name)
+    if len(data) > (most := MAX_BYTES_A_PIXEL * width * height + MAX_METADATA):
+        raise FrameError(f"{name}: {len(data):,} bytes of {width}×{height} pixels; expected at most {most:,}")
+
+
+def _check_parts(data: bytes, page: ImageFileDirectory_v2, name: str) -> None:
+    """That its strips or tiles are there, whole, and no larger than the picture asks for."""
+    width, height = page[256], page[257]
+    _check_header(data, width, height, name)
+    most = max(width * height, MAX_TILE)
+    if page.get(322, 1) * page.get(323, 1) > most:
+        raise FrameError(f"{name}: tiles of {page[322]}×{page[323]} pixels in a picture of {width}×{height}")
+    lengths = page.get(279) or page.get(325)
+    if lengths is not None:  # of what is not compressed, old files do not say them
+        parts = zip(page.get(273) or page[324], lengths, strict=True)
+        check_strips(data, page.get(259, 1), parts, page.get(347, b""), most)
+
+
+def _deep_tiff(data: bytes, page: ImageFileDirectory_v2, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
+    samples, photometric = (int(page.get(tag, 1)) for tag in (277, 262))
     bits, planar, compression = page[258], page.get(284, 1), page.get(259, 1)
     if not (
         set(bits) in ({10}, {12}, {14}, {16})
@@ -206,9 +265,6 @@ def _deep_tiff(data: bytes, page: ImageFileDirectory_v2, name: str, bit_depth: i
             f"compression {compression}) is not read; expected grey, RGB or RGBA of 10, 12, 14 or 16 bits, the "
             "channels side by side, compressed without loss or (below 16 bits) not at all; convert it first"
         )
-    parts = zip(page.get(273) or page[324], page.get(279) or page[325], strict=True)
-    if max(start + count for start, count in parts) > len(data):
-        raise FrameError(f"{name}: not a readable image (cut off)")
     values = _with_opencv(data)
     if bits[0] == 16:
         pixels = to_8_bits(values, bit_depth, name)
@@ -220,18 +276,12 @@ def _deep_tiff(data: bytes, page: ImageFileDirectory_v2, name: str, bit_depth: i
 
 def _deep_png(data: bytes, image: ImageFile.ImageFile, name: str, bit_depth: int | None) -> NDArray[np.uint8]:
     image.load()  # OpenCV fills what is missing of a file with black; Pillow raises
-    pixels = Image.fromarray(in_rgb(to_8_bits(_with_opencv(data), bit_depth, name)))
-    pixels.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return np.array(ImageOps.exif_transpose(pixels))
+    return _upright(in_rgb(to_8_bits(_with_opencv(data), bit_depth, name)), image)
 
 
 def _with_opencv(data: bytes) -> NDArray[np.uint16]:
     """[h,w] or [h,w,c] in the order RGB(A), as stored."""
-    level = cv2.utils.logging.setLogLevel(0)  # of what is damaged an exception tells
-    try:
-        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    finally:
-        cv2.utils.logging.setLogLevel(level)
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16:
         raise ValueError("not decoded")
     return np.asarray(values[:, :, 2::-1] if values.ndim == 3 else values, np.uint16)
@@ -249,7 +299,8 @@ def _deep_pnm(
     shape = image.height, image.width, 3 if image.mode == "RGB" else 1
     values: NDArray[Any]
     if codec == "ppm_plain":
-        values = np.array(re.sub(rb"#[^\r\n]*", b"", data[offset:]).split()[: np.prod(shape)], np.int64)
+        text = re.sub(rb"#[^\r\n]*", b"", data[offset:])
+        values = np.fromstring(text, np.int64, sep=" ")[: np.prod(shape)]
     else:
         values = np.frombuffer(data, ">u2", int(np.prod(shape)), offset)
     values = values.reshape(shape)

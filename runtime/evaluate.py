@@ -118,6 +118,10 @@ class CategoryResult(Record):
     def not_inspected(self) -> int:
         return sum(frame.verdict is Verdict.NOT_INSPECTED for frame in self.frames)
 
+    def out_of_scope(self, defective: bool) -> int:
+        """Good or defective frames that are unlike all that were enrolled."""
+        return sum(f.reason_code is Reason.OUT_OF_SCOPE and f.defective is defective for f in self.frames)
+
     @property
     def unfit_good(self) -> int:
         """Good frames that were refused before the screen saw them."""

@@ -96,6 +96,8 @@ def warnings(evaluation: Evaluation) -> list[str]:
                 f"{category.name}: of those, unfit to be judged: {category.unfit_good} good and "
                 f"{category.unfit_defective} defective frames"
             )
+        if any(out := (category.out_of_scope(False), category.out_of_scope(True))):
+            found.append(f"{category.name}: out of scope: {out[0]} good and {out[1]} defective frames")
         if category.unmarked:
             found.append(
                 f"{category.name}: {category.unmarked} defective frames have no mask, or an empty one; they count for "

@@ -20,7 +20,7 @@ from vmad_edge.runtime.costs import Cost, GraphCost, LanguageCost, graph_cost, s
 from vmad_edge.runtime.errors import BundleError
 from vmad_edge.runtime.hardware import Hardware
 from vmad_edge.runtime.headers import read_gguf
-from vmad_edge.runtime.stages.language import prompt_lengths
+from vmad_edge.runtime.stages.vocabulary import prompt_lengths
 
 SUSPECTS = (0.0, 0.01, 0.1, 1.0)
 """Shares of frames that are reviewed, for which `Floors.frames_per_second` is told."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vmad_edge.runtime.decode import check_size, decode, from_image, in_rgb, to_8_bits
+from vmad_edge.runtime.decode import MAX_PIXELS, check_size, decode, from_image, in_rgb, to_8_bits
 from vmad_edge.runtime.errors import FrameError
 
 Colour = Literal["rgb", "bgr"]
+MAX_BYTES = 8 * MAX_PIXELS
+"""Of an encoded image: 16-bit RGBA of as many pixels."""
+_PART = 1 << 24
+"""Bytes that a file object is asked for at once: Python takes the memory before it knows how much there is."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Frame:
     `Frame(…)` takes the array as it is: nobody may write to it afterwards. `Frame.read` copies.
 
     Raises:
+        TypeError: pixels that are no array.
         FrameError: pixels of another shape or dtype.
     """
 
@@ -37,6 +43,8 @@ class Frame:
     time: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pixels, np.ndarray):
+            raise TypeError(f"pixels: expected a NumPy array, got {type(self.pixels).__qualname__}; see Frame.read")
         if self.pixels.dtype != np.uint8 or self.pixels.ndim != 3 or self.pixels.shape[2] != 3:
             raise FrameError(f"expected pixels [h,w,3] of uint8, got {self.pixels.shape} of {self.pixels.dtype}")
 
@@ -74,7 +82,7 @@ class Frame:
             id = "bytes"
             pixels = decode(bytes(source), "the given bytes", bit_depth)
         elif isinstance(source, str | os.PathLike):
-            id = path = os.fspath(source)
+            id = path = os.fsdecode(source)
             pixels = decode(_bytes_of(path), path, bit_depth)
         else:
             id = name if isinstance(name := getattr(source, "name", None), str) else "file"
@@ -147,20 +155,42 @@ def _from_array(array: NDArray[Any], bit_depth: int | None) -> NDArray[np.uint8]
 
 
 def _read(file: IO[bytes], name: str) -> bytes:
-    try:
-        data = file.read()
-    except OSError as error:
-        raise FrameError(f"{name}: cannot be read ({error.strerror or type(error).__name__})") from None
-    if not isinstance(data, bytes):
-        raise TypeError(f"{name}: expected a file opened in binary mode, got {type(data).__name__} of its read()")
-    return data
+    data = bytearray()
+    part: object = True
+    while part and len(data) <= MAX_BYTES:
+        try:
+            part = file.read(_PART)
+        except OSError as error:
+            raise FrameError(f"{name}: cannot be read ({error.strerror or type(error).__name__})") from None
+        if not isinstance(part, bytes):
+            raise TypeError(f"{name}: expected a file opened in binary mode, got {type(part).__name__} of its read()")
+        data += part
+    if len(data) > MAX_BYTES:
+        raise FrameError(f"{name}: expected at most {MAX_BYTES:,} bytes, found more")
+    return bytes(data)
 
 
 def _bytes_of(path: str) -> bytes:
     try:
-        return Path(path).read_bytes()
+        if stat.S_IFMT(Path(path).stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            raise FrameError(f"{path}: cannot be read (a device, pipe or socket)")
+        with open(path, "rb", opener=_at_once) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise FrameError(f"{path}: {size:,} bytes; expected at most {MAX_BYTES:,}")
+            data = file.read(size + 1)
+    except ValueError:  # NUL, or half a character
+        raise FrameError(f"{path!r}: cannot be read (no file can have this name)") from None
     except OSError as error:
         raise FrameError(f"{path}: cannot be read ({_why(path, error)})") from None
+    if len(data) != size:
+        raise FrameError(f"{path}: cannot be read (its length changed meanwhile: it is being written)")
+    return data
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens what may have become a pipe meanwhile without waiting for its writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _why(path: str, error: OSError) -> str:

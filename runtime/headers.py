@@ -1,4 +1,4 @@
-"""What ONNX and GGUF files say of the shapes in them, read without their libraries and without their weights."""
+"""What ONNX and GGUF files say of what is in them, read without their libraries and without their weights."""
 
 from __future__ import annotations
 
@@ -68,6 +68,9 @@ class Gguf:
     metadata: dict[str, int | float | str]
     """Without arrays."""
     tensors: dict[str, GgufTensor]
+    tokens: tuple[bytes, ...] = ()
+    token_types: tuple[int, ...] = ()
+    """llama.cpp's numbers (`llama_token_type`): 1 is normal."""
 
 
 def read_onnx(path: Path) -> Graph:
@@ -103,7 +106,7 @@ def read_onnx(path: Path) -> Graph:
 
 
 def read_gguf(path: Path) -> Gguf:
-    """Metadata and tensors' sizes of a GGUF file (version 3).
+    """Metadata, tokens and tensors' sizes of a GGUF file (version 3).
 
     Raises:
         BundleError: it cannot be read.
@@ -114,10 +117,23 @@ def read_gguf(path: Path) -> Gguf:
             raise _Broken(f"expected GGUF version 3, found {found!r}")
         _, count, entries = reader.take("<QQQ")
         metadata: dict[str, int | float | str] = {}
+        texts: dict[str, tuple[bytes, ...]] = {}
+        numbers: dict[str, tuple[int, ...]] = {}
         for _ in range(entries):
-            name, value = reader.text(), reader.value(*reader.take("<I"))
-            if value is not None:
-                metadata[name] = value
+            name, (kind,) = reader.text(), reader.take("<I")
+            if kind == _TEXT:
+                metadata[name] = reader.text()
+            elif kind != _ARRAY:
+                metadata[name] = reader.take(f"<{_NUMBERS[kind]}")[0]
+            else:
+                of, length = reader.take("<IQ")
+                if of == _TEXT:
+                    texts[name] = reader.texts(length)
+                else:
+                    numbers[name] = reader.take(f"<{length}{_NUMBERS[of]}")
+        tokens, types = texts.get("tokenizer.ggml.tokens", ()), numbers.get("tokenizer.ggml.token_type", ())
+        if len(tokens) != len(types):
+            raise _Broken(f"expected a type for each of {len(tokens)} tokens, found {len(types)}")
         placed = [_Placed(reader) for _ in range(count)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
@@ -125,7 +141,8 @@ def read_gguf(path: Path) -> Gguf:
         start = -(-reader.at // alignment) * alignment
         ends = sorted({tensor.offset for tensor in placed} | {len(data) - start})
         bytes_at = {offset: following - offset for offset, following in itertools.pairwise(ends)}
-        return Gguf(metadata, {t.name: GgufTensor(t.shape, t.type, bytes_at[t.offset]) for t in placed})
+        tensors = {t.name: GgufTensor(t.shape, t.type, bytes_at[t.offset]) for t in placed}
+        return Gguf(metadata, tensors, tokens, types)
 
 
 @contextmanager
@@ -252,6 +269,7 @@ def _axis(dim: dict[int, int | memoryview]) -> int:
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
+_MOST_TEXTS = 1 << 22
 
 
 class _GgufReader:
@@ -272,18 +290,19 @@ class _GgufReader:
             raise _Broken("it ends too early")
         return str(self._data[self.at - length : self.at], "utf-8", "replace")
 
-    def value(self, kind: int) -> int | float | str | None:
-        if kind == _TEXT:
-            return self.text()
-        if kind != _ARRAY:
-            return self.take(f"<{_NUMBERS[kind]}")[0]
-        of, count = self.take("<IQ")
-        if of in _NUMBERS:
-            self.at += struct.calcsize(_NUMBERS[of]) * count
-        else:
-            for _ in range(count):
-                self.value(of)
-        return None
+    def texts(self, count: int) -> tuple[bytes, ...]:
+        """An array of them: tokens, or merges."""
+        if count > _MOST_TEXTS:
+            raise _Broken(f"expected at most {_MOST_TEXTS} texts in an array, found {count}")
+        data, at, length, found = self._data, self.at, struct.Struct("<Q").unpack_from, list[bytes]()
+        for _ in range(count):
+            start = at + 8
+            at = start + length(data, at)[0]
+            found.append(bytes(data[start:at]))
+        if at > len(data):
+            raise _Broken("it ends too early")
+        self.at = at
+        return tuple(found)
 
 
 class _Placed:

@@ -30,7 +30,7 @@ class Verdict(str, Enum):
 
 
 class Reason(str, Enum):
-    """Why a frame was not inspected, or what became of its review; the sentence beside it is for people."""
+    """Why a frame was not inspected, is out of scope, or what became of its review; beside it is a sentence."""
 
     UNREADABLE = "unreadable"
     UNFIT_DARK = "unfit_dark"
@@ -127,6 +127,8 @@ class Screening:
     map: NDArray[np.float32]
     worst: tuple[int, float]
     """Of the most abnormal patch: the nearest row of the similarity source, and the cosine to it."""
+    scope_distance: float | None = None
+    """See `Inspection`."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,12 @@ class Inspection:
     verdict: Verdict
     decided_by: Literal["screen", "review"] = "screen"
     reason: str | None = None
-    """Why it was not inspected, or what kept the review from its end."""
+    """Why it was not inspected, that it is out of scope, or what kept the review from its end."""
     reason_code: Reason | None = None
     score: float | None = None
     """The screen's image score; None if NOT_INSPECTED."""
+    scope_distance: float | None = None
+    """Cosine distance to the nearest enrolled frame, see `Scope`; None where there is no scope check."""
     compared_with: str | None = None
     """The similarity source: "normal features", "references", either "and stream", or "unlabelled frames"."""
     map: NDArray[np.float32] | None = field(default=None, repr=False)

@@ -26,9 +26,10 @@ from vmad_edge.runtime.frame import Colour, Frame, FrameSource, check_source
 from vmad_edge.runtime.inspection import Inspection, Reason, Region, Screening, Verdict, find_regions, verdict_of
 from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, ReviewProcess
 from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check
-from vmad_edge.runtime.stages.language import check_vocabulary
+from vmad_edge.runtime.stages.scope import in_words
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
+from vmad_edge.runtime.stages.vocabulary import check_model
 from vmad_edge.runtime.station import Fallback, Station
 from vmad_edge.runtime.system import check_system
 from vmad_edge.runtime.systems.vmad import Finding, Screen, SimilaritySource
@@ -63,7 +64,9 @@ class ReviewHandle:
             reason = f"review {'failed' if code is Reason.REVIEW_FAULT else 'left out'}: {pending.fault}"
         elif finding is not None and finding.stopped is not None:
             reason, code = f"the review was stopped: {finding.stopped}", Reason.REVIEW_CANCELLED
-        after = replace(self._inspection, reason=reason, reason_code=code)
+        screened = self._inspection  # out of scope stays the first reason
+        told = "; ".join(said for said in (screened.reason, reason) if said) or None
+        after = replace(screened, reason=told, reason_code=screened.reason_code or code)
         if finding is not None:
             after = _reviewed(after, finding, pending.timings_ms, self._manifest)
         # Without one of its own, a review that settled the verdict is held to the screen's.
@@ -150,7 +153,8 @@ class Inspector:
             raise VmadError(f'fallback: expected "bundle" or None, got {fallback!r}')
         opened = Bundle.open(bundle)
         if isinstance(opened.manifest, Manifest):  # else the review alone would find out, frame by frame
-            check_vocabulary(opened.file("llm.gguf"), opened.manifest.language)
+            with opened.opened("llm.gguf") as gguf:
+                check_model(gguf, opened.manifest.language)
         kept = Station(None if station is None else Path(station), opened)
         return Inspector(opened, kept, device, calibrated, stream, reviews, fallback)
 
@@ -338,7 +342,27 @@ class Inspector:
             "good_below": None if thresholds is None else float(f"{thresholds.good_below:.6g}"),
             "defect_above": None if thresholds is None else float(f"{thresholds.defect_above:.6g}"),
             "fitness": hashlib.sha256(source.fitness.model_dump_json().encode()).hexdigest(),
+            "scope_limit": None if source.scope is None else float(f"{source.scope.limit.limit:.6g}"),
         }
+
+    def references(self, object: str | None = None) -> References | None:
+        """What `object` is compared with now, if that is enrolled frames; None: the bundle's normal features.
+
+        Raises:
+            VmadError: it is compared with unlabelled frames.
+        """
+        name = self._object(object)
+        beside = _beside(self._source(name))
+        if isinstance(beside, References):
+            return beside
+        if isinstance(beside, NormalFeatures):
+            return None
+        raise VmadError(f"{name!r} is compared with {beside.kind}: expected enrolled frames or the bundle's features")
+
+    def told(self, object: str | None = None) -> str:
+        """What `object` is compared with now, and which frames are in scope, for people."""
+        source = self._source(self._object(object))
+        return f"{source.kind}; {in_words(source.scope)}"
 
     def thresholds(self, object: str | None = None) -> Thresholds | None:
         """Of `object` as it is compared now; None where there are none (unlabelled frames)."""
@@ -382,11 +406,14 @@ class Inspector:
                 f"bundle {self.bundle.path} has no normal features to compare with, and {object!r} is not "
                 "enrolled: `vmad enroll` normal parts, or name a folder of them with --references"
             )
-        calibration = self.station.load_calibration(object) if self._calibrated else None
+        bank = source.hash if isinstance(source, References) else None
+        calibration = self.station.load_calibration(object, bank) if self._calibrated else None
         if calibration is not None:
             source.thresholds = calibration.thresholds
             if calibration.fitness is not None and calibration.fitness.frames > source.fitness.frames:
                 source.fitness = calibration.fitness
+            if source.scope is not None and calibration.scope is not None:
+                source.scope = replace(source.scope, limit=calibration.scope)
         return self._with_stream(source)
 
     def _held(self) -> list[str]:
@@ -456,7 +483,12 @@ class Inspector:
         source: SimilaritySource,
         watch: Stopwatch,
     ) -> Inspection:
-        verdict = verdict_of(screening.score, source.thresholds)
+        verdict, reason, code = verdict_of(screening.score, source.thresholds), None, None
+        if source.scope is not None and screening.scope_distance is not None:
+            distance, limit = screening.scope_distance, source.scope.limit.limit
+            if not distance <= limit:
+                verdict, code = Verdict.UNCERTAIN, Reason.OUT_OF_SCOPE
+                reason = f"unlike all enrolled frames: {distance:.3f} from the nearest one, the limit is {limit:.3f}"
         regions: tuple[Region, ...] = ()
         nearest = None
         references = _beside(source)
@@ -470,7 +502,10 @@ class Inspector:
             frame,
             object,
             verdict,
+            reason=reason,
+            reason_code=code,
             score=screening.score,
+            scope_distance=screening.scope_distance,
             compared_with=source.kind,
             map=screening.map,
             regions=regions,
@@ -511,11 +546,16 @@ def _in_time(deadline: float | None) -> bool | None:
     return None if deadline is None else time.monotonic() <= deadline
 
 
-def settled(verdict: Verdict, p_yes: float) -> Verdict:
-    """What a review makes of the screen's verdict: it settles UNCERTAIN, never turns DEFECT into GOOD."""
+def settled(verdict: Verdict, p_yes: float, reason: Reason | None = None) -> Verdict:
+    """What a review makes of the screen's verdict: it settles UNCERTAIN, never turns DEFECT into GOOD.
+
+    A frame that is out of scope (`reason`) it may call DEFECT, not GOOD.
+    """
     if verdict is not Verdict.UNCERTAIN:
         return verdict
-    return Verdict.DEFECT if p_yes >= 0.5 else Verdict.GOOD
+    if p_yes >= 0.5:
+        return Verdict.DEFECT
+    return Verdict.UNCERTAIN if reason is Reason.OUT_OF_SCOPE else Verdict.GOOD
 
 
 def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, float], manifest: Manifest) -> Inspection:
@@ -528,8 +568,9 @@ def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, fl
         timings_ms={**inspection.timings_ms, **timings_ms},
         features=None,
     )
-    if inspection.verdict is Verdict.UNCERTAIN:
-        after = replace(after, verdict=settled(inspection.verdict, finding.p_yes), decided_by="review")
+    verdict = settled(inspection.verdict, finding.p_yes, inspection.reason_code)
+    if verdict is not inspection.verdict:
+        after = replace(after, verdict=verdict, decided_by="review")
     if finding.token_scores is not None and inspection.features is not None:
         size = inspection.frame.pixels.shape[0], inspection.frame.pixels.shape[1]
         scores, view = finding.token_scores, inspection.features.view

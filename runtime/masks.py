@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
+from vmad_edge.runtime.decode import opened
 from vmad_edge.runtime.errors import FrameError
 
 SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
 """Where several files could be a frame's mask, the first of these is it."""
-_FORMATS = ("PNG", "BMP", "DIB", "TIFF", "JPEG", "MPO")
-"""Pillow's names of what those endings are: no other format is tried."""
 _DAMAGED = "damaged, cut off, or none of PNG, BMP, TIFF and JPEG"
 _DARK = 128
 """A mask without a brighter value has numbers in it (of kinds, of parts), not white."""
@@ -40,7 +39,7 @@ def read_mask(path: Path, size: tuple[int, int], numbered: bool = False) -> tupl
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large images: a mask is as large as its frame, or refused
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(path, formats=opened()) as image:
                 levels = _levels(image, path, size, numbered)
     except (FrameError, MemoryError):
         raise
@@ -55,7 +54,7 @@ def read_mask(path: Path, size: tuple[int, int], numbered: bool = False) -> tupl
 def turned(path: Path) -> bool:
     """Whether a file's EXIF orientation turns or mirrors what is stored in it; False if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=opened()) as image:
             return bool(image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
     except Exception:  # decoders raise many kinds on broken files, and the frame's own reader says so
         return False

@@ -10,6 +10,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import cv2
 import numpy as np
@@ -52,8 +53,8 @@ class Report:
         self._folder, self._heat_top = folder.absolute(), heat_top
         self._names = Names(paths, joined, (".png",))
         folder.mkdir(parents=True, exist_ok=True)
-        self._scratch = self._folder / ".rows.part"
-        self._rows = Appended(self._scratch)
+        self._scratch = TemporaryFile(buffering=0, dir=self._folder)  # noqa: SIM115
+        self._rows = Appended(self._folder, self._scratch)
 
     def take_over(self, paths: Iterable[str]) -> int:
         """Keep the rows of these frames from the page that an earlier run left here; how many there were."""
@@ -87,13 +88,12 @@ class Report:
             ("{{facts}}", html.escape(printable(" ".join(facts)))),
         ):
             head = head.replace(mark, text, 1)
-        self._rows.close()
         target = self._folder / "index.html"
-        with whole_file(target) as new, new.open("wb") as page, self._scratch.open("rb") as rows:
+        with whole_file(target) as new, new.open("wb") as page, self._scratch as rows:
+            rows.seek(0)
             page.write(head.encode())
             shutil.copyfileobj(rows, page)
             page.write(foot.lstrip("\n").encode())
-        self._scratch.unlink()
         return target
 
 

@@ -36,12 +36,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmad_edge.runtime.bundle import Answer, Bundle
-from vmad_edge.runtime.engines import Device
+from vmad_edge.runtime.engines import Device, Stopped
 from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features, Reason
-from vmad_edge.runtime.stages.language import Stopped
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.systems.vmad import Finding, Review
 from vmad_edge.runtime.timing import Stopwatch
@@ -310,8 +309,9 @@ class ReviewProcess:
         return max(0, len(self._waiting) + sent - 1)
 
     def _take_waiting(self, which: Callable[[_Job], bool]) -> list[_Job]:
-        taken = [job for job in self._waiting if which(job)]
-        self._waiting = deque(job for job in self._waiting if not which(job))
+        taken = [job for job in self._waiting if which(job)]  # asked once: time goes on
+        numbers = {job.number for job in taken}
+        self._waiting = deque(job for job in self._waiting if job.number not in numbers)
         return taken
 
     # ------------------------------------------------------------------------ threads

@@ -27,9 +27,8 @@ Row = dict[str, Any]
 class Appended:
     """A file that grows by whole pieces: each is written to the system at once, or not at all."""
 
-    def __init__(self, path: Path, fresh: bool = True) -> None:
-        self._path = path
-        self._file = path.open("wb" if fresh else "ab", buffering=0)
+    def __init__(self, path: Path, file: io.FileIO) -> None:
+        self._path, self._file = path, file
 
     def write(self, text: str) -> None:
         """Raises: OSError: it could not be written; nothing of it stays (in a regular file)."""
@@ -52,7 +51,7 @@ class JsonLines:
     """One JSON object a line, each written through as it comes; None: to standard output."""
 
     def __init__(self, path: Path | None) -> None:
-        self._file = None if path is None else Appended(path, fresh=False)
+        self._file = None if path is None else Appended(path, path.open("ab", buffering=0))
 
     def add(self, row: Row) -> None:
         line = json.dumps(row, allow_nan=False) + "\n"
@@ -71,7 +70,7 @@ class Csv:
     """`flat` rows with their names in the first line, each written through as it comes."""
 
     def __init__(self, path: Path) -> None:
-        self._file = Appended(path)
+        self._file = Appended(path, path.open("wb", buffering=0))
         self._columns: list[str] | None = None
 
     def add(self, row: Row) -> None:
@@ -141,10 +140,9 @@ def read_rows(path: Path, dropped: Callable[[str], None] = lambda _: None) -> It
 def _opened(path: Path) -> io.BufferedReader:
     try:
         return path.open("rb")
-    except OSError as error:
-        raise VmadError(
-            f"{path}: cannot be read ({error.strerror}); expected a file of `vmad inspect --jsonl`"
-        ) from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no file can have this name"
+        raise VmadError(f"{path}: cannot be read ({why}); expected a file of `vmad inspect --jsonl`") from None
 
 
 def _parsed(line: bytes) -> Row | None:

@@ -1,84 +1,122 @@
 """The device's own folder beside a bundle: what it enrolled and calibrated. Keyed by the bundle's hash.
 
-station/<first 16 of the bundle's hash>/banks/<object>/
-  bank.safetensors   features, patch numbers, pictures; what they are in the file's metadata
-  bank.sha256        checked before bank.safetensors is parsed
-station/<the same>/calibrations/<object>/
-  calibration.json   the Calibration below
-  calibration.sha256
-station/<the same>/engines/<graph>/
-  plan.trt …         a TensorRT plan, see engines/plans.py
+station/<first 16 of the bundle's hash>/
+  banks/<object>.bank                 safetensors: features, patch numbers, pictures, scope; its metadata says what
+  calibrations/<object>.calibration   JSON: the Calibration below
+  engines/<graph>/plan.trt …          a TensorRT plan, see engines/plans.py
+
+The first line of a bank or calibration is the SHA-256 of all that follows, which is checked before it is parsed. So
+each is one file, which one rename replaces: a reader finds the old one or the new one, and needs no lock. Writers wait
+for each other at the `.lock` in their folder. Schema 1 had a folder <object>/ with the content and its hash in a file
+each; it is read where there is no newer file, and goes with the next write after the one that replaced it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import platformdirs
 from numpy.typing import NDArray
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from pydantic import AfterValidator, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
-from vmad_edge.runtime.bundle import Bundle, Record, Thresholds, first_fault
+from vmad_edge.runtime.bundle import Bundle, Record, Thresholds, Vision, first_fault
 from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import BundleError, FrameError
-from vmad_edge.runtime.files import sha256, whole_folder
+from vmad_edge.runtime.files import check_ours, only_writer, open_ours, sync, whole_file
 from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
 from vmad_edge.runtime.objects import alike, folder_name, listed, object_name
 from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
+from vmad_edge.runtime.stages.scope import Scope, ScopeLimit
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, NormalFeatures, References
 
 Fallback = Literal["bundle"]
 """What an object is compared with that the station does not know, though it knows others: the bundle's own features."""
 
 
+Kind = Literal["banks", "calibrations"]
+_SUFFIX: dict[Kind, str] = {"banks": ".bank", "calibrations": ".calibration"}
+_SCHEMA_1: dict[Kind, str] = {"banks": "bank.safetensors", "calibrations": "calibration.json"}
+"""The content's file in the folder of an object; the hash's differs by its suffix."""
+_IS: dict[Kind, str] = {"banks": "reference bank", "calibrations": "calibration"}
+_HASH_LINE = 65
+
+
+def _text(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+Text = Annotated[str, AfterValidator(_text)]
+"""Names may hold bytes that are no text; JSON cannot."""
+
+
 class _FrameRecord(Record):
-    id: str
-    path: str | None = None
-    start: int
-    stop: int
-    view: tuple[float, float, float, float]
-    size: tuple[int, int]
-    jpeg: tuple[int, int]
+    id: Text
+    path: Text | None = None
+    start: NonNegativeInt
+    stop: NonNegativeInt
+    view: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+    size: tuple[PositiveInt, PositiveInt]
+    jpeg: tuple[NonNegativeInt, NonNegativeInt]
     """Start and stop in the array of all pictures' bytes."""
     pixel_hash: str
 
+    @model_validator(mode="after")
+    def _is_a_view(self) -> _FrameRecord:
+        left, top, right, bottom = self.view
+        if not (left < right and top < bottom):
+            raise ValueError("expected a view with left < right and top < bottom")
+        return self
+
 
 class _BankRecord(Record):
+    schema_version: Literal[2] = 2
+    """Those of schema 1 have none."""
     bundle: str
-    object: str
+    object: Text
     frames: tuple[_FrameRecord, ...]
     thresholds: Thresholds | None
     fitness: FitnessLimits = FitnessLimits()
     """An older bank has none: those of any frame."""
+    scope: ScopeLimit | None = None
+    """None: one frame, or enrolled before there was a scope check."""
 
 
 class CalibrationFrame(Record):
-    path: str
+    path: Text
     sha256: str
     defective: bool
-    score: float
+    score: FiniteFloat
+    scope_distance: FiniteFloat | None = None
+    """See `Inspection`."""
 
 
 class Calibration(Record):
     """Thresholds for one object, and what they rest on."""
 
+    schema_version: Literal[2] = 2
+    """Those of schema 1 have none."""
     bundle: str
     bank: str | None
     """Hash of the reference bank that the frames were compared with; None: the bundle's normal features."""
-    object: str
+    object: Text
     thresholds: Thresholds
+    scope: ScopeLimit | None = None
+    """Instead of the bank's; None: that one holds."""
     promise: str
-    by: str
+    by: Text
     when: str
     frames: tuple[CalibrationFrame, ...]
     fitness: FitnessLimits | None = None
@@ -96,8 +134,32 @@ class Station:
         self._bundle = bundle
 
     def save_references(self, object: str, references: References) -> Path:
-        """Write the bank of `object`, whole or not at all, in place of an earlier one."""
-        frames, jpegs, end = [], [], 0
+        """Write the bank of `object`, whole or not at all, in place of an earlier one; sets the references' hash.
+
+        Raises:
+            OSError: it cannot be written.
+            BundleError: others can write to the station, its file system has no locks, or no reader would take it.
+            VmadError: the object's name is too long.
+        """
+        try:
+            record = self._record(object, references)
+        except ValidationError as error:
+            raise BundleError(f"the references of {object!r} cannot be kept: {': '.join(first_fault(error))}") from None
+        jpegs = b"".join(frame.jpeg for frame in references.frames)
+        arrays: dict[str, NDArray[Any]] = {
+            "features": references.features,
+            "patch": references.patch,
+            "jpeg": np.frombuffer(jpegs, np.uint8),
+            **({} if references.scope is None else {"scope": references.scope.descriptors}),
+        }
+        if fault := _fault(record, arrays, self._bundle.manifest.vision):
+            raise BundleError(f"the references of {object!r} cannot be kept: {fault}")
+        path, references.hash = self._write("banks", object, save(arrays, {"bank": record.model_dump_json()}))
+        return path
+
+    def _record(self, object: str, references: References) -> _BankRecord:
+        """Raises: ValidationError: it is no possible one."""
+        frames, end = [], 0
         for frame in references.frames:
             view = (frame.view.left, frame.view.top, frame.view.right, frame.view.bottom)
             frames.append(
@@ -112,43 +174,35 @@ class Station:
                     pixel_hash=frame.pixel_hash,
                 )
             )
-            jpegs.append(frame.jpeg)
             end += len(frame.jpeg)
-        record = _BankRecord(
+        return _BankRecord(
             bundle=self._bundle.hash,
             object=object,
             frames=tuple(frames),
             thresholds=references.thresholds,
             fitness=references.fitness,
+            scope=None if references.scope is None else references.scope.limit,
         )
-        arrays: dict[str, NDArray[Any]] = {
-            "features": references.features,
-            "patch": references.patch,
-            "jpeg": np.frombuffer(b"".join(jpegs), np.uint8),
-        }
-        target = self._bank(object)
-        with whole_folder(target) as folder:
-            # save_file's error on a full disk is no OSError.
-            (folder / "bank.safetensors").write_bytes(save(arrays, {"bank": record.model_dump_json()}))
-            (folder / "bank.sha256").write_text(sha256(folder / "bank.safetensors") + "\n")
-        return target
 
     def load_references(self, object: str, beside: NormalFeatures | None = None) -> References | None:
         """The bank of `object`, or None if none was enrolled; `beside` see `References`.
 
         Raises:
-            BundleError: the bank was changed, is incomplete, or belongs to another bundle.
+            BundleError: the bank was changed, others can have written it, it cannot be read, is no possible one, or
+                belongs to another bundle.
         """
-        folder = self._bank(object)
-        if not folder.exists():
+        if (path := _place(self.path, "banks", object)) is None:
             return None
         advice = f"Enroll {object!r} again."
-        record, arrays = _read_bank(folder, advice)
+        hash, content = _content(path, advice)
+        record, arrays = _bank(path, content, self._bundle.manifest.vision, advice)
         if record.bundle != self._bundle.hash:
             raise BundleError(
-                f"{folder} was enrolled with bundle {record.bundle[:16]}, this is {self._bundle.hash[:16]}. {advice}"
+                f"{path} was enrolled with bundle {record.bundle[:16]}, this is {self._bundle.hash[:16]}. {advice}"
             )
-        return References(
+        if record.object != _text(object):
+            raise BundleError(f"{path} is the reference bank of {record.object!r}. {advice}")
+        references = References(
             arrays["features"],
             arrays["patch"],
             _enrolled_frames(record, arrays["jpeg"].tobytes()),
@@ -156,15 +210,26 @@ class Station:
             beside,
             self._bundle.manifest.similarity.bank_dtype,
             record.fitness,
+            None if record.scope is None else Scope(arrays["scope"], record.scope),
         )
+        references.hash = hash
+        return references
 
     def enrolled(self) -> list[str]:
-        """The objects that have banks."""
-        return _objects_in(self.path / "banks")
+        """The objects that have banks.
+
+        Raises:
+            BundleError: their folder cannot be read.
+        """
+        return _objects_in(self.path, "banks")
 
     def knows(self, object: str) -> bool:
-        """Whether something is enrolled or calibrated for it."""
-        return self._bank(object).exists() or self._calibration(object).exists()
+        """Whether something is enrolled or calibrated for it.
+
+        Raises:
+            BundleError: that cannot be read.
+        """
+        return any(_place(self.path, kind, object) is not None for kind in _SUFFIX)
 
     def check_known(self, object: str, also: Iterable[str] = ()) -> None:
         """That `object` is compared with what was meant: an unknown name among known ones is probably another's.
@@ -175,11 +240,12 @@ class Station:
             also: objects that are known, though not to the station.
 
         Raises:
-            BundleError: nothing is enrolled or calibrated for it, but for others; or for it, but with another bundle.
+            BundleError: nothing is enrolled or calibrated for it, but for others; or for it, but with another bundle;
+                or the station cannot be read.
         """
         if object == self._bundle.manifest.object or object in also or self.knows(object):
             return
-        others = {*self.enrolled(), *_objects_in(self.path / "calibrations"), *also}
+        others = {*self.enrolled(), *_objects_in(self.path, "calibrations"), *also}
         left_behind = self.left_behind(object)
         if not others and left_behind is None:
             return
@@ -199,11 +265,11 @@ class Station:
         if self.knows(object):
             return None
         found = [
-            (folder.stat().st_mtime, other.name, name, kind)
+            (place.stat().st_mtime, other.name, name, kind)
             for other in self._others()
-            for kind in ("banks", "calibrations")
-            for name in _objects_in(other / kind)
-            if alike(name, object) and (folder := other / kind / folder_name(name)).is_dir()
+            for kind in _SUFFIX
+            for name in _readable_in(other, kind)
+            if alike(name, object) and (place := _place(other, kind, name)) is not None and place.exists()
         ]
         if not found:
             return None
@@ -219,7 +285,7 @@ class Station:
 
     def enrolled_elsewhere(self) -> dict[str, list[str]]:
         """By the beginning of another bundle's hash: the objects that are enrolled with it in the same place."""
-        found = {folder.name: _objects_in(folder / "banks") for folder in self._others()}
+        found = {folder.name: _readable_in(folder, "banks") for folder in self._others()}
         return {hash: names for hash, names in found.items() if names}
 
     def enrolled_with(self, other: str, object: str) -> tuple[EnrolledFrame, ...]:
@@ -233,20 +299,22 @@ class Station:
             BundleError: there is no such station, or more than one; `object` is not enrolled in it; its bank was
                 changed or is incomplete.
         """
-        given = Path(other)
-        if given.is_dir():
+        if os.path.isdir(other):  # noqa: PTH112, Path.is_dir raises for names too long
+            given = Path(other).absolute()
             stations = [given] if (given / "banks").is_dir() else _stations_in(given)
         else:
             stations = [path for path in self._others() if path.name.startswith(other[:16].lower())]
-        holding = [path for path in stations if (path / "banks" / folder_name(object)).is_dir()]
+        holding = {path.name: place for path in stations if (place := _place(path, "banks", object)) is not None}
         if len(holding) == 1:
-            folder = holding[0] / "banks" / folder_name(object)
-            record, arrays = _read_bank(folder, "Enroll the frames from their own folder.")
+            (place,) = holding.values()
+            advice = "Enroll the frames from their own folder."
+            record, arrays = _bank(place, _content(place, advice)[1], None, advice)
             return _enrolled_frames(record, arrays["jpeg"].tobytes())
         if holding:
-            names = ", ".join(path.name for path in holding)
-            raise BundleError(f"{object!r} is enrolled with several bundles in {other}: say which of {names}")
-        enrolled = {name for path in stations for name in _objects_in(path / "banks")}
+            raise BundleError(
+                f"{object!r} is enrolled with several bundles in {other}: say which of {', '.join(holding)}"
+            )
+        enrolled = {name for path in stations for name in _objects_in(path, "banks")}
         if enrolled:
             raise BundleError(f"{object!r} is not enrolled in {other}; there are: {listed(enrolled, object)}")
         beside = ", ".join(self.enrolled_elsewhere()) or "none"
@@ -256,53 +324,41 @@ class Station:
         )
 
     def bank_hash(self, object: str) -> str | None:
-        """Hash of the bank of `object`, or None if none was enrolled."""
-        path = self._bank(object) / "bank.sha256"
-        return path.read_text(errors="replace").strip() if path.exists() else None
-
-    def save_calibration(self, calibration: Calibration) -> Path:
-        """Write it, whole or not at all, in place of an earlier one of its object."""
-        target = self._calibration(calibration.object)
-        with whole_folder(target) as folder:
-            (folder / "calibration.json").write_text(calibration.model_dump_json(indent=2), "utf-8")
-            (folder / "calibration.sha256").write_text(sha256(folder / "calibration.json") + "\n")
-        return target
-
-    def load_calibration(self, object: str) -> Calibration | None:
-        """The calibration of `object`, or None if there is none.
+        """SHA-256 of the bank of `object`, of its content; None if none was enrolled.
 
         Raises:
-            BundleError: it was changed, is incomplete, or was made with another bundle or reference bank.
+            BundleError: it was changed, others can have written it, or it cannot be read.
         """
-        folder = self._calibration(object)
-        return self._read_calibration(folder, object) if folder.exists() else None
+        path = _place(self.path, "banks", object)
+        return None if path is None else _content(path, f"Enroll {object!r} again.")[0]
 
-    def calibrated(self) -> dict[str, Calibration | str]:
-        """By object: the calibrations that are there, or why one is refused."""
-        names = _objects_in(self.path / "calibrations")
-        return {name: self._calibration_or_reason(name) for name in names}
+    def save_calibration(self, calibration: Calibration) -> Path:
+        """Write it, whole or not at all, in place of an earlier one of its object.
 
-    def _calibration_or_reason(self, object: str) -> Calibration | str:
-        try:
-            return self._read_calibration(self._calibration(object), object)
-        except BundleError as error:
-            return str(error)
+        Raises: as `save_references`.
+        """
+        content = calibration.model_dump_json(indent=2) + "\n"
+        return self._write("calibrations", calibration.object, content.encode())[0]
 
-    def _read_calibration(self, folder: Path, object: str) -> Calibration:
-        path = folder / "calibration.json"
-        advice = f"Calibrate {object!r} again, or remove {folder}."
-        try:
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() != (folder / "calibration.sha256").read_text(errors="replace").strip():
-                raise BundleError(f"{path} was changed since it was calibrated. {advice}")
-            found = Calibration.model_validate_json(data)
-        except (OSError, ValidationError) as error:
-            raise BundleError(f"{path} is not a complete calibration: {_what_of(error)}. {advice}") from None
-        if folder_name(found.object) != folder.name:
+    def load_calibration(self, object: str, bank: str | None) -> Calibration | None:
+        """The calibration of `object`, or None if there is none.
+
+        Args:
+            bank: hash of the references that it is wanted for; None: the bundle's normal features.
+
+        Raises:
+            BundleError: it was changed, others can have written it, it cannot be read, or it was made with another
+                bundle or reference bank.
+        """
+        if (path := _place(self.path, "calibrations", object)) is None:
+            return None
+        advice = f"Calibrate {object!r} again, or remove {path}."
+        found = _parsed(Calibration, _content(path, advice)[1], path, advice)
+        if found.object != _text(object):
             raise BundleError(f"{path} is the calibration of {found.object!r}. {advice}")
         for what, then, now in (
             ("bundle", found.bundle, self._bundle.hash),
-            ("reference bank", found.bank, self.bank_hash(found.object)),
+            ("reference bank", found.bank, bank),
         ):
             if then != now:
                 old, new = (hash[:16] if hash else "none" for hash in (then, now))
@@ -312,11 +368,40 @@ class Station:
                 )
         return found
 
-    def _bank(self, object: str) -> Path:
-        return self.path / "banks" / folder_name(object)
+    def calibrated(self) -> dict[str, Calibration | str]:
+        """By object: the calibrations that are there, or why one is refused.
 
-    def _calibration(self, object: str) -> Path:
-        return self.path / "calibrations" / folder_name(object)
+        Raises:
+            BundleError: their folder cannot be read.
+        """
+        names = _objects_in(self.path, "calibrations")
+        found = ((name, self._calibration_or_reason(name)) for name in names)
+        return {name: calibration for name, calibration in found if calibration is not None}
+
+    def _calibration_or_reason(self, object: str) -> Calibration | str | None:
+        try:
+            return self.load_calibration(object, self.bank_hash(object))
+        except BundleError as error:
+            return str(error)
+
+    def _write(self, kind: Kind, object: str, content: bytes) -> tuple[Path, str]:
+        """Replace what is kept of `object` in one step; its path, and the content's SHA-256."""
+        hash = hashlib.sha256(content).hexdigest()
+        older = self.path / kind / folder_name(object)
+        path = older.with_name(older.name + _SUFFIX[kind])
+        for folder in (self._root, self.path, path.parent):
+            folder.mkdir(0o755, parents=True, exist_ok=True)
+            check_ours(folder, folder.stat())
+        with only_writer(path.parent):
+            if path.exists():  # so no reader needs the older one any more
+                shutil.rmtree(older, ignore_errors=True)
+            with whole_file(path, 0o644) as scratch, scratch.open("wb") as file:
+                file.write(f"{hash}\n".encode())
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            sync(path.parent)
+        return path, hash
 
     def _others(self) -> list[Path]:
         """Other bundles' stations in the same place."""
@@ -356,20 +441,174 @@ def _stations_in(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("[0-9a-f]*") if re.fullmatch(r"[0-9a-f]{16}", path.name) and path.is_dir())
 
 
-def _objects_in(folder: Path) -> list[str]:
-    return sorted(object_name(path.name) for path in folder.glob("[!.]*") if path.is_dir())
+def _objects_in(station: Path, kind: Kind) -> list[str]:
+    """Of which a bank, or calibration, is there, readable or not.
 
-
-def _read_bank(folder: Path, advice: str) -> tuple[_BankRecord, dict[str, NDArray[Any]]]:
-    path = folder / "bank.safetensors"
+    Raises:
+        BundleError: that cannot be told.
+    """
+    folder = station / kind
     try:
-        if sha256(path) != (folder / "bank.sha256").read_text(errors="replace").strip():
-            raise BundleError(f"{path} was changed since it was enrolled. {advice}")
-        with safe_open(path, "numpy") as file:
-            record = _BankRecord.model_validate_json((file.metadata() or {})["bank"])
-            return record, {name: file.get_tensor(name) for name in ("features", "patch", "jpeg")}
-    except (OSError, KeyError, SafetensorError, ValidationError) as error:
+        found = list(folder.iterdir()) if _is_there(folder) else []
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    kept = {path.stem for path in found if path.suffix == _SUFFIX[kind]}
+    return sorted(map(object_name, kept | {path.name for path in found if "." not in path.name and path.is_dir()}))
+
+
+def _readable_in(station: Path, kind: Kind) -> list[str]:
+    """As `_objects_in`; none of a station that cannot be read, which is another bundle's."""
+    try:
+        return _objects_in(station, kind)
+    except BundleError:
+        return []
+
+
+def _place(station: Path, kind: Kind, object: str) -> Path | None:
+    """Where the bank or calibration of `object` lies: a file, or the folder of schema 1; None if there is neither.
+
+    Raises:
+        BundleError: that cannot be told, or a version that wrote schema 1 was killed while it replaced the folder.
+    """
+    older = station / kind / folder_name(object)
+    newer = older.with_name(older.name + _SUFFIX[kind])
+    for path in (newer, older, newer):  # once more: it may have taken the older one's place just now
+        if _is_there(path):
+            return path
+    for left in older.parent.glob(f".{older.name[:40]}.*/old"):
+        raise BundleError(
+            f"{left.parent} is what an interrupted write left of {object!r}: `mv {shlex.quote(str(left))} "
+            f"{shlex.quote(str(older))}` brings back what was there"
+        )
+    return None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something lies there, be it a link to nowhere: only what is absent is absent.
+
+    Raises:
+        BundleError: that cannot be told.
+    """
+    try:
+        path.lstat()
+        return True
+    except FileNotFoundError:
+        above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        if above.exists():
+            return False
+        raise BundleError(f"{above} is a link to nowhere: bring back what it leads to, or remove it") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> BundleError:
+    return BundleError(
+        f"{path} cannot be read ({error.strerror}), so what is enrolled or calibrated there is not known: make it "
+        "readable for the user who inspects, or name another station"
+    )
+
+
+def _content(path: Path, advice: str) -> tuple[str, bytes]:
+    """SHA-256 and content of the bank or calibration that lies at `path` (see `_place`).
+
+    Raises:
+        BundleError: it was changed, others can have written it, or it cannot be read.
+    """
+    try:
+        for folder in reversed(path.parents[:3]):
+            check_ours(folder, folder.stat())
+        if path.suffix:
+            with open_ours(path) as file:
+                stated, content = file.read(_HASH_LINE), file.read()
+        else:
+            check_ours(path, path.stat())
+            name = path / _SCHEMA_1[_kind(path)]
+            with open_ours(name.with_suffix(".sha256")) as hash, open_ours(name) as file:
+                stated, content = hash.read(_HASH_LINE), file.read()
+    except PermissionError as error:
+        raise _unreadable(path, error) from None
+    except OSError as error:
+        raise BundleError(f"{path} is not a complete {_IS[_kind(path)]}: {_what_of(error)}. {advice}") from None
+    found = hashlib.sha256(content).hexdigest()
+    if stated != f"{found}\n".encode():
+        raise BundleError(f"{path} was changed since it was written. {advice}")
+    return found, content
+
+
+def _kind(path: Path) -> Kind:
+    return "banks" if path.parent.name == "banks" else "calibrations"
+
+
+_R = TypeVar("_R", _BankRecord, Calibration)
+
+
+def _parsed(kind: type[_R], text: bytes | str, path: Path, advice: str) -> _R:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        where, what = first_fault(error)
+        if where == "schema_version":
+            advice = "It needs a newer vmad-edge."
+        raise BundleError(f"{path} is not a complete {_IS[_kind(path)]}: {where}: {what}. {advice}") from None
+
+
+def _bank(
+    path: Path, content: bytes, vision: Vision | None, advice: str
+) -> tuple[_BankRecord, dict[str, NDArray[Any]]]:
+    """What a bank holds.
+
+    Args:
+        vision: of the bundle that it was enrolled with; None: that is not at hand.
+
+    Raises:
+        BundleError: it is no bank, or no possible one.
+    """
+    try:
+        arrays = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        text = header["__metadata__"]["bank"]
+        optional = {"scope"} & arrays.keys()
+        arrays = {name: arrays[name] for name in ("features", "patch", "jpeg", *optional)}
+    except (KeyError, ValueError, SafetensorError) as error:
         raise BundleError(f"{path} is not a complete reference bank: {_what_of(error)}. {advice}") from None
+    record = _parsed(_BankRecord, text, path, advice)
+    if fault := _fault(record, arrays, vision):
+        raise BundleError(f"{path} is not a possible reference bank: {fault}. {advice}")
+    return record, arrays
+
+
+def _fault(record: _BankRecord, arrays: dict[str, NDArray[Any]], vision: Vision | None) -> str | None:
+    """What of a bank cannot be, in words; None: nothing."""
+    features, patch, jpeg = arrays["features"], arrays["patch"], arrays["jpeg"]
+    rows = patch.size
+    if features.dtype != np.float32 or features.ndim != 2 or len(features) != rows or not features.size:
+        return f"expected features of [{rows},D] float32, found {list(features.shape)} {features.dtype}"
+    if vision is not None and features.shape[1] != vision.width:
+        return f"expected features of width {vision.width}, as the bundle's encoder gives, found {features.shape[1]}"
+    if not np.isfinite(features).all():
+        return "expected finite features, found others"
+    patches = np.inf if vision is None else vision.grid**2
+    if patch.dtype != np.int32 or patch.ndim != 1 or patch.min() < 0 or patch.max() >= patches:
+        return f"expected patch numbers from 0 to below {patches}, found {patch.min()} to {patch.max()}"
+    spans = [(frame.start, frame.stop) for frame in record.frames]
+    if not _joined(spans, rows) or any(stop - start > patches for start, stop in spans):
+        return f"expected frames that share {rows} rows, one after the other, at most {patches} each, found others"
+    pictures = [frame.jpeg for frame in record.frames]
+    if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or not _joined(pictures, len(jpeg)):
+        return f"expected pictures one after the other in {jpeg.size} bytes, found others"
+    if (record.scope is None) != ("scope" not in arrays):
+        return "expected a scope and its limit, or neither, found one of them"
+    if record.scope is not None:
+        scope, shape = arrays["scope"], (len(record.frames), features.shape[1])
+        if scope.dtype != np.float32 or scope.shape != shape or not np.isfinite(scope).all():
+            return f"expected a scope of {list(shape)} finite float32, found {list(scope.shape)} {scope.dtype}"
+    return None
+
+
+def _joined(spans: Sequence[tuple[int, int]], end: int) -> bool:
+    """Whether each begins where the one before stops, from 0 to `end`."""
+    stops = [stop for _, stop in spans]
+    return [start for start, _ in spans] == [0, *stops][:-1] and stops == sorted(stops) and stops[-1:] == [end]
 
 
 def _enrolled_frames(record: _BankRecord, jpeg: bytes) -> tuple[EnrolledFrame, ...]:
@@ -381,8 +620,6 @@ def _enrolled_frames(record: _BankRecord, jpeg: bytes) -> tuple[EnrolledFrame, .
 
 def _what_of(error: Exception) -> str:
     """What is wrong with a file, in words of ours: a library's speak of its own inside."""
-    if isinstance(error, ValidationError):
-        return ": ".join(first_fault(error))
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}"
     return "expected features, patch, jpeg and their record, found something else"

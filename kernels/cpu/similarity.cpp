@@ -24,6 +24,7 @@ constexpr Index kBricks = 16;        // of 16 words between two sums of products
 constexpr Index kPartRows = 512;     // of the bank, at least, that a thread scans by itself ...
 constexpr Index kPackedPartRows = 32;  // ... and of a bank that must be packed, which costs more than query rows do
 constexpr Index kTasks = 4;          // a thread, so that none waits long for another
+constexpr Index kMostThreads = 512;  // each has memory of its own
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -36,22 +37,23 @@ const Tiles* native(const Path& path, Type type) {
 
 /// How one call's work is done and shared out: query blocks × parts of the bank.
 struct Plan {
-  Plan(const Path& way, Query query_, const Bank& bank_, Index threads_, Index most_parts)
+  Plan(const Path& way, Query query_, const Bank& bank_, Index wanted_threads, Index most_parts)
       : path(way),
         query(query_),
         bank(bank_),
         converts(native(path, bank.type) == nullptr && bank.type != Type::float32),
         tiles(converts || bank.type == Type::float32 ? *path.float32 : *native(path, bank.type)),
         computed(converts ? Type::float32 : bank.type) {
+    const Index most = std::clamp(wanted_threads, Index{1}, kMostThreads);
     blocks = ceil_div(query.count, kQueryRows);
     const Index smallest = bank.rows ? kPackedPartRows : kPartRows;
-    const Index wanted = threads_ > 1 ? ceil_div(kTasks * threads_, blocks) : 1;
+    const Index wanted = most > 1 ? ceil_div(kTasks * most, blocks) : 1;
     parts = std::clamp(bank.count / smallest, Index{1}, std::min(wanted, most_parts));
     const Index query_tiles = ceil_div(query.count, tiles.rows);
-    if (blocks * parts < threads_) blocks = std::min(query_tiles, ceil_div(threads_, parts));
+    if (blocks * parts < most) blocks = std::min(query_tiles, ceil_div(most, parts));
     block_rows = ceil_div(query_tiles, blocks) * tiles.rows;
     blocks = ceil_div(query.count, block_rows);
-    threads = std::min(threads_, blocks * parts);
+    threads = std::min(most, blocks * parts);
   }
 
   const Path& path;

@@ -144,7 +144,7 @@ def _inspect(args: argparse.Namespace) -> int:
         jobs = args.jobs or (1 if args.stream or args.deadline_ms else min(4, processors()))
         resumed = args.resume and Path(args.jsonl).exists()
         done = take_up(Path(args.jsonl), paths, settings, jobs) if resumed else set()
-        results = _Results(args, paths, inspector.heat_top(args.object))
+        results = _Results(args, paths, inspector.heat_top(args.object), inspector.told(args.object))
         if resumed:
             results.take_over(Path(args.jsonl))
         left = [path for path in paths if path not in done]
@@ -279,15 +279,15 @@ class _Results:
     have it.
     """
 
-    def __init__(self, args: argparse.Namespace, paths: list[str], heat_top: float) -> None:
-        self._args = args
+    def __init__(self, args: argparse.Namespace, paths: list[str], heat_top: float, compared: str) -> None:
+        self._args, self._compared = args, compared
         self._counts: Counter[str] = Counter()
         self.new = 0
         """Frames of this run; the others are an earlier one's."""
         self._beside = _Beside()
         self._maps = Names(paths, in_folders, (".tiff", "_language.tiff", "_mask.png"))
         self._report = None if args.report is None else Report(args.report, heat_top, paths)
-        self._table = None if args.json or args.jsonl == "-" else _Table()
+        self._table = None if args.json or args.jsonl == "-" else _Table(compared)
         self._lines = None if args.jsonl is None else JsonLines(None if args.jsonl == "-" else Path(args.jsonl))
         made: list[_Output | None] = [
             self._table,
@@ -340,7 +340,7 @@ class _Results:
                 if output is not None:
                     last.callback(output.close)
             if self._report is not None:
-                report, facts = self._report, _report_facts(self._counts, self._args)
+                report, facts = self._report, _report_facts(self._counts, self._args, self._compared)
                 self._beside(f"the report {self._args.report}/index.html", lambda: report.write(facts))
             self._beside.close()
 
@@ -378,13 +378,14 @@ class _Table:
 
     _ROWS = 500
 
-    def __init__(self) -> None:
+    def __init__(self, compared: str) -> None:
+        self._compared = compared
         self._table = self._fresh()
 
-    @staticmethod
-    def _fresh() -> Table:
+    def _fresh(self) -> Table:
         return Table(
-            *("frame", "verdict", "score", "P(yes)", "compared with", "ms screen + review", "explanation or reason")
+            *("frame", "verdict", "score", "P(yes)", "compared with", "ms screen + review", "explanation or reason"),
+            caption=f"compared with {self._compared}",
         )
 
     @property
@@ -420,10 +421,11 @@ def _write_maps(inspection: Inspection, place: Path) -> None:
         write_png(place.with_name(f"{place.name}_mask.png"), Image.fromarray(inspection.mask))
 
 
-def _report_facts(counts: Counter[str], args: argparse.Namespace) -> list[str]:
+def _report_facts(counts: Counter[str], args: argparse.Namespace, compared: str) -> list[str]:
     told = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict)
     when = time.strftime("%Y-%m-%d %H:%M")
     return [
         f"{counts.total()} frames: {told}.",
+        f"Compared with {compared}.",
         f"Bundle {args.bundle}, {when}, vmad-edge {version('vmad-edge')}.",
     ]

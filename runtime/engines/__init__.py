@@ -53,6 +53,10 @@ class GiveUp:
         end()
 
 
+class Stopped(Exception):
+    """A review's `stop` gave this reason before there was a P(yes)."""
+
+
 class Engine(Protocol):
     """What a stage needs of a network; input and output names are those of the design's artifacts."""
 

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from vmad_edge.runtime.bundle import Bundle, Precision, Record
 from vmad_edge.runtime.errors import BundleError
-from vmad_edge.runtime.files import whole_folder
+from vmad_edge.runtime.files import only_ours, only_writer, whole_folder
 
 PLAN, TIMINGS, RECORD = "plan.trt", "timings.bin", "plan.json"
 
@@ -67,7 +67,7 @@ class Plans:
         self._check_private()
         files = {PLAN: plan, TIMINGS: timings}
         record = PlanRecord(key=key, sha256={name: _sha256(data) for name, data in files.items()})
-        with whole_folder(self.folder / graph) as folder:
+        with only_writer(self.folder), whole_folder(self.folder / graph) as folder:
             for name, data in files.items():
                 (folder / name).write_bytes(data)
             (folder / RECORD).write_text(record.model_dump_json(indent=2) + "\n", "utf-8")
@@ -114,7 +114,7 @@ class Plans:
 
     def _check_private(self) -> None:
         found = self.folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        if not stat.S_ISDIR(found.st_mode) or not only_ours(found, 0o077):
             raise BundleError(
                 f"{self.folder} holds executable code: expected a folder that user {os.geteuid()} owns and nobody else "
                 f"can enter, found owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}. Remove it, and "

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
-from vmad_edge.runtime.bundle import Positive, Record
+from vmad_edge.runtime.bundle import Record
+from vmad_edge.runtime.decode import MAX_SIDE
 from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.inspection import Reason
 
@@ -92,12 +93,15 @@ Shares = Annotated[
 ]
 
 
+_Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
+
+
 class FitnessLimits(Record):
     """The least and most of each number of `Fitness`. As they stand here: of a frame of which nothing is known."""
 
     frames: Annotated[int, Field(ge=0)] = 0
     """Good frames that they were learned from; 0: from none."""
-    size: tuple[Positive, Positive] | None = None
+    size: tuple[_Side, _Side] | None = None
     """(height, width), where all had the same; None: any."""
     grey: bool | None = None
     """Whether all were grey or all coloured; None: both, or too few to tell."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import json
 import os
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +28,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from vmad_edge.kernels.processors import processors
 from vmad_edge.runtime import bundle
-from vmad_edge.runtime.engines import ran_out_of_memory
+from vmad_edge.runtime.engines import Stopped, ran_out_of_memory
 from vmad_edge.runtime.errors import BundleError, VmadError
+from vmad_edge.runtime.stages.vocabulary import check_model
 
 Array = NDArray[np.float32]
 
@@ -51,6 +54,7 @@ _NO_SPACE_PREFIX = (llama.llama_model_kv_override * 2)(
     )
 )
 
+os.environ["GGML_NO_BACKTRACE"] = "1"  # where llama.cpp gives up it starts a debugger otherwise
 _messages: deque[str] = deque(maxlen=8)
 
 
@@ -71,10 +75,6 @@ def llama_messages() -> str:
     return text
 
 
-class Stopped(Exception):
-    """`stop` gave this reason before there was a P(yes)."""
-
-
 @dataclass(frozen=True)
 class Answer:
     """What the language model said about one frame."""
@@ -92,33 +92,6 @@ class Answer:
     """The reason that `stop` gave."""
     timings_ms: dict[str, float]
     """"prefill" (up to P(yes)) and "decode"."""
-
-
-def check_vocabulary(gguf: Path, language: bundle.Language) -> None:
-    """Read the file's vocabulary, and no weights.
-
-    Raises:
-        BundleError: it has none, or another than the manifest describes.
-    """
-    with _vocabulary(gguf) as vocab:
-        _check_tokens(gguf, vocab, language)
-
-
-def prompt_lengths(
-    gguf: Path, language: bundle.Language, conversation: bundle.Conversation, object: str
-) -> tuple[int, int, int]:
-    """Tokens before and after `<image>` of the default question about `object`, and of the short answer.
-
-    Reads no weights.
-
-    Raises:
-        BundleError: as check_vocabulary.
-    """
-    question = conversation.question.replace("{object}", object)
-    with _vocabulary(gguf) as vocab:
-        tokenizer = Tokenizer(vocab, language, conversation)
-        before, after = tokenizer.prompt_ids(question)
-        return len(before), len(after), len(tokenizer.tokenize(conversation.short_answer))
 
 
 def _model_params() -> Any:
@@ -142,22 +115,6 @@ def _vocabulary(gguf: Path) -> Iterator[Any]:
         yield llama.llama_model_get_vocab(model)
     finally:
         llama.llama_model_free(model)
-
-
-def _check_tokens(gguf: Path, vocab: Any, language: bundle.Language) -> None:
-    if (size := llama.llama_vocab_n_tokens(vocab)) != language.vocabulary:
-        raise BundleError(
-            f"{gguf}: vocabulary {size}, but the manifest says {language.vocabulary}. Export the bundle again."
-        )
-    for token_id in (language.seg_token_id, *language.yes_token_ids, *language.no_token_ids):
-        if not 0 <= token_id < size:
-            raise BundleError(f"{gguf}: token id {token_id} of the manifest is outside 0…{size - 1}.")
-    seg = _token(vocab, language.seg_token_id)
-    if seg != language.seg_token or not llama.llama_vocab_get_attr(vocab, language.seg_token_id) & _SPECIAL:
-        raise BundleError(
-            f"{gguf}: token {language.seg_token_id} is {seg!r}, but the manifest says {language.seg_token!r}, taken "
-            "whole. Export the bundle again."
-        )
 
 
 def _token(vocab: Any, token_id: int) -> str:
@@ -253,7 +210,7 @@ class LanguageModel:
             raise BundleError(f"{gguf}: llama.cpp cannot load it ({said}). Export the bundle again.")
         try:
             self._vocab = llama.llama_model_get_vocab(self._model)
-            self._check(gguf)
+            check_model(gguf, language)
             self._context = self._open_context(threads or max(1, processors() - 1), gpu, exact)
         except BaseException:
             self.close()
@@ -448,15 +405,6 @@ class LanguageModel:
 
     # ------------------------------------------------------------------------------------------ llama.cpp
 
-    def _check(self, gguf: Path) -> None:
-        """The file is the one that the manifest describes."""
-        language = self._language
-        _check_tokens(gguf, self._vocab, language)
-        if (width := llama.llama_model_n_embd(self._model)) != language.width:
-            raise BundleError(f"{gguf}: width {width}, but the manifest says {language.width}.")
-        if (trained := llama.llama_model_n_ctx_train(self._model)) < language.context_length:
-            raise BundleError(f"{gguf}: context {trained}, but the manifest says {language.context_length}.")
-
     def _open_context(self, threads: int, gpu: bool, exact: bool) -> Any:
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = self._language.context_length
@@ -575,3 +523,22 @@ class _Text:
         if new := shown[len(self._shown) :]:
             self._on_text(new)
         self._shown = shown
+
+
+def _print_prompt_lengths(gguf: str, language: str, conversation: str, object: str) -> None:
+    """For vocabulary.prompt_lengths."""
+    asked, described = (
+        bundle.Conversation.model_validate_json(conversation),
+        bundle.Language.model_validate_json(language),
+    )
+    with _vocabulary(Path(gguf)) as vocab:
+        tokenizer = Tokenizer(vocab, described, asked)
+        before, after = tokenizer.prompt_ids(asked.question.replace("{object}", object))
+        print(json.dumps([len(before), len(after), len(tokenizer.tokenize(asked.short_answer))]))
+
+
+if __name__ == "__main__":
+    try:
+        _print_prompt_lengths(*sys.argv[1:])
+    except VmadError as _error:
+        sys.exit(str(_error))

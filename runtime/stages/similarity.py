@@ -17,6 +17,7 @@ from vmad_edge.runtime.errors import BundleError, FrameError
 from vmad_edge.runtime.inspection import NearestNormal
 from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
+from vmad_edge.runtime.stages.scope import Scope
 
 Floats = NDArray[np.float32]
 
@@ -42,20 +43,25 @@ class NormalFeatures:
     """
 
     kind = "normal features"
+    scope: Scope | None = None
+    """They are of all parts, so none is out of their scope."""
 
     def __init__(self, path: Path, spec: Similarity) -> None:
         try:
             features = load_file(path)
             self.normal = ReferenceBank.from_array(features["visual_normal"])
-        except (KeyError, SafetensorError):
+            abnormal = features.get("visual_abnormal")
+            self.abnormal = None if abnormal is None else ReferenceBank.from_array(abnormal)
+            if self.abnormal is not None and self.abnormal.width != self.normal.width:
+                raise ValueError("widths differ")
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError):
             raise BundleError(
-                f"{path}: expected safetensors with visual_normal [P,D], found something else. Export the bundle again."
+                f"{path}: expected safetensors with visual_normal [P,D] (and visual_abnormal [P',D]), found something "
+                "else. Export the bundle again."
             ) from None
         self.thresholds = spec.thresholds
         self.fitness = FitnessLimits()
         self.spec = spec
-        abnormal = features.get("visual_abnormal")
-        self.abnormal = None if abnormal is None else ReferenceBank.from_array(abnormal)
 
     def compare(self, patches: Floats) -> PatchScores:
         """`patches` [N,D] → scores [N]."""
@@ -105,9 +111,13 @@ class References:
         beside: the bundle's features, whose score is fused with the distance to the bank.
         dtype: of the bank that is made of the features.
         fitness: of the frames that are compared with them.
+        scope: of the same frames; None: one frame, or enrolled before there was one. No frame is out of scope then.
+
+    `hash`: SHA-256 of the bank in the station that they were read from or written to; None: nobody keeps them.
     """
 
     kind = "references"
+    hash: str | None = None
 
     def __init__(
         self,
@@ -118,9 +128,10 @@ class References:
         beside: NormalFeatures | None = None,
         dtype: Dtype = "float32",
         fitness: FitnessLimits | None = None,
+        scope: Scope | None = None,
     ) -> None:
         self.features, self.patch, self.frames, self.thresholds = features, patch, frames, thresholds
-        self.beside, self.dtype, self.fitness = beside, dtype, fitness or FitnessLimits()
+        self.beside, self.dtype, self.fitness, self.scope = beside, dtype, fitness or FitnessLimits(), scope
         self.bank = ReferenceBank.from_array(features, dtype)
 
     def compare(self, patches: Floats) -> PatchScores:
@@ -140,9 +151,8 @@ class References:
                 self.frames, np.searchsorted(rows, [(f.start, f.stop) for f in self.frames]), strict=True
             )
         )
-        return References(
-            self.features[rows], self.patch[rows], frames, self.thresholds, self.beside, self.dtype, self.fitness
-        )
+        kept = self.features[rows], self.patch[rows]
+        return References(*kept, frames, self.thresholds, self.beside, self.dtype, self.fitness, self.scope)
 
     def nearest(self, row: int, similarity: float, grid: int) -> NearestNormal:
         """The place of bank row `row`."""

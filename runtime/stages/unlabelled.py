@@ -12,6 +12,7 @@ from vmad_edge.kernels import ReferenceBank, interval_mean, segmented_max_cosine
 from vmad_edge.runtime.bundle import Similarity, Thresholds
 from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.stages.fitness import FitnessLimits
+from vmad_edge.runtime.stages.scope import Scope
 from vmad_edge.runtime.stages.similarity import Floats, NormalFeatures, PatchScores, References, image_score
 
 INTERVAL = 0.3
@@ -42,6 +43,7 @@ class Unlabelled:
     def __init__(self, frames: Iterable[Floats]) -> None:
         self.thresholds: Thresholds | None = None
         self.fitness = FitnessLimits()
+        self.scope: Scope | None = None
         self._ring = _Ring()
         for patches in frames:
             self._ring.append(patches)
@@ -76,6 +78,7 @@ class Stream:
 
     def __init__(self, beside: NormalFeatures | References, spec: Similarity, frames: int) -> None:
         self.beside, self.thresholds, self.fitness = beside, beside.thresholds, beside.fitness
+        self.scope = beside.scope
         self.kind = f"{beside.kind} and stream"
         self._spec, self._frames = spec, frames
         self._ring = _Ring()

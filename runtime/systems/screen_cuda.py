@@ -1,4 +1,4 @@
-"""The screen on a GPU: a frame goes up, map and score come back, and a suspect's features; nothing else leaves it.
+"""The screen on a GPU: a frame goes up, map, score and what the scope check needs come back, and a suspect's features.
 
 frame → preprocess → clip_encoder → patches → similarity → anomaly map, score: one CUDA graph from the second frame of a
 size on, where the encoder is a TensorRT plan.
@@ -115,11 +115,17 @@ class CudaScreen:
         row = int(index[worst])
         thresholds = lane.source.thresholds
         good = thresholds is not None and result < thresholds.good_below
+        features = _Later(lane.view, lambda: self._again(frame, lane.source)) if good else self._features(lane.view)
+        distance = None
+        if (scope := lane.source.scope) is not None:
+            patches = self._device.download(self._outputs["patches"])[0] if good else features.patches
+            distance = scope.distance(patches[lane.inspected])
         return Screening(
-            _Later(lane.view, lambda: self._again(frame, lane.source)) if good else self._features(lane.view),
+            features,
             result,
             self._device.download(lane.map.map),
             (row if row < 0 else row - nearest.bank.first, float(similarity[worst])),
+            distance,
         )
 
     def _features(self, view: View) -> Features:

@@ -29,8 +29,8 @@ from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features, Screening
 from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check, learned
-from vmad_edge.runtime.stages.language import LanguageModel
 from vmad_edge.runtime.stages.preprocess import View, clip_pixels, sam_covered, sam_pixels
+from vmad_edge.runtime.stages.scope import Scope, descriptor
 from vmad_edge.runtime.stages.segmentation import mask_logits
 from vmad_edge.runtime.stages.segmentation_cuda import CudaSamEncoder
 from vmad_edge.runtime.stages.similarity import (
@@ -56,6 +56,7 @@ class SimilaritySource(Protocol):
     kind: str
     thresholds: Thresholds | None
     fitness: FitnessLimits
+    scope: Scope | None
 
     def compare(self, patches: NDArray[np.float32]) -> PatchScores: ...
 
@@ -89,10 +90,15 @@ class Screen:
             score = image_score(found.score[inspected], similarity)
             heat = anomaly_map(found.score, view, similarity, self._manifest.clip.size, size)
             worst = int(np.argmax(np.where(inspected, found.score, -np.inf)))
-        return Screening(features, score, heat, (int(found.index[worst]), float(found.similarity[worst])))
+        nearest = int(found.index[worst]), float(found.similarity[worst])
+        if source.scope is None:
+            return Screening(features, score, heat, nearest)
+        with watch("scope"):
+            distance = source.scope.distance(features.patches[inspected])
+        return Screening(features, score, heat, nearest, distance)
 
     def enroll(self, frames: Iterable[Frame], beside: NormalFeatures | None) -> References:
-        """Patch features of normal frames, with leave-one-frame-out thresholds. Holds one frame at a time.
+        """Patch features of normal frames, with leave-one-frame-out thresholds and scope. Holds one frame at a time.
 
         Equal frames are enrolled once: left out, a frame would be compared with its copy.
 
@@ -100,7 +106,7 @@ class Screen:
             FrameError: no frames, or one of which nothing can be seen.
         """
         grid = self._manifest.vision.grid
-        features, patches, enrolled, start = [], [], [], 0
+        features, patches, descriptors, enrolled, start = [], [], [], [], 0
         anything, good = FitnessLimits(), []
         seen: set[str] = set()
         for frame in frames:
@@ -116,6 +122,7 @@ class Screen:
             rows = np.flatnonzero(inspected_patches(encoded.view, grid, size))
             features.append(encoded.patches[rows])
             patches.append(rows.astype(np.int32))
+            descriptors.append(descriptor(features[-1]))
             stop, picture = start + len(rows), self._jpeg(frame, encoded.view)
             path = None if frame.path is None else str(Path(frame.path).absolute())
             enrolled.append(EnrolledFrame(frame.id, start, stop, encoded.view, size, picture, pixel_hash, path))
@@ -124,7 +131,8 @@ class Screen:
             raise FrameError("expected at least one normal frame to enroll, found none")
         similarity = self._manifest.similarity
         stacked = np.concatenate(features), np.concatenate(patches), tuple(enrolled)
-        whole = References(*stacked, None, beside, similarity.bank_dtype, learned(good))
+        scope = Scope.learned(np.stack(descriptors))
+        whole = References(*stacked, None, beside, similarity.bank_dtype, learned(good), scope)
         kept = None if similarity.coreset == 1 else coreset(whole.features, similarity.coreset)
         whole.thresholds = leave_one_out_thresholds(whole, similarity, kept)
         return whole if kept is None else whole.take(kept)
@@ -194,6 +202,9 @@ class Review:
     """The slow lane. One review at a time."""
 
     def __init__(self, bundle: Bundle, device: Device, plans: Plans | None = None) -> None:
+        # Not where frames are screened: llama.cpp ends its process at some damaged files.
+        from vmad_edge.runtime.stages.language import LanguageModel
+
         self._manifest = bundle.for_review
         engines = Engines.choose(bundle, device, plans)
         self._ltc_projector = engines.open("ltc_projector")

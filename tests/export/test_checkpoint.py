@@ -257,6 +257,11 @@ def index_without_files(folder: Path) -> None:
     (folder / "vision" / "model.safetensors.index.json").write_text("{}")
 
 
+def shards_elsewhere(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "../vision/model.safetensors"}}
+    (folder / "language" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 LTC, GAMMA, SIMILARITY = "projector.safetensors", "seg_projection.safetensors", "similarity.safetensors"
 FAULTS: dict[str, tuple[Broken, str]] = {
     # what is wrong: (how to bring it about, what the error says)
@@ -317,6 +322,25 @@ FAULTS: dict[str, tuple[Broken, str]] = {
     "two semantic normals": (tensors(SIMILARITY, semantic_normal=(2, 256)), r"found \[2, 256\]"),
     "no normal features": (tensors(SIMILARITY, visual_normal=None), "visual_normal.*found none"),
     "a set of features unknown here": (tensors(SIMILARITY, visual_strange=(5, 48)), "visual_strange"),
+    "layers without end": (
+        ("vision/config.json", vision(num_hidden_layers=10**9)[1]),
+        r"num_hidden_layers: expected at",
+    ),
+    "masks without end": (
+        segmenter(mask_decoder_config__num_multimask_outputs=10**9),
+        "num_multimask_outputs: expected",
+    ),
+    "a setting of another type": (vision(attention_dropout="much"), "attention_dropout"),
+    "an LLM's layers without end": (
+        ("language", edited("language/config.json", num_hidden_layers=10**9)[1]),
+        "more than tensors",
+    ),
+    "LoRA's settings of another type": (edited("adapter/adapter_config.json", r="four"), "r: .*found 'four'"),
+    "no expression for LoRA's targets": (
+        edited("adapter/adapter_config.json", target_modules="q_proj("),
+        r"'q_proj\(' is no regular expression",
+    ),
+    "shards of another folder": (("language", shards_elsewhere), "expected names of files in"),
     "fewer layers than the config says": (("vision", vision(num_hidden_layers=4)[1]), "layers.3.*found none"),
     "more layers than the config says": (("vision", vision(num_hidden_layers=2)[1]), "another model's"),
     "another CLIP resolution": (("vision", vision(image_size=84)[1]), r"\[37, 48\].*found \[17, 48\]"),
@@ -335,4 +359,4 @@ def test_fault_is_one_error_that_names_it(copy: Path, broken: Broken, says: str)
         Checkpoint.open(copy)
     assert str(copy) in str(error.value) and where in str(error.value)
     assert "\n" not in str(error.value)
-    assert not re.search(r"0x[0-9a-f]{6}|recursion|pydantic|\.cc\(", str(error.value))
+    assert not re.search(r"0x[0-9a-f]{6}|recursion|pydantic|<class|\.cc\(", str(error.value))

@@ -139,6 +139,7 @@ def test_efficientnet_lite0(tmp_path: Path) -> None:
         pytest.param(["--levels", "fine"], {"batch": 4}, "Export it again with an open batch", id="batch of four"),
         pytest.param(["--levels", "fine", "--size", "32"], {}, r"takes \[1, 3, 32, 32\]", id="another size"),
         pytest.param(["--levels", "fine"], {"size": "S"}, "say it with --size", id="size unknown"),
+        pytest.param(["--levels", "fine,fine"], {}, "expected each of levels once, found 'fine' twice", id="twice"),
         pytest.param(["--levels", "fine", "--coreset", "0"], {}, "--coreset: Input should be greater", id="coreset"),
         pytest.param(["--levels", "fine", "--std", "1", "0", "1"], {}, "--std: Input should be greater", id="std"),
     ],
@@ -164,6 +165,10 @@ def test_refuses_what_is_no_graph_and_what_is_no_bundle(
     (tmp_path / "weights.pth").write_bytes(b"\x80\x04K\x01.")
     assert export(tmp_path / "weights.pth", tmp_path / "bundle", "--levels", "fine") == 2
     assert "cannot load" in capsys.readouterr().err and not (tmp_path / "bundle").exists()
+    (tmp_path / "pointer.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    for size in ([], ["--size", "28"]):
+        assert export(tmp_path / "pointer.onnx", tmp_path / "bundle", "--levels", "fine", *size) == 2
+        assert "git-LFS pointer" in capsys.readouterr().err
     assert export(graph, tmp_path, "--levels", "fine") == 2
     assert "exists and is no bundle" in capsys.readouterr().err and (tmp_path / "weights.pth").exists()
 

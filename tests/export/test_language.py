@@ -329,6 +329,26 @@ def _of_transformers_4(folder: Path) -> None:
     _config("tokenizer_class", "PreTrainedTokenizerFast")(folder)
 
 
+def _change_json(name: str, *keys: str | int, value: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        place = content
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        (folder / name).write_text(json.dumps(content))
+
+    return change
+
+
+def _json(*keys: str | int, value: Any) -> Callable[[Path], None]:
+    return _change_json("tokenizer.json", *keys, value=value)
+
+
+def _config(key: str, value: Any) -> Callable[[Path], None]:
+    return _change_json("tokenizer_config.json", key, value=value)
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -341,6 +361,8 @@ def _of_transformers_4(folder: Path) -> None:
         pytest.param(_other_tokenizer, "▁the", id="tokenizer files that differ"),
         pytest.param(_takes_spaces, "lstrip", id="a token that takes spaces"),
         pytest.param(_of_transformers_4, "no normalizer", id="another way to put ▁"),
+        pytest.param(_json("post_processor", "single", value=[]), "makes no token", id="a template of nothing"),
+        pytest.param(_json("post_processor", "special_tokens", value={}), "cannot be read", id="tokenizers panics"),
     ],
 )
 def test_language_folder_that_cannot_be_exported(copy: Path, change: Callable[[Path], None], names: str) -> None:
@@ -418,39 +440,22 @@ def test_empty_special_tokens_of_another_file_are_refused_too(copy: Path) -> Non
     assert "recursion" not in str(error.value)
 
 
-def _change_json(name: str, *keys: str | int, value: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        content = json.loads((folder / name).read_text())
-        place = content
-        for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = value
-        (folder / name).write_text(json.dumps(content))
-
-    return change
-
-
-def _bpe(*keys: str | int, value: Any) -> Callable[[Path], None]:
-    return _change_json("tokenizer.json", *keys, value=value)
-
-
-def _config(key: str, value: Any) -> Callable[[Path], None]:
-    return _change_json("tokenizer_config.json", key, value=value)
-
-
 @pytest.mark.parametrize("write", [write_smollm, write_llama_bpe])
 @pytest.mark.parametrize(
     ("change", "names"),
     [
         pytest.param(_without("tokenizer.json"), "tokenizer", id="no tokenizer"),
-        pytest.param(_bpe("model", "type", value="XYZ"), "cannot be read", id="no tokenizer.json that there is"),
-        pytest.param(_bpe("pre_tokenizer", value=None), "pre_tokenizer", id="no pre-tokenizer"),
-        pytest.param(_bpe("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", value=True), "pre_tok", id="prefix"),
-        pytest.param(_bpe("pre_tokenizer", value={"type": "Whitespace"}), "Whitespace", id="another pre-tokenizer"),
-        pytest.param(_bpe("normalizer", value={"type": "NFC"}), "normalizer NFC", id="a normalizer"),
-        pytest.param(_bpe("model", "dropout", value=0.1), "dropout", id="dropout"),
-        pytest.param(_bpe("model", "vocab", "a b", value=500), "'a b'", id="not bytes"),
-        pytest.param(_bpe("added_tokens", 1, "lstrip", value=True), "lstrip", id="a token that takes spaces"),
+        pytest.param(_json("model", "type", value="XYZ"), "cannot be read", id="no tokenizer.json that there is"),
+        pytest.param(_json("pre_tokenizer", value=None), "pre_tokenizer", id="no pre-tokenizer"),
+        pytest.param(
+            _json("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", value=True), "pre_tok", id="prefix"
+        ),
+        pytest.param(_json("pre_tokenizer", value={"type": "Whitespace"}), "Whitespace", id="another pre-tokenizer"),
+        pytest.param(_json("normalizer", value={"type": "NFC"}), "normalizer NFC", id="a normalizer"),
+        pytest.param(_json("model", "dropout", value=0.1), "dropout", id="dropout"),
+        pytest.param(_json("model", "vocab", "a b", value=500), "'a b'", id="not bytes"),
+        pytest.param(_json("model", "vocab", "a", value=10**9), "'a' has id 1000000000", id="an id without reason"),
+        pytest.param(_json("added_tokens", 1, "lstrip", value=True), "lstrip", id="a token that takes spaces"),
         pytest.param(_config("eos_token", None), "no EOS", id="no EOS"),
         pytest.param(_config("tokenizer_class", "GPT2Tokenizer"), "does not apply", id="rebuilt by transformers"),
     ],
@@ -467,8 +472,8 @@ def test_bpe_tokenizer_that_cannot_be_exported(
 @pytest.mark.parametrize(
     ("write", "change", "names"),
     [
-        pytest.param(write_smollm, _bpe("model", "ignore_merges", value=True), "ignore_merges", id="no merges"),
-        pytest.param(write_llama_bpe, _bpe("model", "ignore_merges", value=False), "ignore_merges", id="merges"),
+        pytest.param(write_smollm, _json("model", "ignore_merges", value=True), "ignore_merges", id="no merges"),
+        pytest.param(write_llama_bpe, _json("model", "ignore_merges", value=False), "ignore_merges", id="merges"),
         pytest.param(write_smollm, _config("add_bos_token", True), "no BOS", id="BOS in the config alone"),
         pytest.param(write_llama_bpe, _config("add_bos_token", False), "BOS", id="BOS in tokenizer.json alone"),
     ],

@@ -153,9 +153,11 @@ def test_killed_export(
 
 
 def test_a_folder_stopped_between_its_renames_is_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system cannot exchange two names."""
     target = tmp_path / "bundle"
     target.mkdir()
     (target / "old").touch()
+    monkeypatch.setattr("vmad_edge.runtime.files._exchange", lambda one, other: False)
     rename = Path.rename
 
     def stop(path: Path, to: Path) -> Path:

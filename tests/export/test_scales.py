@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, SamConfig, SamModel
 
 from vmad_edge.export import scales
-from vmad_edge.export.checkpoint import Checkpoint, read_shapes
+from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.models.mobile_sam import MobileSamConfig
+from vmad_edge.export.reading import read_shapes
 from vmad_edge.export.scales import SCALES, Scale, make_checkpoint
 from vmad_edge.runtime.errors import CheckpointError
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -308,6 +310,9 @@ def test_errors_say_what_was_expected_and_what_came(call, error, message):
     [
         pytest.param("3", 3, id="OMP_NUM_THREADS"),
         pytest.param("5,2", 5, id="OpenMP's list: its first level"),
+        pytest.param("007", 7, id="zeros before"),
+        pytest.param("99999999999999", 512, id="beyond reason"),
+        pytest.param("9" * 5000, 512, id="longer than int() reads"),
         pytest.param("", None, id="empty is unset"),
         pytest.param(None, None, id="unset: the processors allowed"),
     ],
@@ -322,7 +327,37 @@ def test_default_threads(monkeypatch, setting, expected):
     assert asked == [expected or processors()]
 
 
-@pytest.mark.parametrize("setting", ["0", "-1", "many", "2.5"])
+@pytest.mark.parametrize("threads", [511, 512, 513, 10**9, 99999999999999, 2**62, 2**63, 10**30])
+def test_threads_beyond_reason_are_a_few_hundred(monkeypatch, threads):
+    assert max_cosine(ONE, ONE, threads=threads)[1] == [0]
+    asked = []
+    monkeypatch.setattr("vmad_edge.kernels._cpu.max_cosine", lambda *arguments: asked.append(arguments[4]))
+    max_cosine(ONE, ONE, threads=threads)
+    assert asked == [min(threads, 512)]
+
+
+# In a process of its own: what divides by zero takes the tests with it.
+NATIVE = """
+import sys
+import numpy as np
+from vmad_edge.kernels import _cpu
+query, bank = np.eye(40, 7, dtype=np.float32), np.eye(3000, 7, dtype=np.float32)
+score, index, best = np.empty(40, np.float32), np.empty(40, np.int64), np.empty((40, 2), np.float32)
+native = _cpu.Bank(0, 7, 0, 3000, None, bank)
+for threads in map(int, sys.argv[1:]):
+    _cpu.max_cosine(0, query, native, 1, threads, score, index)
+    _cpu.segmented_max_cosine(0, query, native, np.array([0, 5, 3000]), threads, best)
+    assert index.tolist() == [*range(7), *[0] * 33] and (best.max(1) == score).all(), threads
+"""
+
+
+def test_compiled_operators_heed_no_thread_count_beyond_reason():
+    counts = [0, -1, 1, 10**9, 2**61, 2**62, 2**63 - 1, -(2**63)]
+    done = subprocess.run([sys.executable, "-c", NATIVE, *map(str, counts)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("setting", ["0", "-1", "many", "2.5", "000", "٣", "1e3", ","])
 def test_bad_omp_num_threads(monkeypatch, setting):
     monkeypatch.setenv("OMP_NUM_THREADS", setting)
     with pytest.raises(ValueError, match=f"OMP_NUM_THREADS: expected an integer of at least 1, got '{setting}'"):

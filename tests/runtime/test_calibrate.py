@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -120,27 +121,35 @@ def calibration(**changes: object) -> Calibration:
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     station = Station(tmp_path, bundle())
-    assert station.load_calibration("M3 screw") is None and station.calibrated() == {}
+    assert station.load_calibration("M3 screw", None) is None and station.calibrated() == {}
     station.save_calibration(calibration())
-    assert Station(tmp_path, bundle()).load_calibration("M3 screw") == calibration()
-    assert station.load_calibration("m3 screw") is None
+    assert Station(tmp_path, bundle()).load_calibration("M3 screw", None) == calibration()
+    assert station.load_calibration("m3 screw", None) is None
     assert list(station.calibrated().values()) == [calibration()]
 
 
 @pytest.mark.parametrize(
     "damage,says",
     [
-        pytest.param(lambda f: (f / "calibration.json").write_text("{}"), "was changed", id="changed"),
-        pytest.param(lambda f: (f / "calibration.json").unlink(), "not a complete", id="missing"),
-        pytest.param(lambda f: (f / "calibration.sha256").unlink(), "not a complete", id="no hash"),
-        pytest.param(lambda f: empty(f), "not a complete", id="not a calibration, hash right"),
+        pytest.param(lambda f: f.write_bytes(f.read_bytes()[:-1]), "was changed", id="changed"),
+        pytest.param(lambda f: f.write_bytes(f.read_bytes()[65:]), "was changed", id="no hash"),
+        pytest.param(lambda f: rewrite(f, lambda json: b"{}"), "not a complete", id="not a calibration, hash right"),
+        pytest.param(lambda f: replaced(f, b"0.1", b"1e999"), "good_below", id="a threshold without end"),
+        pytest.param(lambda f: replaced(f, b"0.1", b"NaN"), "good_below", id="no threshold"),
+        pytest.param(lambda f: replaced(f, b"0.1", b"0.3"), "exceeds defect_above", id="thresholds in another order"),
+        pytest.param(lambda f: replaced(f, b"0.05", b"-1e999"), "score", id="a score without end"),
+        pytest.param(
+            lambda f: replaced(f, b'"schema_version": 2', b'"schema_version": 3'),
+            "newer vmad-edge",
+            id="a later schema",
+        ),
     ],
 )
 def test_refuses_a_damaged_one(damage: Callable[[Path], object], says: str, tmp_path: Path) -> None:
     station = Station(tmp_path, bundle())
     damage(station.save_calibration(calibration()))
     with pytest.raises(BundleError, match=says) as raised:
-        station.load_calibration("M3 screw")
+        station.load_calibration("M3 screw", None)
     for inside in ("pydantic", "Errno", "validation error", "\n"):  # of a library
         assert inside not in str(raised.value)
     assert says in str(next(iter(station.calibrated().values())))
@@ -157,15 +166,15 @@ def test_refuses_an_outdated_one_by_name(changes: dict[str, str], says: str, tmp
     station = Station(tmp_path, bundle())
     station.save_calibration(calibration(**changes))
     with pytest.raises(BundleError, match=says):
-        station.load_calibration("M3 screw")
+        station.load_calibration("M3 screw", None)
 
 
 def test_refuses_that_of_another_object(tmp_path: Path) -> None:
     station = Station(tmp_path, bundle())
-    folder = station.save_calibration(calibration(object="nut"))
-    folder.rename(folder.parent / "bolt")
+    path = station.save_calibration(calibration(object="nut"))
+    path.rename(path.with_stem("bolt"))
     with pytest.raises(BundleError, match="is the calibration of 'nut'"):
-        station.load_calibration("bolt")
+        station.load_calibration("bolt", None)
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +295,41 @@ def test_equal_frames_count_once(inspector: Inspector, parts: Path, tmp_path: Pa
         calibrate(inspector, good, [*defects, str(copies[3])], object="tile")
 
 
+def test_refuses_references_that_nobody_keeps(inspector: Inspector, parts: Path, tmp_path: Path) -> None:
+    def refused(says: str, good: Iterable[str]) -> None:
+        with pytest.raises(VmadError, match=says):
+            calibrate(inspector, good, object="tile", targets=LOOSE)
+        assert inspector.station.calibrated() == {}
+
+    inspector.enroll(files(parts / "enrolled"), object="tile", keep=False)
+    refused("'tile' are in this inspector alone.*keep=True", files(parts / "good"))
+    inspector.compare_unlabelled(files(parts / "good"), object="tile")
+    refused("'tile' is compared with unlabelled frames", files(parts / "good"))
+    inspector.enroll(files(parts / "enrolled"), object="tile")
+    references = inspector.references("tile")
+
+    def others_enroll(between: Callable[[], object]) -> Iterator[str]:
+        yield from files(parts / "good")
+        between()
+
+    assert references is not None
+    other = references.take(np.arange(len(references.features) - 1))
+    refused(
+        "compared with another reference bank .* than the station has now",
+        others_enroll(lambda: inspector.station.save_references("tile", other)),
+    )
+    inspector.enroll(files(parts / "enrolled"), object="tile")
+    refused(
+        "'tile' was enrolled anew while",
+        others_enroll(lambda: inspector.enroll(files(parts / "enrolled")[:2], object="tile")),
+    )
+    made = calibrate(inspector, files(parts / "good"), object="tile", targets=LOOSE)
+    compared = inspector.references("tile")
+    assert compared is not None and made.bank == compared.hash == inspector.station.bank_hash("tile")
+    path = inspector.station.path / "banks/tile.bank"
+    assert hashlib.sha256(path.read_bytes()[65:]).hexdigest() == made.bank
+
+
 def test_recorded_paths_are_absolute(inspector: Inspector, parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(parts)
     made = calibrate(inspector, [f"good/{number}.png" for number in range(5)], object="tile", targets=LOOSE)
@@ -341,6 +385,11 @@ def test_the_command_and_info(
     assert said.count("\n") == 1 and "Calibrate 'tile' again, or remove" in said
 
 
-def empty(folder: Path) -> None:
-    (folder / "calibration.json").write_text("{}")
-    (folder / "calibration.sha256").write_text(sha256(folder / "calibration.json"))
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Another content, with the hash that it has."""
+    content = change(path.read_bytes()[65:])
+    path.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+
+def replaced(path: Path, old: bytes, new: bytes) -> None:
+    rewrite(path, lambda content: content.replace(old, new, 1))

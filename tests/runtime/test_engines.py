@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -17,13 +18,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from vmad_edge.export.precision import write_fp16
-from vmad_edge.runtime.bundle import Bundle
+from vmad_edge.runtime.bundle import Bundle, seal
 from vmad_edge.runtime.engines import Arrays, Device, choice, gpu, onnxruntime, ran_out_of_memory, tensorrt
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.engines.gpu import Gpu
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import BundleError, VmadError
+from vmad_edge.runtime.files import sha256
 
 DEMO = Path(__file__).parents[2] / "demo/bundle"
 GRAPHS = ("clip_encoder", "ltc_projector", "sam_encoder", "mask_decoder")
@@ -192,9 +194,70 @@ def test_an_engine_takes_the_stream_of_the_thread_that_it_is_opened_on(
 def test_no_graph(device: Device, demo: Bundle, tmp_path: Path) -> None:
     (tmp_path / "clip_encoder.onnx").write_bytes(b"no graph")
     broken = Bundle(tmp_path, demo.hash, demo.manifest)
-    with pytest.raises(BundleError, match=r"cannot load .*clip_encoder\.onnx: .* Export it again") as raised:
+    with pytest.raises(BundleError, match=rf"cannot load {tmp_path}/clip_encoder\.onnx: .* Export it again") as raised:
         Engines.choose(broken, device).open("clip_encoder")
     assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def own(demo: Bundle, tmp_path: Path) -> Bundle:
+    """A copy of the demo whose mask decoder has its weights in a file beside it, as graphs above 2 GiB have."""
+    folder = tmp_path / "own"
+    shutil.copytree(demo.path, folder)
+    graph = onnx.load(folder / "mask_decoder.onnx")
+    onnx.save(graph, folder / "mask_decoder.onnx", save_as_external_data=True, location="mask_decoder.onnx.data")
+    files = {path.name: sha256(path) for path in folder.iterdir() if not path.name.startswith("manifest.")}
+    seal(folder, demo.manifest.model_copy(update={"files": files}))
+    return Bundle.open(folder)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("openvino", marks=needs_openvino)])
+def test_weights_beside_the_graph(device: Device, own: Bundle, demo: Bundle) -> None:
+    assert own.file("mask_decoder.onnx").stat().st_size < own.file("mask_decoder.onnx.data").stat().st_size
+    inputs, expected = example(demo.file("mask_decoder.onnx"))
+    found = Engines.choose(own, device).open("mask_decoder").run(inputs)
+    for name in expected:
+        assert error(found[name], expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("openvino", marks=needs_openvino)])
+@pytest.mark.parametrize("name", ["mask_decoder.onnx", "mask_decoder.onnx.data"])
+def test_what_changes_while_a_library_loads_it_is_refused(
+    device: Device, name: str, own: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are zeros for as long as it is read, and then what they were."""
+    path, load = own.file(name), ort.InferenceSession
+    content = path.read_bytes()
+
+    def swapped(load: Callable[..., Any]) -> Callable[..., Any]:
+        def loaded(*args: Any, **options: Any) -> Any:
+            path.write_bytes(bytes(len(content)) if name.endswith("data") else content)
+            try:
+                return load(*args, **options)
+            finally:
+                path.write_bytes(content)
+
+        return loaded
+
+    monkeypatch.setattr(ort, "InferenceSession", swapped(load))
+    if device == "openvino":
+        import openvino
+
+        monkeypatch.setattr(openvino.Core, "read_model", swapped(openvino.Core.read_model))
+    engines = Engines.choose(own, device)
+    with pytest.raises(BundleError, match=rf"{own.path} was changed after its files were checked: {name}\."):
+        engines.open("mask_decoder")
+
+
+@needs_openvino
+def test_openvino_reads_its_graph_once(own: Bundle, demo: Bundle) -> None:
+    engine = Engines.choose(own, "openvino").open("mask_decoder")
+    inputs, expected = example(demo.file("mask_decoder.onnx"))
+    for path in own.path.iterdir():
+        path.unlink()
+    found = engine.run(inputs)  # another batch than the one that it was compiled for
+    for name in expected:
+        assert error(found[name], expected[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize(

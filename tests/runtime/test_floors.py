@@ -31,7 +31,8 @@ from vmad_edge.runtime.errors import BundleError
 from vmad_edge.runtime.floors import Chain, Dialogue, chain_of, floors
 from vmad_edge.runtime.hardware import HARDWARE, Hardware
 from vmad_edge.runtime.headers import UNKNOWN, read_gguf, read_onnx
-from vmad_edge.runtime.stages.language import LanguageModel, prompt_lengths
+from vmad_edge.runtime.stages.language import LanguageModel
+from vmad_edge.runtime.stages.vocabulary import prompt_lengths
 
 ROOT = Path(__file__).parents[2]
 GRAPHS = ("clip_encoder", "ltc_projector", "sam_encoder", "mask_decoder")
@@ -130,6 +131,8 @@ def test_the_gguf_is_read_as_gguf_reads_it(bundle: Bundle) -> None:
     found, reader = read_gguf(path), gguf.GGUFReader(path)
     assert found.metadata["llama.block_count"] == reader.fields["llama.block_count"].contents()
     assert found.metadata["tokenizer.ggml.model"] == "llama"
+    assert [token.decode() for token in found.tokens] == reader.fields["tokenizer.ggml.tokens"].contents()
+    assert list(found.token_types) == reader.fields["tokenizer.ggml.token_type"].contents()
     assert found.tensors.keys() == {tensor.name for tensor in reader.tensors}
     for tensor in reader.tensors:
         assert found.tensors[tensor.name].shape == tuple(tensor.shape.tolist())

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,12 +18,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from vmad_edge.runtime import inspector as inspector_module
 from vmad_edge.runtime.bundle import BundleError
 from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Reason, Verdict
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References
+
+PART = Path(__file__).parents[2] / "demo/parts/defective/blister_dent.jpg"
 
 
 def image(seed: int, height: int = 60, width: int = 80) -> NDArray[np.uint8]:
@@ -194,12 +198,58 @@ def test_a_few_frames_give_no_thresholds(inspector: Inspector) -> None:
     assert not inspector.station.path.exists()
 
 
-@pytest.mark.parametrize("deadline_ms", [float("nan"), float("-inf"), -1.0, 0.0, 5e-324])
+def test_a_verdict_that_comes_late_is_none(inspector: Inspector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder ended in time, and the deadline passed after it."""
+    clock = [time.monotonic()]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def slow(*arguments: Any) -> Any:
+        clock[0] += 1
+        return work(*arguments)
+
+    work = inspector_module.verdict_of
+    monkeypatch.setattr(inspector_module, "verdict_of", slow)
+    result = inspector.inspect(PART, review=False, deadline_ms=500)
+    assert (result.verdict, result.deadline_met) == (Verdict.NOT_INSPECTED, False)
+    assert result.reason_code is Reason.SCREEN_LATE and result.score is None
+    assert inspector.inspect(PART, review=False, deadline_ms=1500).deadline_met is True
+
+
+@pytest.mark.parametrize("deadline_ms,met", [(None, None), (60_000, True), (0, False)])
+def test_what_is_not_inspected_has_its_deadline_too(
+    inspector: Inspector, deadline_ms: float | None, met: bool | None
+) -> None:
+    assert inspector.inspect(b"no image", deadline_ms=deadline_ms).deadline_met is met
+
+
+@pytest.mark.parametrize("given", ["400", True, b"4", [1], 1j])
+def test_a_time_that_is_no_number_raises_at_once(inspector: Inspector, given: Any) -> None:
+    screened = inspector.inspect(PART, review=False)
+    handle = inspector.review(screened)
+    for name, ask in (
+        ("deadline_ms", lambda: inspector.inspect(PART, deadline_ms=given)),
+        ("deadline_ms", lambda: inspector.review(screened, deadline_ms=given)),
+        ("timeout", lambda: handle.wait(given)),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: expected a number, got"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "timeout", [0, -1, float("-inf"), float("nan"), 5e-324, np.float32(0), pytest.param(-(10**400), id="-10**400")]
+)
+def test_a_wait_that_is_over_returns_what_there_is(inspector: Inspector, timeout: float) -> None:
+    handle = inspector.review(inspector.inspect(PART, review=False))
+    assert handle.wait(timeout).reason_code in (Reason.REVIEW_LATE, None)
+    assert handle.wait(10**400).p_yes is not None  # as long as it takes
+
+
+@pytest.mark.parametrize("deadline_ms", [float("nan"), float("-inf"), -1.0, 0.0, 5e-324, np.float32(-1)])
 def test_a_deadline_that_has_passed_is_missed(inspector: Inspector, deadline_ms: float) -> None:
     assert inspector.inspect(image(0), deadline_ms=deadline_ms).reason_code is Reason.SCREEN_LATE
 
 
-@pytest.mark.parametrize("deadline_ms", [float("inf"), 1e300, 1e9, np.float32(1e9), np.int64(10**9)])
+@pytest.mark.parametrize("deadline_ms", [float("inf"), 1e308, 1e9, np.float32(1e9), np.int64(10**9)])
 def test_a_deadline_far_off_is_met(inspector: Inspector, deadline_ms: float) -> None:
     result = inspector.inspect(image(0), deadline_ms=deadline_ms)
     assert result.deadline_met is True and result.p_yes is not None

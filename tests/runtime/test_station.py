@@ -1,27 +1,36 @@
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
+import multiprocessing
 import os
 import re
 import resource
+import shutil
+import stat
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from examples import MANIFEST
+from kills import kills
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from vmad_edge.runtime.bundle import Bundle, Manifest, Thresholds
 from vmad_edge.runtime.errors import BundleError, VmadError
-from vmad_edge.runtime.files import sha256
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.objects import folder_name, object_name
 from vmad_edge.runtime.stages.preprocess import View
+from vmad_edge.runtime.stages.scope import Scope, ScopeLimit
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, References
 from vmad_edge.runtime.station import Calibration, Station, same_frames
 
@@ -37,6 +46,10 @@ CALIBRATION = Calibration(
 )
 
 
+SCHEMA_1 = Path(__file__).parent / "station_schema_1"
+"""Written by the last version of that layout."""
+
+
 def bundle(hash: str = "ab" * 32) -> Bundle:
     return Bundle(Path("bundle"), hash, Manifest.model_validate({**MANIFEST, "files": {}}))
 
@@ -47,8 +60,9 @@ def references() -> References:
         EnrolledFrame("one.png", 0, 2, View(0, 0, 8, 8), (8, 8), b"first picture", "a1"),
         EnrolledFrame("two.png", 2, 5, View(-1, 0.5, 8, 8), (8, 7), b"second", "b2"),
     )
-    features = rng.normal(size=(5, 4)).astype(np.float32)
-    return References(features, np.arange(5, dtype=np.int32), frames, Thresholds(good_below=0.1, defect_above=0.2))
+    features = rng.normal(size=(5, 8)).astype(np.float32)
+    thresholds, scope = Thresholds(good_below=0.1, defect_above=0.2), Scope(features[1:3], ScopeLimit(limit=0.1))
+    return References(features, np.array([0, 1, 0, 2, 3], np.int32), frames, thresholds, scope=scope)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -61,6 +75,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.patch, saved.patch)
     assert loaded.frames == saved.frames
     assert loaded.thresholds == saved.thresholds
+    assert loaded.scope is not None and saved.scope is not None and loaded.scope.limit == saved.scope.limit
+    np.testing.assert_array_equal(loaded.scope.descriptors, saved.scope.descriptors)
 
 
 @pytest.mark.parametrize("other", ["m3 screw", "M3_screw", "M3/screw", "../M3 screw", "M3 screw ", ""])
@@ -79,37 +95,496 @@ def test_another_bundle_has_banks_of_its_own(tmp_path: Path) -> None:
     assert Station(tmp_path, bundle("cd" * 32)).load_references("part") is None
 
 
+def hashed(content: bytes) -> bytes:
+    """As whoever also writes a matching hash would."""
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+def bank(change: Callable[[dict[str, Any], dict[str, NDArray[Any]]], object]) -> Callable[[bytes], bytes]:
+    """The same bank with its record and arrays changed."""
+
+    def changed(file: bytes) -> bytes:
+        content = file[65:]
+        record = json.loads(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["bank"])
+        arrays = {name: array.copy() for name, array in load(content).items()}
+        change(record, arrays)
+        return hashed(save(arrays, {"bank": json.dumps(record)}))
+
+    return changed
+
+
+def changed_array(name: str, make: Callable[[NDArray[Any]], NDArray[Any]]) -> Callable[[bytes], bytes]:
+    return bank(lambda _, arrays: arrays.update({name: np.ascontiguousarray(make(arrays[name]))}))
+
+
+def changed_frame(**fields: object) -> Callable[[bytes], bytes]:
+    return bank(lambda record, _: record["frames"][1].update(fields))
+
+
+def put(array: NDArray[Any], value: float) -> NDArray[Any]:
+    array.flat[-1] = value
+    return array
+
+
+NOT_COMPLETE, NOT_POSSIBLE = "is not a complete reference bank: ", "is not a possible reference bank: "
+
+
 @pytest.mark.parametrize(
     "damage,says",
     [
-        pytest.param(lambda f: (f / "bank.safetensors").write_bytes(b"x" * 99), "was changed", id="changed"),
-        pytest.param(lambda f: (f / "bank.safetensors").unlink(), "not a complete reference bank", id="missing"),
-        pytest.param(lambda f: (f / "bank.sha256").unlink(), "not a complete reference bank", id="no hash"),
-        pytest.param(lambda f: (f / "bank.sha256").write_bytes(b"\xff"), "was changed", id="hash is no text"),
-        pytest.param(lambda f: junk(f, b"\xff" * 64), "not a complete reference bank", id="not safetensors"),
-        pytest.param(lambda f: junk(f, save({})), "not a complete reference bank", id="no record"),
-        pytest.param(lambda f: junk(f, save({}, {"bank": "{"})), "the file: expected JSON", id="no JSON"),
+        pytest.param(lambda file: file[:-1], "was changed", id="cut"),
+        pytest.param(lambda file: file[:70] + b"!" + file[71:], "was changed", id="changed"),
+        pytest.param(lambda file: file[65:], "was changed", id="no hash"),
+        pytest.param(lambda file: b"\xff" * 65 + file[65:], "was changed", id="hash is no text"),
+        pytest.param(lambda file: b"", "was changed", id="empty"),
+        pytest.param(lambda file: hashed(b"\xff" * 64), NOT_COMPLETE, id="not safetensors"),
+        pytest.param(lambda file: hashed(b""), NOT_COMPLETE, id="nothing"),
+        pytest.param(lambda file: hashed(save({})), NOT_COMPLETE + "expected features", id="no metadata"),
         pytest.param(
-            lambda f: junk(f, save({}, {"bank": '{"bundle": 3}'})),
-            r"bundle: Input should be a valid string, found 3\.",
-            id="another record",
+            lambda file: hashed(save(load(file[65:]), {"bank": "{"})),
+            NOT_COMPLETE + "the file: expected JSON",
+            id="no JSON",
         ),
         pytest.param(
-            lambda f: junk(f, save({}, safe_open(f / "bank.safetensors", "numpy").metadata())),
-            "expected features, patch, jpeg",
-            id="no arrays",
+            bank(lambda record, _: record.update(bundle=3)),
+            NOT_COMPLETE + r"bundle: Input should be a valid string, found 3\.",
+            id="another record",
+        ),
+        pytest.param(bank(lambda _, arrays: arrays.pop("patch")), NOT_COMPLETE + "expected features", id="no patches"),
+        pytest.param(
+            changed_array("features", lambda a: a[:, :7]), NOT_POSSIBLE + ".*width 8.* found 7", id="another width"
+        ),
+        pytest.param(changed_array("features", lambda a: a[0]), NOT_POSSIBLE + r".*\[5,D\]", id="one row"),
+        pytest.param(
+            changed_array("features", lambda a: a.astype(np.float64)), NOT_POSSIBLE + ".*float32", id="another type"
+        ),
+        pytest.param(changed_array("features", lambda a: put(a, np.nan)), NOT_POSSIBLE + ".*finite", id="NaN"),
+        pytest.param(changed_array("features", lambda a: put(a, -np.inf)), NOT_POSSIBLE + ".*finite", id="infinite"),
+        pytest.param(
+            bank(lambda record, arrays: record.update(frames=[]) or arrays.update(empty())),
+            NOT_POSSIBLE + r".*\[0,D\]",
+            id="no rows",
+        ),
+        pytest.param(changed_array("patch", lambda a: a[1:]), NOT_POSSIBLE + r".*\[4,D\]", id="a row more"),
+        pytest.param(
+            changed_array("patch", lambda a: put(a, 4)), NOT_POSSIBLE + ".*below 4, found 0 to 4", id="beyond the grid"
+        ),
+        pytest.param(changed_array("patch", lambda a: put(a, -1)), NOT_POSSIBLE + ".*found -1", id="before the grid"),
+        pytest.param(
+            changed_array("patch", lambda a: a.astype(np.int64)), NOT_POSSIBLE + ".*patch numbers", id="longer numbers"
+        ),
+        pytest.param(changed_frame(stop=6), NOT_POSSIBLE + ".*share 5 rows", id="a frame beyond the rows"),
+        pytest.param(changed_frame(start=1), NOT_POSSIBLE + ".*share 5 rows", id="a row of two frames"),
+        pytest.param(changed_frame(stop=4), NOT_POSSIBLE + ".*share 5 rows", id="a row of no frame"),
+        pytest.param(
+            bank(lambda record, _: record["frames"][0].update(stop=5) or record["frames"][1].update(start=5, stop=5)),
+            NOT_POSSIBLE + ".*at most 4 each",
+            id="more rows than patches",
+        ),
+        pytest.param(bank(lambda _, arrays: arrays.pop("scope")), NOT_POSSIBLE + ".*one of them", id="a limit alone"),
+        pytest.param(bank(lambda record, _: record.pop("scope")), NOT_POSSIBLE + ".*one of them", id="no limit"),
+        pytest.param(changed_array("scope", lambda a: a[:1]), NOT_POSSIBLE + r".*\[2, 8\]", id="scope of one frame"),
+        pytest.param(
+            changed_array("scope", lambda a: put(a, np.nan)), NOT_POSSIBLE + ".*finite", id="NaN in the scope"
+        ),
+        pytest.param(
+            bank(lambda record, _: record["scope"].update(limit=float("inf"))),
+            NOT_COMPLETE + ".*limit",
+            id="an endless scope",
+        ),
+        pytest.param(changed_frame(start=-1), NOT_COMPLETE + ".*start", id="a negative row"),
+        pytest.param(changed_frame(jpeg=[13, 20]), NOT_POSSIBLE + ".*pictures", id="a picture beyond the bytes"),
+        pytest.param(changed_frame(jpeg=[0, 19]), NOT_POSSIBLE + ".*pictures", id="a picture over another"),
+        pytest.param(changed_frame(size=[0, 7]), NOT_COMPLETE + ".*size", id="no pixels"),
+        pytest.param(changed_frame(view=[0, 0, 0, 8]), NOT_COMPLETE + ".*left < right", id="an empty view"),
+        pytest.param(changed_frame(view=[0, 0, float("inf"), 8]), NOT_COMPLETE + ".*view", id="an endless view"),
+        pytest.param(
+            bank(lambda record, _: record["thresholds"].update(good_below=float("nan"))),
+            NOT_COMPLETE + ".*good_below",
+            id="no threshold",
+        ),
+        pytest.param(
+            bank(lambda record, _: record["thresholds"].update(defect_above=float("inf"))),
+            NOT_COMPLETE + ".*defect_above",
+            id="endless threshold",
+        ),
+        pytest.param(
+            bank(lambda record, _: record["thresholds"].update(good_below=0.3)),
+            NOT_COMPLETE + ".*exceeds defect_above",
+            id="thresholds in another order",
+        ),
+        pytest.param(
+            bank(lambda record, _: record.update(object="nut")), "is the reference bank of 'nut'", id="another object"
         ),
     ],
 )
-def test_refuses_a_damaged_bank(damage: Callable[[Path], object], says: str, tmp_path: Path) -> None:
+def test_refuses_a_damaged_bank(damage: Callable[[bytes], bytes], says: str, tmp_path: Path) -> None:
     station = Station(tmp_path, bundle())
-    damage(station.save_references("part", references()))
+    path = station.save_references("part", references())
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(BundleError, match=says) as raised:
         station.load_references("part")
     said = str(raised.value)
     assert said.endswith("Enroll 'part' again.") and "\n" not in said
     for inside in ("pydantic", "Errno", "0x", "Header", "validation error", "deserializ"):  # of a library
         assert inside not in said
+
+
+def empty() -> dict[str, NDArray[Any]]:
+    return {"features": np.zeros((0, 8), np.float32), "patch": np.zeros(0, np.int32), "jpeg": np.zeros(0, np.uint8)}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a station keeps of one object, in versions that differ."""
+
+    save: Callable[[Station, float], Path]
+    load: Callable[[Station], float | None]
+
+
+def _save_bank(station: Station, version: float) -> Path:
+    made = references()
+    made.features[:] = version
+    made.thresholds = Thresholds(good_below=version, defect_above=9)
+    return station.save_references("M3 screw", made)
+
+
+def _load_bank(station: Station) -> float | None:
+    if (found := station.load_references("M3 screw")) is None:
+        return None
+    assert found.thresholds is not None
+    if (version := found.thresholds.good_below) > 1:
+        assert (found.features == version).all()
+    return version
+
+
+def _save_calibration(station: Station, version: float) -> Path:
+    thresholds = Thresholds(good_below=version, defect_above=9)
+    return station.save_calibration(CALIBRATION.model_copy(update={"thresholds": thresholds}))
+
+
+def _load_calibration(station: Station) -> float | None:
+    found = station.load_calibration("M3 screw", None)
+    return None if found is None else found.thresholds.good_below
+
+
+KEPT = {"bank": Kept(_save_bank, _load_bank), "calibration": Kept(_save_calibration, _load_calibration)}
+kept = pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+
+
+@kept
+@pytest.mark.parametrize("before", ["nothing", "another", "schema 1"])
+def test_a_writer_killed_at_any_system_call_leaves_the_old_or_the_new(before: str, kept: Kept, tmp_path: Path) -> None:
+    root = tmp_path / "station"
+    station = Station(root, bundle())
+
+    def reset() -> None:
+        if before == "another":
+            kept.save(station, 2)
+        else:
+            shutil.rmtree(root, ignore_errors=True)
+        if before == "schema 1":
+            shutil.copytree(SCHEMA_1, root)
+            subprocess.run(["chmod", "-R", "go-w", root], check=True)
+            if kept is KEPT["calibration"]:  # its own was made with its bank
+                _rewrite_schema_1(root, lambda json: re.sub(rb'"bank":"[0-9a-f]+"', b'"bank":null', json))
+
+    reset()
+    old = kept.load(station)
+    found, after = set(), set()
+    for calls in kills(lambda: kept.save(station, 3)):
+        found.add(kept.load(Station(root, bundle())))
+        after.add(calls)
+        path = kept.save(Station(root, bundle()), 4)
+        assert kept.load(Station(root, bundle())) == 4
+        left = {name.name for name in path.parent.iterdir()} - {path.stem}
+        assert left == {".lock", path.name}  # nothing of the dead writer
+        reset()
+    assert found == {old, 3} and len(after) > 20
+    assert kept.load(station) == 3
+
+
+def _rewrite_schema_1(root: Path, change: Callable[[bytes], bytes]) -> None:
+    (path,) = root.glob("*/calibrations/*/calibration.json")
+    content = change(re.sub(rb'(": )', b'":', path.read_bytes()))
+    path.write_bytes(content)
+    path.with_suffix(".sha256").write_text(hashlib.sha256(content).hexdigest() + "\n")
+
+
+def test_a_writer_that_writes_in_place_is_found_out(tmp_path: Path) -> None:
+    station = Station(tmp_path, bundle())
+    path = _save_bank(station, 2)
+    content = path.read_bytes()
+    with pytest.raises(BundleError, match="was changed"):
+        for _ in kills(lambda: path.write_bytes(content)):
+            _load_bank(station)
+
+
+@kept
+def test_readers_beside_writers_find_whole_ones(kept: Kept, tmp_path: Path) -> None:
+    station = Station(tmp_path, bundle())
+    kept.save(station, 2)
+
+    def write(version: int) -> None:
+        while True:
+            kept.save(station, version)
+
+    writers = [multiprocessing.get_context("fork").Process(target=write, args=(version,)) for version in (3, 4)]
+    for writer in writers:
+        writer.start()
+    try:
+        found = {2.0}
+        for _ in range(2000):
+            found.add(kept.load(station) or 0)
+        assert all(writer.is_alive() for writer in writers)
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.join()
+    assert found == {2, 3, 4}
+    path = kept.save(station, 5)  # whatever they held when they were killed
+    assert kept.load(station) == 5
+    assert {name.name for name in path.parent.iterdir()} == {".lock", path.name}
+
+
+@pytest.fixture
+def schema_1(tmp_path: Path) -> Path:
+    root = shutil.copytree(SCHEMA_1, tmp_path / "station")
+    subprocess.run(["chmod", "-R", "go-w", root], check=True)  # git keeps no such modes
+    return root
+
+
+def test_a_station_of_schema_1_is_read(schema_1: Path) -> None:
+    station = Station(schema_1, bundle())
+    assert station.enrolled() == ["M3 screw"]
+    loaded = station.load_references("M3 screw")
+    assert loaded is not None and loaded.features.shape == (7, 8)
+    np.testing.assert_array_equal(loaded.features, np.random.default_rng(1).normal(size=(7, 8)).astype(np.float32))
+    np.testing.assert_array_equal(loaded.patch, [0, 1, 2, 3, 0, 1, 3])
+    assert [(f.id, f.start, f.stop, f.jpeg, f.path) for f in loaded.frames] == [
+        ("one.png", 0, 4, b"first picture", "/parts/one.png"),
+        ("two.png", 4, 7, b"second", None),
+    ]
+    assert loaded.thresholds == Thresholds(good_below=0.1, defect_above=0.2)
+    calibration = station.load_calibration("M3 screw", loaded.hash)
+    assert calibration is not None and calibration.thresholds == Thresholds(good_below=0.125, defect_above=0.25)
+    assert station.calibrated() == {"M3 screw": calibration}
+    anew = Station(schema_1, bundle("cd" * 32))
+    assert "--from-station abababababababab" in (anew.left_behind("M3 screw") or "")
+    assert anew.enrolled_with("abab", "M3 screw") == loaded.frames
+
+    older = station.path / "banks/_4d_3_20_screw"
+    for version, folder_stays in ((2, True), (3, False)):  # a reader may have begun on it
+        _save_bank(station, version)
+        assert _load_bank(station) == version and older.exists() is folder_stays
+        assert station.enrolled() == ["M3 screw"]
+    assert "another reference bank" in str(station.calibrated()["M3 screw"])
+
+
+@pytest.mark.parametrize("name", ["bank.safetensors", "bank.sha256"])
+@pytest.mark.parametrize(
+    "damage,says",
+    [(Path.unlink, "No such file"), (lambda path: path.write_bytes(b"\xff" * 65), "was changed")],
+    ids=["missing", "changed"],
+)
+def test_refuses_a_damaged_bank_of_schema_1(
+    damage: Callable[[Path], object], says: str, name: str, schema_1: Path
+) -> None:
+    station = Station(schema_1, bundle())
+    damage(station.path / "banks/_4d_3_20_screw" / name)
+    with pytest.raises(BundleError, match=rf"{says}.* Enroll 'M3 screw' again\."):
+        station.load_references("M3 screw")
+
+
+def test_a_bank_of_schema_1_whose_writer_was_killed_is_brought_back(schema_1: Path) -> None:
+    """Between its two renames. Nothing lay in its place, and other features were taken."""
+    station = Station(schema_1, bundle())
+    folder = station.path / "banks/_4d_3_20_screw"
+    left = folder.with_name("._4d_3_20_screw.x1y2z3w4")
+    left.mkdir()
+    folder.rename(left / "old")
+    for ask in (station.load_references, station.knows, station.check_known):
+        with pytest.raises(BundleError, match=r"interrupted write left of 'M3 screw'.*`mv ") as raised:
+            ask("M3 screw")
+    assert station.load_references("nut") is None
+    subprocess.run(re.findall("`(.*)`", str(raised.value))[0], shell=True, check=True)
+    assert station.load_references("M3 screw") is not None
+
+
+BANK = "station/abababababababab/banks/part.bank"
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3], ids=["station", "bundle", "banks", "bank"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: path.symlink_to(path),
+        lambda path: path.mkdir() if path.suffix else path.touch(),
+        lambda path: os.mkfifo(path),
+    ],
+    ids=["link to nowhere", "link to itself", "something else", "pipe"],
+)
+def test_what_cannot_be_read_is_no_absence(make: Callable[[Path], object], depth: int, tmp_path: Path) -> None:
+    station = Station(tmp_path / "station", bundle())
+    station.save_references("part", references())
+    path = tmp_path / Path(*Path(BANK).parts[: depth + 1])
+    path.rename(tmp_path / "moved")
+    make(path)
+    with pytest.raises(BundleError):
+        station.load_references("part")
+    with pytest.raises(BundleError):
+        station.bank_hash("part")
+    for ask in (station.enrolled, lambda: station.check_known("nut")) if depth < 3 else ():
+        with pytest.raises(BundleError):
+            ask()
+    for ask in (station.calibrated, lambda: station.load_calibration("part", None)) if depth < 2 else ():
+        with pytest.raises(BundleError):
+            ask()
+    if depth == 3:
+        assert station.enrolled() == ["part"]
+        with pytest.raises(BundleError, match="There are: 'part'"):
+            station.check_known("nut")
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may read everything."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3], ids=["station", "bundle", "banks", "bank"])
+def test_what_may_not_be_read_is_no_absence(depth: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        station = Station(Path(folder, "station"), bundle())
+        station.save_references("part", references())
+        station.save_calibration(CALIBRATION)
+        path = folder / Path(*Path(BANK).parts[: depth + 1])
+        path.chmod(0)
+        asks = [lambda: station.load_references("part"), lambda: station.bank_hash("part")]
+        if depth < 3:
+            asks += [station.enrolled, lambda: station.check_known("nut")]
+        if depth < 2:
+            asks += [station.calibrated, lambda: station.load_calibration("M3 screw", None)]
+        with as_nobody():
+            for ask in asks:
+                with pytest.raises(BundleError, match="Permission denied"):
+                    ask()
+        path.chmod(0o755)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3], ids=["station", "bundle", "banks", "bank"])
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o777, 0o1777, 0o620])
+def test_refuses_what_others_can_write(mode: int, depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmad_edge.runtime.files.os.geteuid", os.getuid)
+    station = Station(tmp_path / "station", bundle())
+    station.save_references("part", references())
+    path = tmp_path / Path(*Path(BANK).parts[: depth + 1])
+    if path.stat().st_uid == path.stat().st_gid != 0:
+        os.chown(path, -1, os.getgroups()[-1])
+    path.chmod(mode | stat.S_IXUSR)
+    with pytest.raises(BundleError, match=f"others can have changed {path}: .*mode {mode | stat.S_IXUSR:o}") as raised:
+        station.load_references("part")
+    if depth < 3:
+        with pytest.raises(BundleError, match="others can have changed"):
+            station.save_references("part", references())
+    subprocess.run(re.findall("`(chmod .*)`", str(raised.value))[0], shell=True, check=True)
+    assert station.load_references("part") is not None
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("depth", [0, 1, 2, 3], ids=["station", "bundle", "banks", "bank"])
+def test_refuses_what_another_user_owns(depth: int, tmp_path: Path) -> None:
+    station = Station(tmp_path / "station", bundle())
+    station.save_references("part", references())
+    path = tmp_path / Path(*Path(BANK).parts[: depth + 1])
+    os.chown(path, 65534, 65534)
+    with pytest.raises(BundleError, match=r"found owner 65534, mode .*: `sudo chown -R 0 ") as raised:
+        station.load_references("part")
+    subprocess.run(re.findall("`sudo (chown .*)`", str(raised.value))[0], shell=True, check=True)
+    assert station.load_references("part") is not None
+
+
+def test_what_is_written_nobody_else_can_change(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        Station(tmp_path / "station", bundle()).save_references("part", references())
+    finally:
+        os.umask(before)
+    assert not any(path.stat().st_mode & 0o022 for path in (tmp_path / "station", *(tmp_path / "station").rglob("*")))
+
+
+def test_reading_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a disk that is mounted read-only."""
+    station = Station(tmp_path, bundle())
+    station.save_references("part", references())
+    station.save_calibration(CALIBRATION)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    open = os.open
+
+    def read_only(path: str, flags: int, mode: int = 0o777, **options: int) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system", path)
+        return open(path, flags, mode, **options)
+
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr("fcntl.flock", lambda *_: pytest.fail("readers need no lock"))
+    assert station.load_references("part") is not None and station.enrolled() == ["part"]
+    assert station.load_calibration("M3 screw", None) == CALIBRATION
+    with pytest.raises(OSError, match="Read-only"):
+        station.save_calibration(CALIBRATION)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(BundleError, match=f"{tmp_path}.* cannot lock files .*--station"):
+        Station(tmp_path, bundle()).save_references("part", references())
+    assert Station(tmp_path, bundle()).enrolled() == []
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """Of files, a file system may hold any bytes."""
+    odd, made = os.fsdecode(b"screw \xff.png"), references()
+    made.frames = (replace(made.frames[0], id=odd, path=f"/parts/{odd}"), made.frames[1])
+    station = Station(tmp_path, bundle())
+    station.save_references(odd, made)
+    loaded = station.load_references(odd)
+    assert loaded is not None and loaded.frames[0].id == r"screw \udcff.png" and station.enrolled() == [odd]
+
+
+@pytest.mark.parametrize(
+    "spoil,says",
+    [
+        (lambda made: put(made.features, np.nan), "expected finite features"),
+        (lambda made: put(made.patch, 4), "expected patch numbers from 0 to below 4, found 0 to 4"),
+        (lambda made: replaced_frame(made, stop=4), "expected frames that share 5 rows"),
+        (lambda made: replaced_frame(made, view=View(8, 0, 0, 8)), "expected a view with left < right"),
+    ],
+)
+def test_what_no_reader_would_take_is_not_written(
+    spoil: Callable[[References], object], says: str, tmp_path: Path
+) -> None:
+    station, made = Station(tmp_path, bundle()), references()
+    spoil(made)
+    with pytest.raises(BundleError, match=f"references of 'part' cannot be kept: .*{says}"):
+        station.save_references("part", made)
+    assert list(tmp_path.iterdir()) == [] and made.hash is None
+
+
+def replaced_frame(made: References, **fields: Any) -> None:
+    made.frames = (made.frames[0], replace(made.frames[1], **fields))
 
 
 def test_refuses_a_bank_copied_from_another_bundle(tmp_path: Path) -> None:
@@ -141,12 +616,6 @@ def test_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     with room(100), pytest.raises(OSError, match="File too large"):
         station.save_calibration(CALIBRATION)
     assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")} == before
-
-
-def junk(folder: Path, data: bytes) -> None:
-    """A bank of whoever also writes a matching hash."""
-    (folder / "bank.safetensors").write_bytes(data)
-    (folder / "bank.sha256").write_text(sha256(folder / "bank.safetensors"))
 
 
 @pytest.mark.parametrize(
