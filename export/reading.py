@@ -57,7 +57,7 @@ def validated(kind: type[Settings], path: Path, data: Mapping[str, Any]) -> Sett
         raise CheckpointError(f"{path}: {': '.join(first_fault(error))}") from None
 
 
-def in_words(error: Exception) -> str:
+def in_words(error: BaseException) -> str:
     """What a library says, in a short line and without its classes."""
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(str(error).split()))[:200]
 
