@@ -14,11 +14,6 @@ BUILT_FROM = pyproject.toml CMakeLists.txt $(wildcard kernels/include/* kernels/
 EXTRAS = cpu openvino parquet gpu tensorrt-rtx  # not tensorrt: its package fetches the library past any hash of ours
 COMPILE = uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-header --no-annotate
 
-# GGML_NATIVE picks AMX code that crashes on Q8_0 (llama.cpp inside 0.3.36); elsewhere than x86 the build chooses.
-ifeq ($(shell uname -m),x86_64)
-LLAMA_FLAGS = -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
-endif
-
 .PHONY: demo test bench lock clean
 
 demo: .venv/cpu
@@ -46,7 +41,7 @@ bench: .venv/test
 .venv/llama: install/llama.py install/llama.lock install/build.lock
 	$(PYTHON) -m venv .venv
 	$(LOCKED) --requirement install/build.lock
-	CMAKE_ARGS="$(LLAMA_FLAGS) -DLLAVA_BUILD=OFF" $(BIN)/python install/llama.py $(CACHE)
+	$(BIN)/python install/llama.py $(CACHE)
 	touch $@
 
 .venv/cpu: .venv/llama install/cpu.lock install/runtime.lock $(BUILT_FROM)

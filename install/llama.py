@@ -2,7 +2,7 @@
 
 A wheel in CACHE is used only if it was built of the same source, with the same flags, by the same compilers, if it is
 ours or root's and nobody else may write to it, and if it has the hash that was recorded when it was built. Otherwise it
-is built again, which takes minutes. CMAKE_ARGS and the other variables in FLAGS reach the build.
+is built again, which takes minutes. CMAKE_ARGS (after ours) and the other variables in FLAGS reach the build.
 """
 
 import fcntl
@@ -22,6 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 LOCK = Path(__file__).with_name("llama.lock")
+# GGML_NATIVE picks AMX code that crashes on Q8_0 (llama.cpp inside 0.3.36); elsewhere than x86 the build chooses.
+X86 = "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON "
+OURS = X86 * (platform.machine() == "x86_64") + "-DLLAVA_BUILD=OFF"
 FLAGS = ("CMAKE_ARGS", "CFLAGS", "CXXFLAGS", "LDFLAGS")
 RECORD = "built.json"
 
@@ -138,6 +141,7 @@ def build(folder: Path) -> None:
 
 
 def main() -> None:
+    os.environ["CMAKE_ARGS"] = f"{OURS} {os.environ.get('CMAKE_ARGS', '')}".strip()
     # Forced: one of the same version but other flags may be there.
     pip("install", "--quiet", "--no-deps", "--force-reinstall", cached(Path(sys.argv[1]), recipe(), build))
 

@@ -24,7 +24,7 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM",
 MAX_PIXELS = 150_000_000
 """Larger images are refused before they are decoded."""
 MAX_BYTES_A_PIXEL, MAX_METADATA = 16, 1 << 26
-"""Of a file: decoding takes at most ten times the frame's own bytes and five times the file's."""
+"""Of a file: decoding takes at most ten times the frame's own bytes and six times the file's."""
 MAX_TILE = 1024 * 1024
 """Of a TIFF's tiles, in pixels; they may be as large as the picture, too."""
 MAX_PAGES = 100

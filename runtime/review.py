@@ -309,8 +309,9 @@ class ReviewProcess:
         return max(0, len(self._waiting) + sent - 1)
 
     def _take_waiting(self, which: Callable[[_Job], bool]) -> list[_Job]:
-        taken = [job for job in self._waiting if which(job)]
-        self._waiting = deque(job for job in self._waiting if not which(job))
+        taken = [job for job in self._waiting if which(job)]  # asked once: time goes on
+        numbers = {job.number for job in taken}
+        self._waiting = deque(job for job in self._waiting if job.number not in numbers)
         return taken
 
     # ------------------------------------------------------------------------ threads

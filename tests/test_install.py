@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -245,3 +246,15 @@ def test_recipe_holds_source_flags_compilers_and_processor(llama: Any, monkeypat
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(SystemExit, match="compiler"):
         llama.recipe()
+
+
+def test_flags_of_the_environment_come_after_ours(llama: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipes: list[dict[str, str]] = []
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=on")
+    monkeypatch.setattr(sys, "argv", ["llama.py", str(tmp_path)])
+    monkeypatch.setattr(llama, "cached", lambda cache, recipe, build: recipes.append(recipe))
+    monkeypatch.setattr(llama, "pip", lambda *arguments: None)
+    llama.main()
+    assert recipes[0]["CMAKE_ARGS"] == os.environ["CMAKE_ARGS"] == f"{llama.OURS} -DGGML_CUDA=on"
+    if platform.machine() == "x86_64":
+        assert "-DGGML_NATIVE=OFF" in llama.OURS  # with it AMX code crashes

@@ -30,8 +30,12 @@ _REDUCED = 256
 """Longer side of the reduced picture."""
 _CROPS, _CROP = 5, 64
 """A side: of a grid of crops, and of a crop."""
+_WIDTH = 0.85
+"""Share of the width over which the picture ends at once where a transfer did; few objects are as wide and straight."""
 _RING = 16
 """Rows over which a JPEG smears the edge of what is missing."""
+_JUMP = 12
+"""Grey levels from one pixel to the next that are more than noise."""
 _SAME_KIND = 3
 """Frames of one size, or all grey or all coloured, from which on that is no accident. [ASSUME]"""
 
@@ -42,8 +46,8 @@ class Fitness:
 
     size: tuple[int, int]
     """(height, width)."""
-    grey: bool
-    """Its channels are equal."""
+    coloured: float
+    """Share of pixels whose channels differ."""
     brightest: float
     """Grey level that a thousandth of the pixels are above."""
     darkest: float
@@ -66,10 +70,10 @@ class Fitness:
     """Constant rows one after the other, as a share of all."""
     flat_columns: float
     seam: float
-    """What a step from row to row exceeds both beside it by, where that is most: s usual steps are s / (4 + s)."""
+    """Share of the columns that jump between two rows, beyond the share that does one row before or after."""
     cut: float
     """Share of the frame that a constant band along one side takes, if the picture ends there from one line to the
-    next over half the width: what was not transferred. Bands on two opposite sides are a frame's own border."""
+    next over most of the width: what was not transferred. Bands on two opposite sides are a frame's own border."""
 
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -150,9 +154,7 @@ _CHECKS = (
     ),
     _Check("flat_rows", 1, Reason.UNFIT_TORN, "not whole: rows without any content make up", _TRANSFER),
     _Check("flat_columns", 1, Reason.UNFIT_TORN, "not whole: columns without any content make up", _TRANSFER),
-    _Check(
-        "seam", 1, Reason.UNFIT_TORN, "torn: the picture's jump between two rows, on a scale to 100%, is", _TRANSFER
-    ),
+    _Check("seam", 1, Reason.UNFIT_TORN, "torn: between two rows alone jump, of all columns,", _TRANSFER),
     _Check("mean", 0, Reason.UNFIT_DARK, "too dark: its mean grey level is", _LIGHT),
     _Check("black", 1, Reason.UNFIT_DARK, "too dark: black pixels make up", _LIGHT),
     _Check("mean", 1, Reason.UNFIT_BRIGHT, "too bright: its mean grey level is", _LIGHT),
@@ -175,7 +177,7 @@ def measure(pixels: NDArray[np.uint8]) -> Fitness:
     of_rows, of_columns = _spans(rows), _spans(columns)
     return Fitness(
         size=(height, width),
-        grey=_is_grey(few),
+        coloured=_coloured(few),
         brightest=float(brightest),
         darkest=float(darkest),
         mean=cv2.mean(rows)[0],
@@ -200,10 +202,10 @@ def unfit(found: Fitness, limits: FitnessLimits) -> tuple[Reason, str] | None:
             f"{w}×{h} pixels; all {limits.frames} good frames have {width}×{height}: look at the camera's settings, or "
             "enroll frames like this"
         )
-    if limits.grey is not None and found.grey is not limits.grey:
+    if (limits.grey is True and found.coloured > 0.5) or (limits.grey is False and found.coloured == 0):
         kinds = {True: "grey (one channel)", False: "in colour (three channels)"}
         return Reason.UNFIT_SIZE, (
-            f"{kinds[found.grey]}; all {limits.frames} good frames are {kinds[limits.grey]}: look at the camera's "
+            f"{kinds[not limits.grey]}; all {limits.frames} good frames are {kinds[limits.grey]}: look at the camera's "
             "pixel format, or enroll frames like this"
         )
     for check in _CHECKS:
@@ -248,7 +250,8 @@ def learned(good: Sequence[Fitness]) -> FitnessLimits:
         )
         limit, widest = extreme + (-1, 1)[check.side] * margin, limits[check.number][check.side]
         limits[check.number][check.side] = max(limit, widest) if check.side == 0 else min(limit, widest)
-    sizes, greys = {frame.size for frame in good}, {frame.grey for frame in good}
+    sizes = {frame.size for frame in good}
+    greys = {True if frame.coloured == 0 else False if frame.coloured > 0.1 else None for frame in good}
     enough = len(good) >= _SAME_KIND
     return FitnessLimits(
         frames=len(good),
@@ -277,9 +280,9 @@ def _between(pixels: NDArray[np.uint8], lower: int, upper: int) -> float:
     return cv2.countNonZero(inside) / inside.size
 
 
-def _is_grey(pixels: NDArray[np.uint8]) -> bool:
+def _coloured(pixels: NDArray[np.uint8]) -> float:
     red, green, blue = cv2.split(pixels)
-    return max(cv2.norm(red, green, cv2.NORM_INF), cv2.norm(green, blue, cv2.NORM_INF)) <= _FLAT
+    return float(np.count_nonzero(cv2.max(cv2.absdiff(red, green), cv2.absdiff(green, blue)) > _FLAT)) / red.size
 
 
 def _longest(flags: NDArray[np.bool_]) -> int:
@@ -322,10 +325,9 @@ def _laplacian(crop: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _seam(rows: NDArray[np.uint8]) -> float:
-    steps = cv2.reduce(cv2.absdiff(rows[1:], rows[:-1]), 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F)[:, 0]
-    beside = np.maximum(np.concatenate([[0], steps[:-1]]), np.concatenate([steps[1:], [0]]))
-    jump = max(0.0, float((steps - beside).max())) / (float(np.median(steps)) + 1)
-    return jump / (4 + jump)
+    jumping = (cv2.absdiff(rows[1:], rows[:-1]) > _JUMP).mean(axis=1)
+    beside = np.maximum(np.concatenate([[0], jumping[:-1]]), np.concatenate([jumping[1:], [0]]))
+    return max(0.0, float((jumping - beside).max()))
 
 
 def _cut(lines: NDArray[np.uint8], spans: NDArray[np.int32]) -> float:
@@ -341,6 +343,6 @@ def _missing(lines: NDArray[np.uint8], spans: NDArray[np.int32]) -> int:
         return 0
     begin = int(told[-1]) + 1
     around = lines[max(0, begin - _RING) : begin + 1].astype(np.int32)
-    steps = np.median(np.abs(np.diff(around, axis=0)), axis=1)
-    whole = float(np.median(np.abs(around[0] - around[-1])))
+    steps = np.quantile(np.abs(np.diff(around, axis=0)), 1 - _WIDTH, axis=1)
+    whole = float(np.quantile(np.abs(around[0] - around[-1]), 1 - _WIDTH))
     return len(lines) - begin if steps.max() >= max(6.0, 0.6 * whole) else 0

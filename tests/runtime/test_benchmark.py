@@ -119,7 +119,9 @@ def after_the_image(manifest: Manifest, folder: Path) -> list[int]:
 def test_what_is_measured(measured: Path, tiny_bundle: Path) -> None:
     found = json.loads((measured / "bench.json").read_text())
     assert found["settings"]["bundle"] == Bundle.open(tiny_bundle).hash and found["settings"]["answer"] == "short"
-    assert set(found["screen"]["stages"]) == {"read", "preprocess", "clip_encoder", "similarity", "map", "verdict"}
+    assert set(found["screen"]["stages"]) == {
+        *("read", "fitness", "preprocess", "clip_encoder", "similarity", "map", "verdict")
+    }
     stages = {"ltc_projector", "sam_encoder", "prefill", "decode", "transfer"}
     assert stages <= set(found["review"]["stages"]) <= stages | {"mask_decoder"}
     review = found["review"]
@@ -180,7 +182,7 @@ def test_target_and_comparison(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     frame = tmp_path / "frame.png"
-    Image.fromarray(drawn_frames(1)[0][:64, :64]).save(frame)
+    Image.fromarray(drawn_frames(1)[0][::16, ::16]).save(frame)
     options = ["--frames", frame, "--device", "cpu", "--no-review", "--banks", "--json", "--out", tmp_path]
     compared = ["--target-ms", target, "--against", measured / "bench.json"]
     assert bench(tiny_bundle, *options, *compared) == status

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from examples import MANIFEST
+from plain_parts import plain_part
 from scipy.stats import beta, binom
 
 from vmad_edge.runtime.bundle import Bundle, Manifest, Thresholds, seal
@@ -180,10 +181,10 @@ def test_refuses_that_of_another_object(tmp_path: Path) -> None:
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """enrolled/ and good/: textures alike; defects/: others."""
     folder, rng = tmp_path_factory.mktemp("parts"), np.random.default_rng(0)
-    for name, count, deviation in (("enrolled", 3, 4), ("good", 5, 4), ("defects", 3, 60)):
+    for name, count, deviation in (("enrolled", 3, 4), ("good", 5, 4), ("defects", 3, 20)):
         (folder / name).mkdir()
         for number in range(count):
-            image = rng.normal(128, deviation, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+            image = plain_part(rng, deviation, 64, 64).clip(0, 255).astype(np.uint8)
             cv2.imwrite(str(folder / name / f"{number}.png"), image)
     return folder
 

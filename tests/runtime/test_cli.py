@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from plain_parts import plain_part
 
 from vmad_edge.runtime.cli import main
 
@@ -33,10 +34,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("good", "odd", "broken"):
         (folder / name).mkdir()
     for seed in range(6):
-        noise = np.random.default_rng(seed).normal(128, 2, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+        noise = plain_part(np.random.default_rng(seed), 2, 64, 64).clip(0, 255).astype(np.uint8)
         Image.fromarray(noise).save(folder / f"good/{seed}.png")
-    odd = np.random.default_rng(9).integers(0, 256, (64, 64, 3), np.uint8)
-    Image.fromarray(odd).save(folder / "odd/odd.png")
+    odd = plain_part(np.random.default_rng(9), 2, 64, 64) + 20 * np.sin(np.arange(64)[:, None] * (0.5, 0.7, 0.9))
+    Image.fromarray(odd.clip(0, 255).astype(np.uint8)).save(folder / "odd/odd.png")
     (folder / "broken/broken.png").write_bytes(b"this is text")
     return folder
 
@@ -432,7 +433,7 @@ def test_steps_in_a_log_that_is_no_terminal(
     assert capsys.readouterr().err.splitlines() == ["checkpoint", "image 1 of 3", "bundle"]
 
 
-def test_memory_is_flat(tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path) -> None:
+def test_memory_is_flat(tiny_bundle: Path, parts: Path, tmp_path: Path) -> None:
     """Kept results, rows of the report and torn heaps took 0.19 MiB a frame."""
     frames = tmp_path / "frames"
     frames.mkdir()
@@ -440,7 +441,11 @@ def test_memory_is_flat(tiny_bundle: Path, parts: Path, station: Path, tmp_path:
     big.save(frames / "000.png")
     for number in range(1, 400):
         os.link(frames / "000.png", frames / f"{number:03}.png")
-    args = [VMAD, "inspect", tiny_bundle, frames, "--station", station, "--no-review", "--jsonl", "--report", "r"]
+    (tmp_path / "good").mkdir()
+    for number in range(3):  # of that size
+        Image.open(parts / f"good/{number}.png").resize((256, 256)).save(tmp_path / f"good/{number}.png")
+    args = [VMAD, "inspect", tiny_bundle, frames, "--references", tmp_path / "good", "--station", tmp_path / "station"]
+    args += ["--no-review", "--jsonl", "--report", "r"]
     resident = []
     with subprocess.Popen(list(map(str, args)), cwd=tmp_path, stdout=subprocess.PIPE) as going:
         assert going.stdout is not None

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from browser import needs_browser, opened
+from plain_parts import plain_part
 from selenium.webdriver.common.by import By
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -33,9 +34,9 @@ def draw(folder: Path, seed: int) -> None:
     """One category in MVTec AD's layout: four frames to enroll, three good and three defective ones to test."""
     rng = np.random.default_rng(seed)
     for name in ("train/good/0", "train/good/1", "train/good/2", "train/good/3", "test/good/0", "test/good/1"):
-        write(folder / f"{name}.png", rng.normal(128, 6, (64, 48, 3)).clip(0, 255).astype(np.uint8))
+        write(folder / f"{name}.png", plain_part(rng, 6, 64, 48).clip(0, 255).astype(np.uint8))
     for number, ending in enumerate(("_mask", "", "_mask")):
-        part, mask = rng.normal(128, 6, (64, 48, 3)), np.zeros((64, 48), np.uint8)
+        part, mask = plain_part(rng, 6, 64, 48), np.zeros((64, 48), np.uint8)
         mask[20 : 40 + number, 10:30] = mask[5:9, 40:44] = 255
         part[mask > 0] = rng.integers(0, 256, (int((mask > 0).sum()), 3))
         write(folder / f"test/scratch/{number}.png", part.clip(0, 255).astype(np.uint8))
@@ -165,8 +166,13 @@ def test_page_in_a_browser(evaluated: Path) -> None:
         assert not browser.get_log("browser")
         rows = browser.find_elements(By.CSS_SELECTOR, "tbody tr")
         cells = [[cell.text for cell in row.find_elements(By.TAG_NAME, "td")] for row in rows]
-        assert [row[0] for row in cells] == ["bolt_m3", "nut", "mean"] and cells[1][1:4] == ["2", "5", "0"]
-        assert cells[1][4] == f"{100 * (found.categories[1].figures.image_auroc or 0):.1f}"
+        assert [row[0] for row in cells] == ["bolt_m3", "nut", "mean"] and cells[1][1:5] == [
+            "2",
+            "5",
+            "0",
+            "0 good, 0 defective",
+        ]
+        assert cells[1][5] == f"{100 * (found.categories[1].figures.image_auroc or 0):.1f}"
         for curve in browser.find_elements(By.CSS_SELECTOR, "svg"):
             frame, line = (curve.find_element(By.TAG_NAME, name).rect for name in ("rect", "polyline"))
             # from corner to corner (PRO may end below the top), and nowhere beyond but for the line's own width

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -12,6 +16,7 @@ from PIL import Image
 
 from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.frame import Frame, check_source
+from vmad_edge.runtime.masks import read_mask
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
 
@@ -254,3 +259,97 @@ def test_no_message_shows_the_inside_of_a_library(data: bytes) -> None:
 def test_a_frame_is_made_of_rgb_bytes(pixels: Any) -> None:
     with pytest.raises(FrameError, match=r"expected pixels \[h,w,3\] of uint8, got"):
         Frame(pixels, "x")
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a socket", "/dev/zero", "a link to a pipe"])
+def test_what_is_no_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "frame.png"
+    if kind == "a socket":
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(str(path))
+        listening.close()
+    elif kind == "/dev/zero":
+        path = Path(kind)
+    else:
+        os.mkfifo(tmp_path / "pipe" if "link" in kind else path)
+        if "link" in kind:
+            path.symlink_to(tmp_path / "pipe")
+    with pytest.raises(FrameError, match=r"cannot be read \(a device, pipe or socket\)"):
+        Frame.read(path)
+
+
+def test_a_path_with_a_nul_is_no_file() -> None:
+    with pytest.raises(FrameError, match=r"'a\\x00.png': cannot be read \(a path has no NUL in it\)"):
+        Frame.read("a\0.png")
+
+
+class Endless(io.RawIOBase):
+    def read(self, size: int | None = -1) -> bytes:
+        assert size is not None and size > 0
+        return bytes(size)
+
+
+def test_no_more_is_read_than_a_frame_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmad_edge.runtime.frame.MAX_BYTES", 100_000_000)
+    with pytest.raises(FrameError, match="expected at most 100,000,000 bytes, found more"):
+        Frame.read(Endless())
+    path = tmp_path / "sparse.tif"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(FrameError, match="1,099,511,627,776 bytes; expected at most 100,000,000"):
+        Frame.read(path)
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "frame.png"
+    path.write_bytes(PNG)
+    sizes = os.fstat
+
+    def grow(handle: int) -> os.stat_result:
+        before = sizes(handle)
+        with path.open("ab") as file:
+            file.write(b"more")
+        return before
+
+    monkeypatch.setattr(os, "fstat", grow)
+    with pytest.raises(FrameError, match="its length changed meanwhile"):
+        Frame.read(path)
+
+
+def test_premultiplied_alpha_is_dropped_in_grey_as_in_colour() -> None:
+    grey = Image.fromarray(np.dstack([RGB[:, :, 0], np.full((20, 30), 255, np.uint8)]), "LA")
+    np.testing.assert_array_equal(Frame.read(grey.convert("La")).pixels, RGB[:, :, [0, 0, 0]])
+
+
+def test_a_deep_file_that_pillow_has_made_shallow_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "deep.png"
+    path.write_bytes(deep_file(".png", np.repeat(np.arange(600, dtype=np.uint16).reshape(20, 30, 1), 3, 2)))
+    image = Image.open(path)
+    image.load()
+    with pytest.raises(FrameError, match="Pillow does not keep 16-bit files whole"):
+        Frame.read(image, 12)
+    shallow = tmp_path / "shallow.png"
+    shallow.write_bytes(PNG)
+    image = Image.open(shallow)
+    image.load()
+    np.testing.assert_array_equal(Frame.read(image).pixels, RGB)
+
+
+@pytest.mark.parametrize("read", [Frame.read, lambda path: read_mask(path, (64, 64))], ids=["frame", "mask"])
+def test_no_other_program_is_started(
+    read: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow gives an EPS to Ghostscript, whatever it is called."""
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexit 0\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    page = tmp_path / "part.png"
+    page.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(FrameError):
+        read(page)
+    assert not (tmp_path / "started").exists()
+    with contextlib.suppress(OSError):
+        Image.open(page).load()
+    assert (tmp_path / "started").exists()  # as the test would have seen

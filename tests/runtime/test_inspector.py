@@ -48,7 +48,7 @@ def test_screen_alone(inspector: Inspector) -> None:
     assert result.map is not None and result.map.shape == (60, 80) and np.isfinite(result.map).all()
     assert result.deadline_met is True
     assert result.p_yes is None and result.mask is None and result.explanation is None
-    assert {"read", "preprocess", "clip_encoder", "similarity", "map", "screen"} == set(result.timings_ms)
+    assert {"read", "fitness", "preprocess", "clip_encoder", "similarity", "map", "screen"} == set(result.timings_ms)
 
 
 def test_sources_give_the_same(inspector: Inspector, tmp_path: Path) -> None:

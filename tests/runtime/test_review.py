@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -63,7 +64,7 @@ CAMERA = (1080, 1440)
 
 def camera_frame(seed: int) -> NDArray[np.uint8]:
     small = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), np.uint8)
-    return np.asarray(Image.fromarray(small).resize(CAMERA[::-1], Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(small).resize(CAMERA[::-1], Image.Resampling.NEAREST))
 
 
 @pytest.fixture
@@ -414,6 +415,18 @@ def test_a_review_is_waited_for_until_its_deadline_and_no_longer(stub: Stub) -> 
     found = handle.wait()
     assert (found.reason_code, found.deadline_met) == (Reason.REVIEW_LATE, False)
     assert not pending.wait(0)
+
+
+def test_a_review_whose_time_is_up_in_between_is_not_lost(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    reviews = stub("stands")
+    asked = [ask(reviews) for _ in range(4)]
+    times = itertools.cycle([False, True])
+    monkeypatch.setattr(review_module._Job, "expired", property(lambda job: next(times)))
+    with reviews._changed:
+        reviews._behind()
+        on_their_way = [job.pending for job in reviews._waiting]
+        on_their_way += [] if reviews._child is None else reviews._child.sent.values()
+    assert all(review in on_their_way or review.wait(0) for review in asked)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from plain_parts import plain_part
 
 from vmad_edge.runtime.bundle import Bundle
 from vmad_edge.runtime.cli import main
@@ -24,7 +25,7 @@ def dataset(tmp_path: Path) -> Path:
         ):
             path = tmp_path / "ad2" / object / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            frame = rng.normal(128, 6, (64, 90, 3))
+            frame = plain_part(rng, 6, 64, 90)
             if path.parent.name in ("bad", "test_private_mixed"):
                 frame[20:40, 30:60] = rng.integers(0, 256, (20, 30, 3))
             Image.fromarray(frame.clip(0, 255).astype(np.uint8)).save(path)
