@@ -285,7 +285,7 @@ def test_calibration_leaves_unfit_frames_out_and_says_so(bundle: Bundle, tmp_pat
         found = calibrate(inspector, paths[:-1], object="plate", targets=loose)
         assert len(found.frames) == 7 and found.fitness is not None and found.fitness.frames == 7
         assert f"1 of the 8 frames given are unfit and not counted (the first, {paths[0]}: too dark" in found.promise
-    assert Station(tmp_path / "station", bundle).load_calibration("plate") == found
+    assert Station(tmp_path / "station", bundle).load_calibration("plate", found.bank) == found
     with Inspector.open(bundle.path, tmp_path / "station", "cpu") as inspector:
         assert inspector.inspect(paths[-1], object="plate").reason_code is Reason.UNFIT_DARK
         inspector.enroll([part(seed) for seed in range(20, 23)], object="plate")
