@@ -207,9 +207,16 @@ def test_inspections_use_it_until_the_bank_is_another(
 ) -> None:
     frame = parts / "good/0.png"
     inspector.enroll(files(parts / "enrolled"), object="tile")
-    score = inspector.inspect(frame, object="tile", review=False).score
+    screened = inspector.inspect(frame, object="tile", review=False)
+    score = screened.score
     made = calibrate(inspector, files(parts / "good"), object="tile", targets=LOOSE, by="me")
-    assert made.frames[0] == CalibrationFrame(path=str(frame), sha256=sha256(frame), defective=False, score=score)
+    assert made.frames[0] == CalibrationFrame(
+        path=str(frame),
+        sha256=sha256(frame),
+        defective=False,
+        score=score,
+        scope_distance=screened.scope_distance,
+    )
     assert made.by == "me" and made.bank == inspector.station.bank_hash("tile") is not None
 
     # Thresholds around this frame's score, which neither the bundle nor the references would give.

@@ -54,7 +54,7 @@ def test_seeds_are_good(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", BINARY)
 def test_files_cut_off_anywhere(name: str, tmp_path: Path) -> None:
     for data in PARSERS[name].seeds()[:3]:
-        for length in range(0, len(data), max(1, len(data) // 200)):
+        for length in range(0, len(data), max(1, len(data) // 100)):
             PARSERS[name].run(data[:length], tmp_path)
 
 
@@ -62,7 +62,7 @@ def test_files_cut_off_anywhere(name: str, tmp_path: Path) -> None:
 def test_counts_and_lengths_without_reason(name: str, tmp_path: Path) -> None:
     for data in PARSERS[name].seeds()[:3]:
         for count in (2**63, 2**64 - 1, 2**32 - 1, 0):
-            for start in range(0, len(data) - 8, max(1, len(data) // 60)):
+            for start in range(0, len(data) - 8, max(1, len(data) // 40)):
                 PARSERS[name].run(data[:start] + struct.pack("<Q", count) + data[start + 8 :], tmp_path)
 
 
@@ -85,10 +85,12 @@ VALUES += ["[[]]", "[null]", "18446744073709551616", *RAW]
 
 @pytest.mark.parametrize("name", TEXT)
 def test_json_of_other_values(name: str, tmp_path: Path) -> None:
-    """Each value in turn is another, or missing."""
+    """Each value in turn is another, or missing; in large files each is only some of the others."""
     (line, *_) = PARSERS[name].seeds()[0].splitlines()
-    for index in range(len(list(places(json.loads(line))))):
-        for value in VALUES:
+    count = len(list(places(json.loads(line))))
+    step = 1 + count // 12
+    for index in range(count):
+        for value in VALUES[index % step :: step]:
             tree = json.loads(line)
             container, key = list(places(tree))[index]
             container[key] = "@"
