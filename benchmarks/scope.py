@@ -190,9 +190,9 @@ def _descriptors(found: dict[str, Described]) -> Iterator[str]:
     """What each descriptor could do with the margin that it needs, whatever was chosen."""
     yield (
         f"| descriptor | margin for ≤ 1% false everywhere (mean, chosen: {MARGIN:g}, at least {LEAST}) | "
-        "least share of others then | defective |"
+        "least share of others out of scope then |"
     )
-    yield "|---|---:|---:|---:|"
+    yield "|---|---:|---:|"
     kinds: tuple[Kind, ...] = ("cls", "mean", "both")
     for kind in kinds:
         unit = {name: _spread(own.enrolled[kind]) for name, own in found.items()}
@@ -207,9 +207,8 @@ def _descriptors(found: dict[str, Described]) -> Iterator[str]:
             for other, theirs in found.items()
             if other != name
         ]
-        bad = [float(np.mean(ratios(name, own.defective[kind]) > margin)) for name, own in found.items()]
         share, which = min(others)
-        yield f"| {kind} | {margin:.2f} | {100 * share:.1f}% ({which}) | up to {100 * max(bad):.1f}% |"
+        yield f"| {kind} | {margin:.2f} | {100 * share:.1f}% ({which}) |"
 
 
 def _spread(enrolled: Floats) -> float:

@@ -28,7 +28,7 @@ from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, Rev
 from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check
 from vmad_edge.runtime.stages.scope import in_words
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
-from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
+from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream, Unlabelled
 from vmad_edge.runtime.stages.vocabulary import check_model
 from vmad_edge.runtime.station import Fallback, Station
 from vmad_edge.runtime.system import check_system
@@ -549,7 +549,7 @@ def _in_time(deadline: float | None) -> bool | None:
 def settled(verdict: Verdict, p_yes: float, reason: Reason | None = None) -> Verdict:
     """What a review makes of the screen's verdict: it settles UNCERTAIN, never turns DEFECT into GOOD.
 
-    A frame that is out of scope (`reason`) it may call DEFECT, not GOOD.
+    A frame that is out of scope (`reason`) it may call DEFECT, not GOOD. Of unlabelled frames it settles nothing.
     """
     if verdict is not Verdict.UNCERTAIN:
         return verdict
@@ -569,7 +569,7 @@ def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, fl
         features=None,
     )
     verdict = settled(inspection.verdict, finding.p_yes, inspection.reason_code)
-    if verdict is not inspection.verdict:
+    if verdict is not inspection.verdict and inspection.compared_with != Unlabelled.kind:
         after = replace(after, verdict=verdict, decided_by="review")
     if finding.token_scores is not None and inspection.features is not None:
         size = inspection.frame.pixels.shape[0], inspection.frame.pixels.shape[1]

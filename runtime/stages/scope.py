@@ -35,7 +35,8 @@ class Scope:
     """The enrolled frames' descriptors [F,D] float32, and how far from the nearest one a frame may be.
 
     The nearest neighbour's distance tells frames of another kind well (Sun et al. 2022, arXiv 2204.06507) and, unlike
-    Mahalanobis' distance, needs no covariance, which a few frames do not give.
+    Mahalanobis' distance, needs no covariance, which few frames do not give. The mean patch, and not `cls`: that of the
+    reference model tells defects more than products, so a defect moved it as far as another product does.
     """
 
     descriptors: Floats

@@ -71,6 +71,7 @@ def compare(found: Screening, expected: Screening, limit: float = LIMIT) -> None
     assert found.features.view == expected.features.view
     np.testing.assert_allclose(found.map, expected.map, rtol=0, atol=limit)  # NaN where the other has it
     assert abs(found.score - expected.score) <= limit
+    assert found.scope_distance == expected.scope_distance
     assert found.worst[0] == expected.worst[0] and abs(found.worst[1] - expected.worst[1]) <= limit
 
 
@@ -164,6 +165,15 @@ def test_features_of_a_good_frame_come_when_they_are_asked_for(
     assert cuda_device.brought - before < found.map.nbytes + 10_000 < demo.manifest.vision.grid**2 * 192 * 4
     screen.run(second, features, Stopwatch())
     compare(found, cpu.run(first, features, Stopwatch()))
+
+
+def test_the_scope_of_a_good_frame(cpu: Screen, demo: Bundle, thread: DeviceThread) -> None:
+    """Its patches come for that; its features stay where they are."""
+    compared_with, frame = references(cpu, None), part(6, 24)
+    compared_with.thresholds = Thresholds(good_below=9, defect_above=9)
+    found = CudaScreen(encoder(demo, thread), demo.manifest).run(frame, compared_with, Stopwatch())
+    assert found.scope_distance is not None and "patches" not in vars(found.features)
+    compare(found, cpu.run(frame, compared_with, Stopwatch()))
 
 
 def test_a_capture_that_fails_is_told_and_not_tried_again(

@@ -30,6 +30,7 @@ from vmad_edge.runtime.errors import BundleError, VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.objects import folder_name, object_name
 from vmad_edge.runtime.stages.preprocess import View
+from vmad_edge.runtime.stages.scope import Scope, ScopeLimit
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, References
 from vmad_edge.runtime.station import Calibration, Station, same_frames
 
@@ -60,9 +61,8 @@ def references() -> References:
         EnrolledFrame("two.png", 2, 5, View(-1, 0.5, 8, 8), (8, 7), b"second", "b2"),
     )
     features = rng.normal(size=(5, 8)).astype(np.float32)
-    return References(
-        features, np.array([0, 1, 0, 2, 3], np.int32), frames, Thresholds(good_below=0.1, defect_above=0.2)
-    )
+    thresholds, scope = Thresholds(good_below=0.1, defect_above=0.2), Scope(features[1:3], ScopeLimit(limit=0.1))
+    return References(features, np.array([0, 1, 0, 2, 3], np.int32), frames, thresholds, scope=scope)
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -75,6 +75,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.patch, saved.patch)
     assert loaded.frames == saved.frames
     assert loaded.thresholds == saved.thresholds
+    assert loaded.scope is not None and saved.scope is not None and loaded.scope.limit == saved.scope.limit
+    np.testing.assert_array_equal(loaded.scope.descriptors, saved.scope.descriptors)
 
 
 @pytest.mark.parametrize("other", ["m3 screw", "M3_screw", "M3/screw", "../M3 screw", "M3 screw ", ""])
@@ -178,6 +180,17 @@ NOT_COMPLETE, NOT_POSSIBLE = "is not a complete reference bank: ", "is not a pos
             bank(lambda record, _: record["frames"][0].update(stop=5) or record["frames"][1].update(start=5, stop=5)),
             NOT_POSSIBLE + ".*at most 4 each",
             id="more rows than patches",
+        ),
+        pytest.param(bank(lambda _, arrays: arrays.pop("scope")), NOT_POSSIBLE + ".*one of them", id="a limit alone"),
+        pytest.param(bank(lambda record, _: record.pop("scope")), NOT_POSSIBLE + ".*one of them", id="no limit"),
+        pytest.param(changed_array("scope", lambda a: a[:1]), NOT_POSSIBLE + r".*\[2, 8\]", id="scope of one frame"),
+        pytest.param(
+            changed_array("scope", lambda a: put(a, np.nan)), NOT_POSSIBLE + ".*finite", id="NaN in the scope"
+        ),
+        pytest.param(
+            bank(lambda record, _: record["scope"].update(limit=float("inf"))),
+            NOT_COMPLETE + ".*limit",
+            id="an endless scope",
         ),
         pytest.param(changed_frame(start=-1), NOT_COMPLETE + ".*start", id="a negative row"),
         pytest.param(changed_frame(jpeg=[13, 20]), NOT_POSSIBLE + ".*pictures", id="a picture beyond the bytes"),

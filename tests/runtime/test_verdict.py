@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from examples import MANIFEST as FIELDS
@@ -11,6 +13,7 @@ from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Inspection, Reason, Verdict, verdict_of
 from vmad_edge.runtime.inspector import ReviewHandle
 from vmad_edge.runtime.review import PendingReview
+from vmad_edge.runtime.stages.unlabelled import Unlabelled
 from vmad_edge.runtime.systems.vmad import Finding
 
 MANIFEST = Manifest.model_validate({**FIELDS, "files": {}})
@@ -46,6 +49,27 @@ def test_review_settles_uncertain_alone(screen: Verdict, p_yes: float, expected:
     assert (after.verdict, after.decided_by) == (expected, decided_by)
     assert after.explanation == "Yes. A pit."
     assert [region.area for region in after.regions] == [6]
+
+
+@pytest.mark.parametrize("p_yes,expected,decided_by", [(0.5, DEFECT, "review"), (0.49, UNCERTAIN, "screen")])
+def test_review_cannot_make_good_what_is_out_of_scope(p_yes: float, expected: Verdict, decided_by: str) -> None:
+    pending = PendingReview(lambda: None)
+    pending.finding = Finding(p_yes, "Yes.", None, False, "asked to")
+    pending._ended.set()
+    unlike = replace(screened(UNCERTAIN), reason="unlike all", reason_code=Reason.OUT_OF_SCOPE)
+    after = ReviewHandle(unlike, pending, MANIFEST).wait()
+    assert (after.verdict, after.decided_by, after.reason_code) == (expected, decided_by, Reason.OUT_OF_SCOPE)
+    assert after.reason == "unlike all; the review was stopped: asked to"
+
+
+@pytest.mark.parametrize("p_yes", [0.9, 0.1])
+def test_review_settles_nothing_of_unlabelled_frames(p_yes: float) -> None:
+    pending = PendingReview(lambda: None)
+    pending.finding = Finding(p_yes, "Yes.", None, False, None)
+    pending._ended.set()
+    among = replace(screened(UNCERTAIN), compared_with=Unlabelled.kind)
+    after = ReviewHandle(among, pending, MANIFEST).wait()
+    assert (after.verdict, after.decided_by, after.p_yes) == (UNCERTAIN, "screen", p_yes)
 
 
 @pytest.mark.parametrize("screen", [DEFECT, UNCERTAIN, GOOD])
