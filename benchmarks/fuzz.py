@@ -274,8 +274,8 @@ def page(folder: Path, run: Run) -> str:
     text = [
         "# Every parser on altered input\n",
         f"{total:,} executions, counted by the processes that ran them. Made by `benchmarks/fuzz.py`, whose docstring "
-        "says what a fault is; the parsers, seeds and alterations are those of `tests/parsers.py`. A row is one run: "
-        "`python benchmarks/fuzz.py --atheris FOLDER --only PARSER --seed SEED` repeats it.\n",
+        "says what a fault is; the parsers, seeds and alterations are those of `tests/parsers.py`. A row is one run of "
+        "`python benchmarks/fuzz.py --atheris FOLDER --only PARSER … --seed SEED --executions NUMBER`.\n",
         "| parser | executions | by hypothesis | by atheris | faults | minutes | seed | commit |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
         *(
