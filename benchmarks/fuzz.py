@@ -233,7 +233,8 @@ def main() -> None:
     sys.path[:0] = path
     import parsers
 
-    progress, names = RunInProgress(), args.only or list(parsers.PARSERS)
+    progress = RunInProgress()
+    names = (args.only or list(parsers.PARSERS)) if args.executions else []  # none: the page alone
     weights = {name: SLOW.get(name, 1.0) for name in names}
     for name in names:
         total = round(args.executions * weights[name] / sum(weights.values()))
@@ -273,7 +274,8 @@ def page(folder: Path, run: Run) -> str:
     text = [
         "# Every parser on altered input\n",
         f"{total:,} executions, counted by the processes that ran them. Made by `benchmarks/fuzz.py`, whose docstring "
-        "says what a fault is; the parsers, seeds and alterations are those of `tests/parsers.py`. A row is one run.\n",
+        "says what a fault is; the parsers, seeds and alterations are those of `tests/parsers.py`. A row is one run of "
+        "`python benchmarks/fuzz.py --atheris FOLDER --only PARSER … --seed SEED --executions NUMBER`.\n",
         "| parser | executions | by hypothesis | by atheris | faults | minutes | seed | commit |",
         "|---|---:|---:|---:|---:|---:|---:|---|",
         *(
@@ -281,9 +283,10 @@ def page(folder: Path, run: Run) -> str:
             f"| {len(row['faults'])} | {row['minutes']} | {row['seed']} | {row['commit']} |"
             for row in rows
         ),
-        f"\n- Last command: `{run.command}`, {run.date}.",
+        "\nMinutes are by the clock, on a machine that others may have used too.\n",
+        f"- This page: `{run.command}`, {run.date}.",
         f"- Machine: {run.machine.processor}, {run.machine.cores} cores, {run.machine.memory_gib} GiB, "
-        f"{run.machine.system}; other processes took {run.others or 0:.0%} of its time, so minutes are upper bounds.",
+        f"{run.machine.system}.",
         f"- Versions: {versions}.",
         "\n## Faults of these runs\n",
         *([f"- {row['parser']}: {fault}" for row in rows for fault in row["faults"]] or ["None."]),

@@ -454,7 +454,7 @@ PAST: dict[str, tuple[str, bytes]] = {
     "RecursionError of arrays in arrays": ("GGUF header", _gguf_of("a", 9, struct.pack("<IQ", 9, 1) * 5000)),
     "ZeroDivisionError of an alignment of 0": ("GGUF header", _gguf_of("general.alignment", 4, bytes(4))),
     "a text beyond the end was an empty one": ("GGUF header", _gguf_of("a", 8, struct.pack("<Q", 2**63))),
-    "hours for a number of megabytes": ("ONNX header", b"\x08" + b"\xff" * 3_000_000),
+    "quadratic time for a number of megabytes": ("ONNX header", b"\x08" + b"\xff" * 3_000_000),
     "a library's words for a damaged header": ("safetensors header", struct.pack("<Q", 9) + b'{"a":{}, '),
     "TypeError of abnormal features of integers": (
         "normal features",
@@ -483,7 +483,7 @@ PAST: dict[str, tuple[str, bytes]] = {
     "AttributeError of a list of patterns": ("adapter config", _adapter_with(rank_pattern=[1])),
     "TypeError of alpha in words": ("adapter config", _adapter_with(lora_alpha="much")),
     "OverflowError of an array's size": ("message", _message_of("|u1", [2**63])),
-    "gigabytes for an announced array": ("message", _message_of("<f4", [2**31, 2**10])),
+    "memory for an array that is only announced": ("message", _message_of("<f4", [2**31, 2**10])),
     "SyntaxError of an array's type": ("message", _message_of("(01)i4", [1])),
 }
 """Inputs that were faults once; `tests/runtime/test_fuzz.py` sees that they are none."""

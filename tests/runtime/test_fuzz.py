@@ -1,6 +1,6 @@
 """A short run of every parser on inputs as an attacker or a dying disk would send them; `benchmarks/fuzz.py` is long.
 
-VMAD_FUZZ_EXAMPLES=100000 runs as many of each, other ones each time. (100 and 100 a parser: a few seconds.)
+VMAD_FUZZ_EXAMPLES=100000 runs as many of each, other ones each time.
 """
 
 from __future__ import annotations
