@@ -533,7 +533,13 @@ def _normal_features(bundle: Bundle) -> NormalFeatures | None:
     if name not in bundle.manifest.files:
         return None
     with bundle.opened(name) as path:
-        return NormalFeatures(path, bundle.manifest.similarity)
+        found = NormalFeatures(path, bundle.manifest.similarity)
+    if found.normal.width != bundle.manifest.vision.width:  # every frame would be a screen's fault
+        raise BundleError(
+            f"bundle {bundle.path}: {name}: expected features of width {bundle.manifest.vision.width}, as the encoder "
+            f"gives, found {found.normal.width}. Export the bundle again."
+        )
+    return found
 
 
 def _deadline(deadline_ms: float | None) -> float | None:
@@ -549,7 +555,7 @@ def _in_time(deadline: float | None) -> bool | None:
 def settled(verdict: Verdict, p_yes: float, reason: Reason | None = None) -> Verdict:
     """What a review makes of the screen's verdict: it settles UNCERTAIN, never turns DEFECT into GOOD.
 
-    A frame that is out of scope (`reason`) it may call DEFECT, not GOOD. Of unlabelled frames it settles nothing.
+    A frame that is out of scope (`reason`) it may call DEFECT, not GOOD.
     """
     if verdict is not Verdict.UNCERTAIN:
         return verdict
@@ -569,6 +575,7 @@ def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, fl
         features=None,
     )
     verdict = settled(inspection.verdict, finding.p_yes, inspection.reason_code)
+    # Of unlabelled frames nobody said that any is normal: a review settles nothing there.
     if verdict is not inspection.verdict and inspection.compared_with != Unlabelled.kind:
         after = replace(after, verdict=verdict, decided_by="review")
     if finding.token_scores is not None and inspection.features is not None:

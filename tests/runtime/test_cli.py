@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from plain_parts import plain_part
+from safetensors.numpy import load_file, save_file
 
 from vmad_edge.runtime.cli import main
 
@@ -150,22 +152,43 @@ def test_info_warns_of_a_crop(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "not inspected" in vmad("info", tmp_path / "cropping", "--station", tmp_path).stderr
 
 
-@pytest.mark.parametrize("command", ["inspect", "enroll"])
-def test_language_model_without_seg(command: str, tiny_bundle: Path, parts: Path, tmp_path: Path) -> None:
-    """Though all hashes are right."""
+def changed_bundle(bundle: Path, name: str, change: Callable[[Path], None], target: Path) -> Path:
+    """A copy at `target` whose file `name` is another, though all hashes are right."""
     from vmad_edge.runtime.bundle import Bundle, seal
     from vmad_edge.runtime.files import sha256
 
-    other = shutil.copytree(tiny_bundle, tmp_path / "other")
-    whole = (other / "llm.gguf").read_bytes()
+    other = shutil.copytree(bundle, target)
+    change(other / name)
+    manifest = Bundle.open(bundle).manifest
+    seal(other, manifest.model_copy(update={"files": {**manifest.files, name: sha256(other / name)}}))
+    return other
+
+
+def without_seg(gguf: Path) -> None:
+    whole = gguf.read_bytes()
     assert whole.count(b"<seg>") == 1
-    (other / "llm.gguf").write_bytes(whole.replace(b"<seg>", b"<sag>"))
-    manifest = Bundle.open(tiny_bundle).manifest
-    files = {**manifest.files, "llm.gguf": sha256(other / "llm.gguf")}
-    seal(other, manifest.model_copy(update={"files": files}))
+    gguf.write_bytes(whole.replace(b"<seg>", b"<sag>"))
+
+
+def narrower(features: Path) -> None:
+    save_file({name: array[:, :-1].copy() for name, array in load_file(features).items()}, features)
+
+
+@pytest.mark.parametrize(
+    "command,name,change,says",
+    [
+        ("inspect", "llm.gguf", without_seg, "llm.gguf: token 400 is '<sag>'"),
+        ("enroll", "llm.gguf", without_seg, "llm.gguf: token 400 is '<sag>'"),
+        ("inspect", "similarity.safetensors", narrower, "similarity.safetensors: expected features of width"),
+    ],
+)
+def test_bundle_that_contradicts_itself(
+    command: str, name: str, change: Callable[[Path], None], says: str, tiny_bundle: Path, parts: Path, tmp_path: Path
+) -> None:
+    other = changed_bundle(tiny_bundle, name, change, tmp_path / "other")
     done = vmad(command, other, parts / "good", "--station", tmp_path / "station")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "llm.gguf: token 400 is '<sag>'" in done.stderr
+    assert says in done.stderr
 
 
 @pytest.mark.parametrize(
