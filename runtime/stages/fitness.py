@@ -170,7 +170,7 @@ def measure(pixels: NDArray[np.uint8]) -> Fitness:
     height, width = pixels.shape[:2]
     grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
     rows = _sampled(grey, (min(width, _SAMPLED), height))
-    columns = np.ascontiguousarray(_sampled(grey, (width, min(height, _SAMPLED))).T)
+    columns = np.asarray(cv2.transpose(_sampled(grey, (width, min(height, _SAMPLED)))), np.uint8)
     few = _sampled(pixels, (min(width, _SAMPLED), min(height, _SAMPLED)))
     levels = np.cumsum(cv2.calcHist([cv2.cvtColor(few, cv2.COLOR_RGB2GRAY)], [0], None, [256], [0, 256])[:, 0])
     darkest, brightest = np.searchsorted(levels, (0.001 * levels[-1], 0.999 * levels[-1])).tolist()
@@ -271,7 +271,8 @@ def _sampled(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uin
 
 def _spans(lines: NDArray[np.uint8]) -> NDArray[np.int32]:
     """[n,m] → [n]: what the levels of each line span."""
-    return np.asarray(np.subtract(lines.max(axis=1), lines.min(axis=1), dtype=np.int32))
+    most, least = (cv2.reduce(lines, 1, extreme)[:, 0] for extreme in (cv2.REDUCE_MAX, cv2.REDUCE_MIN))
+    return np.asarray(np.subtract(most, least, dtype=np.int32))
 
 
 def _between(pixels: NDArray[np.uint8], lower: int, upper: int) -> float:
@@ -282,7 +283,8 @@ def _between(pixels: NDArray[np.uint8], lower: int, upper: int) -> float:
 
 def _coloured(pixels: NDArray[np.uint8]) -> float:
     red, green, blue = cv2.split(pixels)
-    return float(np.count_nonzero(cv2.max(cv2.absdiff(red, green), cv2.absdiff(green, blue)) > _FLAT)) / red.size
+    apart = cv2.max(cv2.absdiff(red, green), cv2.absdiff(green, blue))
+    return cv2.countNonZero(cv2.threshold(apart, _FLAT, 255, cv2.THRESH_BINARY)[1]) / red.size
 
 
 def _longest(flags: NDArray[np.bool_]) -> int:
@@ -295,8 +297,8 @@ def _correlation(lines: NDArray[np.uint8]) -> float:
     """Across lines two apart, 0 … 1; noise of a sensor's colour pattern ends before."""
     few = lines[:, :: max(1, lines.shape[1] // 64)].astype(np.float32)
     few -= few.mean()
-    power = float(np.square(few).mean())
-    return min(1.0, abs(float((few[:-2] * few[2:]).mean())) / power) if power else 0.0
+    power = float(np.vdot(few, few)) / few.size
+    return min(1.0, abs(float(np.vdot(few[:-2], few[2:]))) / few[2:].size / power) if power else 0.0
 
 
 def _edges(grey: NDArray[np.uint8]) -> float:
@@ -325,7 +327,8 @@ def _laplacian(crop: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _seam(rows: NDArray[np.uint8]) -> float:
-    jumping = (cv2.absdiff(rows[1:], rows[:-1]) > _JUMP).mean(axis=1)
+    _, jumps = cv2.threshold(cv2.absdiff(rows[1:], rows[:-1]), _JUMP, 255, cv2.THRESH_BINARY)
+    jumping = cv2.reduce(jumps, 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F)[:, 0] / 255
     beside = np.maximum(np.concatenate([[0], jumping[:-1]]), np.concatenate([jumping[1:], [0]]))
     return max(0.0, float((jumping - beside).max()))
 
