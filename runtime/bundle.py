@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, BinaryIO, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vmad_edge.kernels import Dtype
 from vmad_edge.runtime.errors import BundleError, VmadError
@@ -184,11 +184,15 @@ class Language(Record):
         return self
 
 
+Score = Annotated[float, Field(ge=-0.01, le=10)]
+"""What a score can reach: (1 − w) · 1 + w · gain · 2 against references, 2 otherwise; rounding may end below 0."""
+
+
 class Thresholds(Record):
     """score < good_below: GOOD. score ≥ defect_above: DEFECT. Between: UNCERTAIN."""
 
-    good_below: FiniteFloat
-    defect_above: FiniteFloat
+    good_below: Score
+    defect_above: Score
 
     @model_validator(mode="after")
     def _order(self) -> Thresholds:
@@ -204,7 +208,7 @@ class Similarity(Record):
     """Of the softmax between normal and abnormal features, where the bundle has abnormal ones."""
     reference_weight: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Of enrolled references beside normal and abnormal features (FADE's few-shot weight); 1: references alone."""
-    reference_gain: Annotated[float, Field(gt=0, le=1000)] = 1.75
+    reference_gain: Annotated[float, Field(gt=0, le=4)] = 1.75
     """What a distance to the references, 1 − cosine, counts beside that softmax (FADE: 3.5 · (1 − cosine) / 2)."""
     smoothing_sigma: Annotated[float, Field(ge=0, le=256)] = 4.0
     """Gaussian on the anomaly map, in pixels of `clip_pixels` (AnomalyCLIP: 4)."""
@@ -214,6 +218,12 @@ class Similarity(Record):
     """How enrolled patches are kept for comparison: reduced ones are compared faster, on most processors."""
     thresholds: Thresholds | None = None
     """For the bundle's normal features, from the training's held-out normals; without them: UNCERTAIN."""
+
+    @model_validator(mode="after")
+    def _reached(self) -> Similarity:
+        if self.thresholds is not None and self.thresholds.defect_above > 2:
+            raise ValueError("thresholds: expected at most 2, which no score of normal features exceeds")
+        return self
 
 
 class Weights(Record):

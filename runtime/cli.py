@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         The subcommand's exit status; 2 for a VmadError, a system that is not Linux, or a path that cannot be used; 4
         for what nobody expected; 130 and 143 after SIGINT and SIGTERM; 141 if nobody reads standard output any more.
     """
+    if sys.stdout is None:  # closed by whoever started this: nobody wants to read it
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that knows ASCII alone is no reason to end
             stream.reconfigure(errors="backslashreplace")

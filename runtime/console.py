@@ -28,7 +28,7 @@ class _Plain(Console):
 
 
 err = _Plain(stderr=True)
-out = _Plain(width=None if sys.stdout.isatty() else 160)
+out = _Plain(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
 
 
 def printable(text: str) -> str:

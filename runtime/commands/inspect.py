@@ -30,6 +30,8 @@ from vmad_edge.runtime.report import Report, in_words, write_map, write_png
 from vmad_edge.runtime.rows import Csv, JsonArray, JsonLines, Row, file_facts, read_rows, take_up
 from vmad_edge.runtime.run import Stage, Stop, in_order
 
+_MAPS = (".tiff", "_language.tiff", "_mask.png")
+"""How the names of what --maps writes end."""
 _STYLE = {
     Verdict.GOOD: "green",
     Verdict.DEFECT: "bold red",
@@ -127,8 +129,7 @@ def _milliseconds(text: str) -> float:
 def _inspect(args: argparse.Namespace) -> int:
     _check(args)
     found = find_images(args.paths)
-    own = [folder.absolute() for folder in (args.report, args.maps) if folder is not None]
-    paths = [path for path in found.paths if not any(Path(path).absolute().is_relative_to(folder) for folder in own)]
+    paths = [path for path in found.paths if not _is_output(Path(path).absolute(), args)]
     if found.left_out:
         err.print(printable(found.said), soft_wrap=True)
     with _open(args, args.stream, args.fallback) as inspector:
@@ -166,12 +167,23 @@ def _note_left_behind(inspector: Inspector, object: str | None) -> None:
         err.print(printable(f"note: {left_behind}"), soft_wrap=True)
 
 
+def _is_output(path: Path, args: argparse.Namespace) -> bool:
+    """Whether an earlier run like this wrote it: a report's picture, or a map."""
+    if args.report is not None and path.parent == args.report.absolute():
+        return path.suffix == ".png"
+    return args.maps is not None and path.is_relative_to(args.maps.absolute()) and path.name.endswith(_MAPS)
+
+
 def _check(args: argparse.Namespace) -> None:
     """What the parser cannot.
 
     Raises:
         VmadError: options that exclude each other, or files with results that would be lost.
     """
+    for option, folder in (("--report", args.report), ("--maps", args.maps)):
+        for path in args.paths if folder is not None else ():
+            if Path(path).absolute().is_relative_to(folder.absolute()):
+                raise VmadError(f"{path} lies in {folder}, where {option} writes: name another folder for {option}")
     if args.stream and args.unlabelled:
         raise VmadError("expected --stream or --unlabelled, got both")
     if args.stream and (args.jobs or 1) > 1:
@@ -285,7 +297,7 @@ class _Results:
         self.new = 0
         """Frames of this run; the others are an earlier one's."""
         self._beside = _Beside()
-        self._maps = Names(paths, in_folders, (".tiff", "_language.tiff", "_mask.png"))
+        self._maps = Names(paths, in_folders, _MAPS)
         self._report = None if args.report is None else Report(args.report, heat_top, paths)
         self._table = None if args.json or args.jsonl == "-" else _Table(compared)
         self._lines = None if args.jsonl is None else JsonLines(None if args.jsonl == "-" else Path(args.jsonl))

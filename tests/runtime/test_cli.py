@@ -480,6 +480,13 @@ def test_memory_is_flat(tiny_bundle: Path, parts: Path, tmp_path: Path) -> None:
     assert resident[1] - resident[0] < 20
 
 
+def test_standard_output_may_be_closed(tiny_bundle: Path, parts: Path, station: Path) -> None:
+    """A traceback's exit status is 1, which is DEFECT here."""
+    command = [VMAD, "inspect", tiny_bundle, parts / "broken", "--station", station]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+
+
 def test_what_a_run_wrote_is_no_frame_of_the_next(
     tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path
 ) -> None:
@@ -487,6 +494,11 @@ def test_what_a_run_wrote_is_no_frame_of_the_next(
     args = ["lot", "--report", "lot/out", "--maps", "lot/maps", "--station", station, "--no-review", "--json"]
     runs = [vmad("inspect", tiny_bundle, *args, cwd=tmp_path) for _ in range(2)]
     assert [len(json.loads(run.stdout)) for run in runs] == [6, 6]
+    shutil.copy(next((parts / "good").iterdir()), tmp_path / "lot/maps/one_more.jpg")
+    assert len(json.loads(vmad("inspect", tiny_bundle, *args, cwd=tmp_path).stdout)) == 7
+    for inside in ("lot/maps", "lot/out/", "lot/maps/one_more.jpg", tmp_path / "lot/maps"):
+        refused = vmad("inspect", tiny_bundle, inside, *args, cwd=tmp_path)
+        assert refused.returncode == 2 and "name another folder for" in refused.stderr
 
 
 @pytest.mark.parametrize("deadline", ["inf", "nan", "-inf", "1e999", "soon"])
