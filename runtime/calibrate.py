@@ -7,12 +7,13 @@ import math
 import platform
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
 
 from vmad_edge.runtime.bundle import Thresholds
-from vmad_edge.runtime.errors import FrameError, VmadError
+from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.files import sha256
 from vmad_edge.runtime.frame import AS_STORED, Reading
 from vmad_edge.runtime.inspection import Inspection
@@ -225,7 +226,7 @@ def _kept(inspector: Inspector, object: str) -> str | None:
     """Hash of the bank that `object` is compared with; None: the bundle's normal features.
 
     Raises:
-        VmadError: the station does not keep what it is compared with.
+        VmadError: the station does not keep what it is compared with, or not any more.
     """
     references = inspector.references(object)
     if references is not None and references.hash is None:
@@ -240,6 +241,13 @@ def _kept(inspector: Inspector, object: str) -> str | None:
             f"{object!r} is compared with another reference bank ({now}) than the station has now ({there}): open the "
             "inspector anew, then calibrate"
         )
+    with suppress(BundleError):  # one that cannot be read is about to be replaced
+        before = inspector.station.last_calibration(object)
+        if kept is None and before is not None and before.bank is not None:
+            raise VmadError(
+                f"{object!r} was calibrated against enrolled frames, which are gone: enroll it again; or remove its "
+                "calibration, to compare it with the bundle's own features from now on"
+            )
     return kept
 
 

@@ -350,22 +350,35 @@ class Station:
             BundleError: it was changed, others can have written it, it cannot be read, or it was made with another
                 bundle or reference bank.
         """
-        if (path := _place(self.path, "calibrations", object)) is None:
+        found = self.last_calibration(object)
+        if found is None:
             return None
-        advice = f"Calibrate {object!r} again, or remove {path}."
-        found = _parsed(Calibration, _content(path, advice)[1], path, advice)
-        if found.object != _text(object):
-            raise BundleError(f"{path} is the calibration of {found.object!r}. {advice}")
+        path = _place(self.path, "calibrations", object)
         for what, then, now in (
             ("bundle", found.bundle, self._bundle.hash),
             ("reference bank", found.bank, bank),
         ):
             if then != now:
                 old, new = (hash[:16] if hash else "none" for hash in (then, now))
+                mend = "Calibrate" if now else "Enroll"
                 raise BundleError(
                     f"the calibration of {found.object!r} ({found.when}, by {found.by}) was made with another {what} "
-                    f"({old}, now {new}). {advice}"
+                    f"({old}, now {new}). {mend} {object!r} again, or remove {path}."
                 )
+        return found
+
+    def last_calibration(self, object: str) -> Calibration | None:
+        """The calibration of `object`, whatever it was made with; None if there is none.
+
+        Raises:
+            BundleError: it was changed, others can have written it, or it cannot be read.
+        """
+        if (path := _place(self.path, "calibrations", object)) is None:
+            return None
+        advice = f"Calibrate {object!r} again, or remove {path}."
+        found = _parsed(Calibration, _content(path, advice)[1], path, advice)
+        if found.object != _text(object):
+            raise BundleError(f"{path} is the calibration of {found.object!r}. {advice}")
         return found
 
     def calibrated(self) -> dict[str, Calibration | str]:

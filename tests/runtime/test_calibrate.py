@@ -241,6 +241,24 @@ def test_inspections_use_it_until_the_bank_is_another(
         calibrated.inspect(frame, object="tile", review=False)
 
 
+def test_a_lost_bank_is_not_replaced_by_the_bundles_features(
+    inspector: Inspector, tiny_bundle: Path, parts: Path, tmp_path: Path
+) -> None:
+    inspector.enroll(files(parts / "enrolled"), object="tile")
+    calibrate(inspector, files(parts / "good"), object="tile", targets=LOOSE)
+    next((inspector.station.path / "banks").glob("*.bank")).unlink()
+    with (
+        Inspector.open(tiny_bundle, tmp_path / "station") as calibrated,
+        pytest.raises(BundleError, match=r"another reference bank \(.*, now none\). Enroll 'tile' again"),
+    ):
+        calibrated.inspect(parts / "good/0.png", object="tile", review=False)
+    with (
+        Inspector.open(tiny_bundle, tmp_path / "station", calibrated=False) as anew,
+        pytest.raises(VmadError, match="enrolled frames, which are gone: enroll it again"),
+    ):
+        calibrate(anew, files(parts / "good"), object="tile", targets=LOOSE)
+
+
 def test_normal_features_are_calibrated_for_one_object_alone(
     inspector: Inspector, tiny_bundle: Path, parts: Path, tmp_path: Path
 ) -> None:
