@@ -83,7 +83,7 @@ os._exit(0)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_between_two_results(number: signal.Signals) -> None:
-    """Though a later stage would wait for ever, as for a review that hangs. In a process of its own: it is the signal's."""
+    """Though a later stage would wait for ever, as for a review that hangs."""
     subprocess.run([sys.executable, "-c", SIGNALLED, str(int(number))], check=True, timeout=WAIT)
 
 
