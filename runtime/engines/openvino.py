@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import cache
 from pathlib import Path
 
 import openvino
@@ -15,6 +16,16 @@ from vmad_edge.runtime.machine import lacks_vnni
 # A pinned thread waits while llama.cpp or another lane has its processor: on a busy machine SAM's encoder took 2 to 4
 # times as long as not pinned (p50, in turns), CLIP's about as long.
 _SETTINGS = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
+
+
+@cache
+def _core() -> openvino.Core:
+    """One for all engines, to the process's end.
+
+    Where the processor has AMX, each core lays a signal stack of its own under the thread and frees it with itself. Of
+    two, the second to go would put back the freed one of the first: the next signal, a Ctrl-C, would be a SIGSEGV.
+    """
+    return openvino.Core()
 
 
 class OpenVinoEngine:
@@ -35,8 +46,7 @@ class OpenVinoEngine:
     """
 
     def __init__(self, path: Path, precision: Precision = "fp32") -> None:
-        self._core = openvino.Core()
-        has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        has_bf16 = "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         computes = "bf16" if has_bf16 and precision != "fp32" else "f32"
         self._settings = _SETTINGS | {"INFERENCE_PRECISION_HINT": computes}
         if (limit := limited_processors()) is not None:
@@ -46,7 +56,7 @@ class OpenVinoEngine:
         self._compiled: dict[_Shapes, openvino.CompiledModel] = {}
         self._lock, self._mine = threading.Lock(), threading.local()
         try:
-            self._model = self._core.read_model(str(path))
+            self._model = _core().read_model(str(path))
             inputs = self._model.inputs
             self._compile(frozenset((i.any_name, tuple(n.min_length or 1 for n in i.partial_shape)) for i in inputs))
         except RuntimeError as error:
@@ -75,7 +85,7 @@ class OpenVinoEngine:
             if shapes not in self._compiled:
                 model = self._model.clone()
                 model.reshape(dict(shapes))
-                self._compiled[shapes] = self._core.compile_model(model, "CPU", self._settings)
+                self._compiled[shapes] = _core().compile_model(model, "CPU", self._settings)
             return self._compiled[shapes]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -73,6 +75,21 @@ def test_openvino_computes_what_onnx_runtime_computes(graph: str, demo: Bundle, 
         pytest.skip("this processor has no bf16")
     for name in expected:  # 2⁻⁹ a rounding, some fifty in a row; and it must really be bf16
         assert 1e-5 < error(found[name], expected[name]) < 2e-2, name
+
+
+@needs_openvino
+def test_signals_come_after_openvino_engines_went(demo: Bundle) -> None:
+    """On a processor with AMX two of OpenVINO's cores would leave a freed signal stack behind."""
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from vmad_edge.runtime.engines.openvino import OpenVinoEngine\n"
+        "first, second = (OpenVinoEngine(Path(sys.argv[1])) for _ in range(2))\n"
+        "del first, second\n"
+        "signal.signal(signal.SIGINT, lambda *_: os._exit(9))\n"
+        "os.kill(os.getpid(), signal.SIGINT)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(demo.file("mask_decoder.onnx"))], timeout=120)
+    assert done.returncode == 9
 
 
 @needs_openvino
