@@ -1,8 +1,9 @@
-"""Small valid manifests that tests share."""
+"""Small valid records that tests share."""
 
 from __future__ import annotations
 
-from vmad_edge.runtime.bundle import ClipInput
+from vmad_edge.runtime.bundle import ClipInput, Thresholds
+from vmad_edge.runtime.station import Calibration
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -43,3 +44,14 @@ MANIFEST: dict[str, object] = {
     },
     "similarity": {},
 }
+
+CALIBRATION = Calibration(
+    bundle="ab" * 32,
+    bank=None,
+    object="M3 screw",
+    thresholds=Thresholds(good_below=0.1, defect_above=0.2),
+    promise="none",
+    by="somebody",
+    when="2026-01-01T00:00:00+0000",
+    frames=(),
+)

@@ -19,7 +19,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from examples import MANIFEST
+from examples import CALIBRATION, MANIFEST
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from PIL import Image
@@ -38,7 +38,7 @@ from vmad_edge.runtime.review import _receive
 from vmad_edge.runtime.rows import flat, read_rows, take_up
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, NormalFeatures, References
-from vmad_edge.runtime.station import Calibration, Station
+from vmad_edge.runtime.station import CalibrationFrame, Station
 
 INSIDE = re.compile(
     r"0x[0-9a-f]{5,}|object at |<class |Traceback|site-packages|(?<!llama)\.cpp\b|\.rs\b|\.py\b|pydantic|Errno"
@@ -99,21 +99,8 @@ def station_bundle() -> Bundle:
 
 
 def _calibrations() -> list[bytes]:
-    frame = {"path": "a.png", "sha256": "cd" * 32, "defective": True, "score": 0.3}
-    return [
-        Calibration(
-            bundle=station_bundle().hash,
-            bank=None,
-            object="part",
-            thresholds=Thresholds(good_below=0.1, defect_above=0.2),
-            promise="none",
-            by="somebody",
-            when="2026-01-01T00:00:00+0000",
-            frames=(frame,),
-        )
-        .model_dump_json()
-        .encode()
-    ]
+    frame = CalibrationFrame(path="a.png", sha256="cd" * 32, defective=True, score=0.3)
+    return [CALIBRATION.model_copy(update={"object": "part", "frames": (frame,)}).model_dump_json().encode()]
 
 
 def _load_calibration(data: bytes, folder: Path) -> None:

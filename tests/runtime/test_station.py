@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from examples import MANIFEST
+from examples import CALIBRATION, MANIFEST
 from kills import kills
 from numpy.typing import NDArray
 from PIL import Image
@@ -32,19 +32,7 @@ from vmad_edge.runtime.objects import folder_name, object_name
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.scope import Scope, ScopeLimit
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, References
-from vmad_edge.runtime.station import Calibration, Station, same_frames
-
-CALIBRATION = Calibration(
-    bundle="ab" * 32,
-    bank=None,
-    object="M3 screw",
-    thresholds=Thresholds(good_below=0.1, defect_above=0.2),
-    promise="none",
-    by="somebody",
-    when="2026-01-01T00:00:00+0000",
-    frames=(),
-)
-
+from vmad_edge.runtime.station import Station, same_frames
 
 SCHEMA_1 = Path(__file__).parent / "station_schema_1"
 """Written by the last version of that layout."""
