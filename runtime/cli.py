@@ -451,8 +451,8 @@ def _evaluate(args: argparse.Namespace) -> int:
                 "enrolled": category.enrolled,
                 "frames": len(category.frames),
                 "not_inspected": category.not_inspected,
-                "unfit_good": category.unfit_good,
-                "unfit_defective": category.unfit_defective,
+                "unfit_good": category.unfit(False),
+                "unfit_defective": category.unfit(True),
                 "out_of_scope_good": category.out_of_scope(False),
                 "out_of_scope_defective": category.out_of_scope(True),
                 "without_mask": category.unmarked,
@@ -550,7 +550,7 @@ def _calibration_facts(calibration: Calibration | str) -> dict[str, Any]:
 def _figures(evaluation: Evaluation) -> Table:
     unfit = ("unfit, good", "unfit, defective")
     table = Table("%", *(name.replace("_", " ") for name in Figures.model_fields), *unfit, box=None)
-    rows = [(c.name, c.figures, (str(c.unfit_good), str(c.unfit_defective))) for c in evaluation.categories]
+    rows = [(c.name, c.figures, (str(c.unfit(False)), str(c.unfit(True)))) for c in evaluation.categories]
     for name, figures, counts in [*rows, ("mean", evaluation.mean, ("", ""))]:
         values = figures.model_dump().values()
         cells = ("–" if value is None else f"{100 * value:.1f}" for value in values)

@@ -122,14 +122,9 @@ class CategoryResult(Record):
         """Good or defective frames that are unlike all that were enrolled."""
         return sum(f.reason_code is Reason.OUT_OF_SCOPE and f.defective is defective for f in self.frames)
 
-    @property
-    def unfit_good(self) -> int:
-        """Good frames that were refused before the screen saw them."""
-        return sum(frame.unfit and not frame.defective for frame in self.frames)
-
-    @property
-    def unfit_defective(self) -> int:
-        return sum(frame.unfit and frame.defective for frame in self.frames)
+    def unfit(self, defective: bool) -> int:
+        """Good or defective frames that were refused before the screen saw them."""
+        return sum(frame.unfit and frame.defective is defective for frame in self.frames)
 
     @property
     def unmarked(self) -> int:

@@ -91,10 +91,10 @@ def warnings(evaluation: Evaluation) -> list[str]:
                 f"{category.name}: {category.not_inspected} frames were not inspected and count in no figure "
                 f"(the first: {reason})"
             )
-        if category.unfit_good or category.unfit_defective:
+        if category.unfit(False) or category.unfit(True):
             found.append(
-                f"{category.name}: of those, unfit to be judged: {category.unfit_good} good and "
-                f"{category.unfit_defective} defective frames"
+                f"{category.name}: of those, unfit to be judged: {category.unfit(False)} good and "
+                f"{category.unfit(True)} defective frames"
             )
         if any(out := (category.out_of_scope(False), category.out_of_scope(True))):
             found.append(f"{category.name}: out of scope: {out[0]} good and {out[1]} defective frames")
@@ -127,7 +127,7 @@ def warnings(evaluation: Evaluation) -> list[str]:
 
 
 def _unfit(category: CategoryResult) -> str:
-    return f"{category.unfit_good} good, {category.unfit_defective} defective"
+    return f"{category.unfit(False)} good, {category.unfit(True)} defective"
 
 
 def _facts(evaluation: Evaluation) -> str:
