@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from vmad_edge.runtime.bundle import first_fault
 from vmad_edge.runtime.errors import CheckpointError
+from vmad_edge.runtime.files import open_file
 
 Shapes = dict[str, tuple[int, ...]]
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -29,7 +30,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: no such file, or no JSON object.
     """
     try:
-        data = json.loads(path.read_text("utf-8"))
+        with open_file(path) as file:
+            data = json.loads(file.read().decode())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: expected a JSON file there") from None
     except OSError as error:

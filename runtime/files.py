@@ -28,9 +28,34 @@ _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
+def open_file(path: Path | str) -> BinaryIO:
+    """Open a regular file to read. No device is touched, and nobody waits for who would write into a pipe.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+        ValueError: no file can have this name.
+    """
+    _refuse_others(path, Path(path).stat())
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    try:
+        _refuse_others(path, os.fstat(file.fileno()))  # it may have become something else meanwhile
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _refuse_others(path: Path | str, found: os.stat_result) -> None:
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):  # a folder, `open` refuses
+        raise OSError(errno.EINVAL, "a device, pipe or socket", os.fspath(path))
+
+
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
+    """Hex SHA-256 of a file.
+
+    Raises: as `open_file`.
+    """
+    with open_file(path) as file:
         return sha256_of(file)
 
 
@@ -160,16 +185,12 @@ def open_ours(path: Path) -> BinaryIO:
     """Open a file to read that nobody but this user and root can have written.
 
     Raises:
-        OSError: it cannot be opened.
-        BundleError: somebody else can have written it, or it is no file.
+        OSError: it cannot be opened, or is no file.
+        BundleError: somebody else can have written it.
     """
-    # Without O_NONBLOCK a FIFO would wait for somebody to write.
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    file = open_file(path)
     try:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise BundleError(f"{path}: expected a file, found something else")
-        check_ours(path, found)
+        check_ours(path, os.fstat(file.fileno()))
     except BaseException:
         file.close()
         raise

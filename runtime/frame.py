@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import stat
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 
 from vmad_edge.runtime.decode import MAX_PIXELS, check_size, decode, from_image, in_rgb, to_8_bits
 from vmad_edge.runtime.errors import FrameError
+from vmad_edge.runtime.files import open_file
 
 Colour = Literal["rgb", "bgr"]
 MAX_BYTES = 8 * MAX_PIXELS
@@ -172,9 +172,7 @@ def _read(file: IO[bytes], name: str) -> bytes:
 
 def _bytes_of(path: str) -> bytes:
     try:
-        if stat.S_IFMT(Path(path).stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
-            raise FrameError(f"{path}: cannot be read (a device, pipe or socket)")
-        with open(path, "rb", opener=_at_once) as file:
+        with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_BYTES:
                 raise FrameError(f"{path}: {size:,} bytes; expected at most {MAX_BYTES:,}")
@@ -186,11 +184,6 @@ def _bytes_of(path: str) -> bytes:
     if len(data) != size:
         raise FrameError(f"{path}: cannot be read (its length changed meanwhile: it is being written)")
     return data
-
-
-def _at_once(path: str, flags: int) -> int:
-    """Opens what may have become a pipe meanwhile without waiting for its writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _why(path: str, error: OSError) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmad_edge.runtime.errors import BundleError
+from vmad_edge.runtime.files import open_file
 
 Field = tuple[int, int | memoryview]
 """Number and value of a protobuf message's field: bytes where it has a length, else a number."""
@@ -149,7 +150,7 @@ def read_gguf(path: Path) -> Gguf:
 def _mapped(path: Path) -> Iterator[memoryview]:
     """A file's bytes; what is wrong with them is a BundleError."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             yield memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise BundleError(f"{path}: its shapes cannot be read ({error.strerror}). Export the bundle again.") from None

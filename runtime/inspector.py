@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import threading
 import time
@@ -15,8 +16,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import get_args
 
 import numpy as np
+from PIL import Image
 
 from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, Thresholds
 from vmad_edge.runtime.engines import Device
@@ -213,7 +216,8 @@ class Inspector:
             BundleError: the object's references or calibration in the station must not be used, there is nothing to
                 compare with, or the station knows other objects but not this one (see `fallback` of `open`).
             VmadError: the inspector is closed, or a fork's; an answer mode that there is not.
-            TypeError, FrameError: what is no frame at all, see `check_source`; a deadline that is no number.
+            TypeError, FrameError: what is no frame at all, see `check_source`; a deadline that is no number; a name or
+                question that is no text.
 
         Args:
             frame: an RGB array [h,w,3] uint8 (or grey, or RGBA), a PIL image, a path, an encoded image (bytes or a
@@ -228,6 +232,8 @@ class Inspector:
             frame_id: the Inspection's `frame.id`, for frames without a path: a trigger's number, a serial.
         """
         self._must_be_open()
+        _check_texts(question=question, frame_id=frame_id)
+        _check_answer(answer)
         deadline = _deadline(deadline_ms)
         review = review and isinstance(self.bundle.manifest, Manifest)
         if review:
@@ -255,11 +261,15 @@ class Inspector:
 
         Raises:
             VmadError: the inspection has no features: it was not inspected, or reviewed already; the inspector is
-                closed, or a fork's.
+                closed, or a fork's; an answer mode that there is not.
             BundleError: the bundle screens only.
-            TypeError: a deadline that is no number.
+            TypeError: no inspection; a deadline that is no number; a question that is no text.
         """
         self._must_be_open()
+        if not isinstance(inspection, Inspection):
+            raise TypeError(f"expected an Inspection, got {type(inspection).__name__}")
+        _check_texts(question=question)
+        _check_answer(answer)
         return self._review(inspection, question, answer, _deadline(deadline_ms))
 
     def _review(
@@ -290,8 +300,11 @@ class Inspector:
 
         Raises:
             FrameError: no frames, or one that cannot be read or shows nothing; nothing is changed then.
+            BundleError: the station cannot be written, see `Station.save_references`.
+            TypeError: one frame or folder, and not several frames; a name that is no text.
         """
         self._must_be_open()
+        _check_several(frames)
         name = self._object(object)
         references = self._screen.enroll((Frame.read(frame, bit_depth, colour) for frame in frames), self._normal)
         if keep:
@@ -315,8 +328,10 @@ class Inspector:
 
         Raises:
             FrameError: too few frames that can be read, see `Unlabelled`.
+            TypeError: as of `enroll`.
         """
         self._must_be_open()
+        _check_several(frames)
         source = self._screen.unlabelled(_readable(frames, bit_depth, colour))
         with self._lock:
             self._sources[self._object(object)] = source
@@ -375,6 +390,7 @@ class Inspector:
         return 2 * source.thresholds.defect_above if by_references and source.thresholds else 1.0
 
     def _object(self, object: str | None) -> str:
+        _check_texts(object=object)
         return self.bundle.manifest.object if object is None else object
 
     def _must_be_open(self) -> None:
@@ -517,6 +533,28 @@ class Inspector:
 
 def _beside(source: SimilaritySource) -> SimilaritySource:
     return source.beside if isinstance(source, Stream) else source
+
+
+def _check_texts(**given: str | None) -> None:
+    for name, value in given.items():
+        if not isinstance(value, str | None):
+            raise TypeError(f"{name}: expected text, got {type(value).__name__}")
+
+
+def _check_answer(answer: Answer | None) -> None:
+    if answer not in (None, *get_args(Answer)):
+        raise VmadError(f"answer: expected {' or '.join(get_args(Answer))}, got {answer!r}")
+
+
+def _check_several(frames: Iterable[FrameSource]) -> None:
+    """A text or a file is iterable, too: by letters and lines."""
+    if not isinstance(frames, Iterable) or isinstance(
+        frames, Frame | Image.Image | bytes | bytearray | memoryview | str | os.PathLike | io.IOBase
+    ):
+        raise TypeError(
+            f"frames: expected several, such as a list of paths, got one {type(frames).__name__}; for a folder give "
+            "Path(folder).iterdir()"
+        )
 
 
 def _readable(frames: Iterable[FrameSource], bit_depth: int | None, colour: Colour) -> Iterator[Frame]:

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from vmad_edge.runtime import masks
 from vmad_edge.runtime.errors import FrameError
+from vmad_edge.runtime.files import open_file
 from vmad_edge.runtime.folders import Images, walk
 from vmad_edge.runtime.labelled import Category, LabelledFrame
 
@@ -148,7 +149,8 @@ def _read_csv(folder: Path) -> list[Category]:
 def _rows(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Each row of a CSV with its place in words."""
     try:
-        text = table.read_text("utf-8-sig")
+        with io.TextIOWrapper(open_file(table), "utf-8-sig") as file:
+            text = file.read()
     except UnicodeDecodeError as error:
         raise FrameError(f"{table}: {error}; save it in UTF-8") from None
     head = text.partition("\n")[0]
@@ -196,7 +198,8 @@ def _tables(folder: Path) -> Path | None:
 def _read_json(table: Path, places: Iterable[Path]) -> Category | None:
     """One object's frames; None if they are in none of the `places`."""
     try:
-        content = json.loads(table.read_text("utf-8"))
+        with open_file(table) as file:
+            content = json.loads(file.read().decode())
         prefix, normal = str(content["meta"]["prefix"]), content["meta"].get("normal_class", "OK")
         train, test = (
             [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from vmad_edge.runtime.decode import opened
 from vmad_edge.runtime.errors import FrameError
+from vmad_edge.runtime.files import open_file
 
 SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
 """Where several files could be a frame's mask, the first of these is it."""
@@ -39,8 +40,8 @@ def read_mask(path: Path, size: tuple[int, int], numbered: bool = False) -> tupl
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of large images: a mask is as large as its frame, or refused
-            with Image.open(path, formats=opened()) as image:
-                levels = _levels(image, path, size, numbered)
+            with open_file(path) as file, Image.open(file, formats=opened()) as image:
+                levels = _levels(image, file, path, size, numbered)
     except (FrameError, MemoryError):
         raise
     except Exception as error:  # decoders raise many kinds on broken files, in words that say nothing to a user
@@ -54,7 +55,7 @@ def read_mask(path: Path, size: tuple[int, int], numbered: bool = False) -> tupl
 def turned(path: Path) -> bool:
     """Whether a file's EXIF orientation turns or mirrors what is stored in it; False if it cannot be read."""
     try:
-        with Image.open(path, formats=opened()) as image:
+        with open_file(path) as file, Image.open(file, formats=opened()) as image:
             return bool(image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
     except Exception:  # decoders raise many kinds on broken files, and the frame's own reader says so
         return False
@@ -75,13 +76,16 @@ def _marked(levels: NDArray[np.uint8 | np.uint16], numbered: bool) -> tuple[NDAr
     return marked, "it marks the whole frame" if marked.all() else None
 
 
-def _levels(image: ImageFile.ImageFile, path: Path, size: tuple[int, int], numbered: bool) -> NDArray[Any]:
+def _levels(
+    image: ImageFile.ImageFile, file: BinaryIO, path: Path, size: tuple[int, int], numbered: bool
+) -> NDArray[Any]:
     """[h,w]: the brightest of a pixel's colours, or its number."""
     if sorted(image.size) != sorted(size):  # before anything large is decoded
         raise _wrong_size(image.size[::-1], size, path)
     if len(image.getbands()) > 1 and any(";16" in str(tile.args) for tile in image.tile):
         # Pillow keeps the high 8 bits of 16-bit colours, and a mark of 255 would be none.
-        colours = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+        file.seek(0)
+        colours = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
         if colours is None:
             raise FrameError(f"{path}: not a readable mask ({_DAMAGED})")
         values = np.asarray(colours)

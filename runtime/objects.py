@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
-from vmad_edge.runtime.errors import VmadError
+from vmad_edge.runtime.errors import BundleError
 
 _LONGEST = 240
 """Bytes of a folder's name: file systems allow 255, and it is written under a longer one first."""
@@ -18,11 +18,11 @@ def folder_name(object: str) -> str:
     """Two objects never share a folder: what a file name should not hold is written as its code point.
 
     Raises:
-        VmadError: the name is longer than a file system takes.
+        BundleError: the name is longer than a file system takes.
     """
     name = re.sub(r"[^a-z0-9-]", lambda match: f"_{ord(match[0]):x}_", object) or "_"
     if len(name) > _LONGEST:
-        raise VmadError(
+        raise BundleError(
             f"the object's name {object[:20]!r}… is too long to name a folder: {len(object)} characters become "
             f"{len(name)}, expected at most {_LONGEST} (each but a-z, 0-9 and - takes four or more). Take a shorter one"
         )

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal, cast, get_args
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -247,12 +247,7 @@ class ReviewProcess:
 
         Args:
             deadline: a time.monotonic() value at which it stops by itself.
-
-        Raises:
-            VmadError: an answer mode that there is not.
         """
-        if mode not in get_args(Answer):
-            raise VmadError(f"answer: expected {' or '.join(get_args(Answer))}, got {mode!r}")
         self.start()
         number = next(self._numbers)
         pending = PendingReview(lambda: self._cancel(number), deadline)

@@ -138,8 +138,8 @@ class Station:
 
         Raises:
             OSError: it cannot be written.
-            BundleError: others can write to the station, its file system has no locks, or no reader would take it.
-            VmadError: the object's name is too long.
+            BundleError: others can write to the station, its file system has no locks, no reader would take it, or the
+                object's name is too long.
         """
         try:
             record = self._record(object, references)

@@ -9,11 +9,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from vmad_edge.kernels import Dtype, ReferenceBank, max_cosine, segmented_max_cosine
 from vmad_edge.runtime.bundle import Similarity, Thresholds
 from vmad_edge.runtime.errors import BundleError, FrameError
+from vmad_edge.runtime.files import open_file
 from vmad_edge.runtime.inspection import NearestNormal
 from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
@@ -48,7 +49,8 @@ class NormalFeatures:
 
     def __init__(self, path: Path, spec: Similarity) -> None:
         try:
-            features = load_file(path)
+            with open_file(path) as file:
+                features = load(file.read())
             self.normal = ReferenceBank.from_array(features["visual_normal"])
             abnormal = features.get("visual_abnormal")
             self.abnormal = None if abnormal is None else ReferenceBank.from_array(abnormal)

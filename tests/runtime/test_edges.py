@@ -140,7 +140,9 @@ def _links(folder: Path) -> dict[str, Path]:
     (folder / "nothing").symlink_to(folder / "nowhere")
     (folder / "folder").mkdir()
     (folder / "file").write_bytes(b"nothing\nof it\n")
-    named = {name: folder / name for name in ("loop", "nothing", "folder", "missing", "file")}
+    os.mkfifo(folder / "pipe")
+    (folder / "device").symlink_to("/dev/zero")
+    named = {name: folder / name for name in ("loop", "nothing", "folder", "missing", "file", "pipe", "device")}
     below = {"below a file": folder / "file/a", "NUL": folder / "a\0b", "surrogate": folder / "\ud800"}
     return {**named, **below, "long": folder / ("x" * 300), "deep": Path(folder, *["x" * 200] * 30)}
 
@@ -165,6 +167,8 @@ READERS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("reader", READERS)
 def test_paths_that_lead_to_nothing(reader: str, tmp_path: Path) -> None:
     for kind, path in _links(tmp_path).items():
+        if kind in ("pipe", "device") and reader in ("read_rows", "take_up"):  # `vmad table <(grep …)` is good
+            continue
         with pytest.raises(VmadError) as raised:
             READERS[reader](path)
             pytest.fail(f"{reader} took {kind}")

@@ -274,7 +274,7 @@ def test_what_is_no_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe" if "link" in kind else path)
         if "link" in kind:
             path.symlink_to(tmp_path / "pipe")
-    with pytest.raises(FrameError, match=r"cannot be read \(a device, pipe or socket\)"):
+    with pytest.raises(FrameError, match=r"cannot be read \(.*a device, pipe or socket\)"):
         Frame.read(path)
 
 

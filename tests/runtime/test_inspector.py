@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -82,6 +83,27 @@ def test_question_that_cannot_be_asked(inspector: Inspector, question: str, says
     assert result.verdict is Verdict.UNCERTAIN
     assert "review failed" in (result.reason or "") and says in (result.reason or "")
     assert inspector.inspect(image(0)).p_yes is not None  # the next review is none the worse
+
+
+@pytest.mark.parametrize("given", [{"object": 7}, {"object": b"part"}, {"question": 5}, {"frame_id": 7}])
+def test_what_is_no_text_raises(inspector: Inspector, given: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(given))}: expected text, got (int|bytes)"):
+        inspector.inspect(image(0), **given)
+
+
+@pytest.mark.parametrize("frames", ["parts", b"parts", Path("parts"), Image.new("L", (16, 16)), io.BytesIO(), 5, None])
+def test_several_frames_are_wanted_not_one(inspector: Inspector, frames: Any) -> None:
+    """A text would be read letter by letter."""
+    with pytest.raises(TypeError, match="frames: expected several"):
+        inspector.enroll(frames, keep=False)
+    with pytest.raises(TypeError, match="frames: expected several"):
+        inspector.compare_unlabelled(frames)
+
+
+def test_a_review_is_of_an_inspection(inspector: Inspector) -> None:
+    for thing in (None, 5, image(0)):
+        with pytest.raises(TypeError, match="expected an Inspection"):
+            inspector.review(thing)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("answer", ["long", 3, {1}])
