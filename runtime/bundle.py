@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, BinaryIO, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from vmad_edge.kernels import Dtype
 from vmad_edge.runtime.errors import BundleError, VmadError
@@ -199,6 +199,22 @@ class Thresholds(Record):
         if not self.good_below <= self.defect_above:
             raise ValueError(f"good_below {self.good_below} exceeds defect_above {self.defect_above}")
         return self
+
+
+class ReviewRule(Record):
+    """What a review makes of what the screen leaves UNCERTAIN. Without a rule it explains, and settles nothing."""
+
+    good_below: FiniteFloat | None
+    """P(yes) < good_below: GOOD. None: never."""
+    defect_above: FiniteFloat | None
+    """P(yes) ≥ defect_above: DEFECT. None: never."""
+    question: str | None = None
+    """That P(yes) answers; None: any."""
+
+
+def makers_rule(thresholds: Thresholds | None) -> ReviewRule | None:
+    """Of a bundle whose maker gave it these thresholds, for objects that nobody enrolled or calibrated."""
+    return None if thresholds is None else ReviewRule(good_below=0.5, defect_above=0.5)
 
 
 class Similarity(Record):

@@ -7,8 +7,10 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import entry_points, version
 from io import TextIOWrapper
 from pathlib import Path
@@ -69,7 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         return _failed(error, debug=False)
     args = _parser().parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
-    # A polite kill unwinds like an error, so that what was half written goes.
+    # A Ctrl-C and a polite kill unwind like an error, so that what was half written goes.
+    interrupted = threading.Event()
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, partial(_interrupt, interrupted))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         status = int(args.run(args))
@@ -81,7 +86,14 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's last flush complains
         return 141
     except Exception as error:
+        if interrupted.is_set():  # a library that was being loaded made another error of it
+            return 130
         return _failed(error, args.debug)
+
+
+def _interrupt(interrupted: threading.Event, *_: object) -> None:
+    interrupted.set()
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:

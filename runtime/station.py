@@ -31,11 +31,12 @@ from pydantic import AfterValidator, FiniteFloat, NonNegativeInt, PositiveInt, V
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from vmad_edge.runtime.bundle import Bundle, Record, Thresholds, Vision, first_fault
+from vmad_edge.runtime.bundle import Bundle, Record, ReviewRule, Thresholds, Vision, first_fault
 from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import BundleError, FrameError
 from vmad_edge.runtime.files import check_ours, only_writer, open_ours, sync, whole_file
 from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
+from vmad_edge.runtime.inspection import Verdict
 from vmad_edge.runtime.objects import alike, folder_name, listed, object_name
 from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
@@ -101,6 +102,10 @@ class CalibrationFrame(Record):
     score: FiniteFloat
     scope_distance: FiniteFloat | None = None
     """See `Inspection`."""
+    p_yes: FiniteFloat | None = None
+    """None: not reviewed."""
+    verdict: Verdict | None = None
+    """By thresholds that other frames alone set; None: it set them too (good frames alone, an older calibration)."""
 
 
 class Calibration(Record):
@@ -121,6 +126,16 @@ class Calibration(Record):
     frames: tuple[CalibrationFrame, ...]
     fitness: FitnessLimits | None = None
     """Of its good frames; an older one has none."""
+    review: ReviewRule | None = None
+    """What a review settles; None: nothing, the screen decides alone."""
+    device: str | None = None
+    """That the frames were inspected on; an older one does not say."""
+
+    @property
+    def escaped(self) -> tuple[int, int]:
+        """How many defective frames were called GOOD, of how many that set no threshold themselves."""
+        verdicts = [frame.verdict for frame in self.frames if frame.defective and frame.verdict is not None]
+        return verdicts.count(Verdict.GOOD), len(verdicts)
 
 
 class Station:

@@ -128,6 +128,32 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert list(station.calibrated().values()) == [calibration()]
 
 
+def test_escapes_are_counted_on_frames_that_set_no_threshold() -> None:
+    def frame(defective: bool, verdict: Verdict | None) -> CalibrationFrame:
+        return CalibrationFrame(path="a.png", sha256="00", defective=defective, score=0.05, verdict=verdict)
+
+    verdicts = [Verdict.GOOD, Verdict.GOOD, Verdict.DEFECT, Verdict.UNCERTAIN]
+    frames = [frame(True, verdict) for verdict in verdicts] + [frame(False, Verdict.GOOD)]
+    assert calibration(frames=frames).escaped == (2, 4)
+    older = [frame(True, None)] * 30
+    assert calibration(frames=older).escaped == (0, 0)
+
+
+def test_an_older_one_is_read_and_lets_a_review_settle_nothing(tmp_path: Path) -> None:
+    station = Station(tmp_path, bundle())
+    path = station.save_calibration(calibration())
+    newer = {"review", "device"}, {"p_yes", "verdict"}
+
+    def without(content: bytes) -> bytes:
+        fields = json.loads(content)
+        frames = [{name: value for name, value in frame.items() if name not in newer[1]} for frame in fields["frames"]]
+        return json.dumps({name: fields[name] for name in fields if name not in newer[0]} | {"frames": frames}).encode()
+
+    rewrite(path, without)
+    assert station.load_calibration("M3 screw", None) == calibration()
+    assert calibration().review is None
+
+
 @pytest.mark.parametrize(
     "damage,says",
     [

@@ -273,6 +273,44 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.parametrize("module", ["vmad_edge.runtime.cli", "vmad_edge.runtime.bundle"])
+def test_an_interrupt_before_anything_begins_says_nothing(module: str) -> None:
+    """While the command's own modules are loaded, which takes seconds."""
+    code = f"""
+import os, signal, sys
+from vmad_edge.runtime.__main__ import main
+class AtImport:
+    def find_spec(self, name, *_):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, AtImport())
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_an_interrupt_that_a_library_makes_another_error_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def info(*_: object) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+        return 0
+
+    monkeypatch.setattr("vmad_edge.runtime.cli._info", info)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["info", "bundle"]) == 130
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_is_readable_and_goes_on(
     number: signal.Signals, status: int, tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path
