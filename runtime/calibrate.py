@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import getpass
 import math
-import platform
-import time
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
 
+from vmad_edge.runtime import audit
 from vmad_edge.runtime.bundle import Thresholds
 from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.files import sha256
 from vmad_edge.runtime.frame import AS_STORED, Reading
 from vmad_edge.runtime.inspection import Inspection
 from vmad_edge.runtime.inspector import Inspector
+from vmad_edge.runtime.release import Release, Shown
 from vmad_edge.runtime.stages.fitness import Fitness, learned, measure
 from vmad_edge.runtime.stages.scope import scope_limit
-from vmad_edge.runtime.station import Calibration, CalibrationFrame
+from vmad_edge.runtime.station import Calibration, CalibrationFrame, now
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Targets:
     """Of good parts: called DEFECT."""
     suspects: float = 0.10
     """Of good parts: not called GOOD. Used where there are no labelled defects."""
+    missed: float = 0.5
+    """Of defective parts: called GOOD, at most, for their object to be released. Needs labelled defects."""
     confidence: float = 0.95
     """That a share promised for all parts, and not for these frames alone, holds."""
 
@@ -57,6 +59,8 @@ def calibrate(
     Frames that are unfit to be judged are left out, and the promise says so: on the line they are NOT_INSPECTED too.
     From the good ones that are left, limits of fitness are learned.
     The good frames' distances to the enrolled ones set the limit of its scope anew.
+    Defects release the object if they show that at most `targets.missed` of all are missed: by default, with five
+    defects and none missed, that more are seen than missed. Drawn defects show nothing: see `vmad calibrate --help`.
 
     Args:
         inspector: one opened with `calibrated=False`, so that an outdated calibration is not in the way.
@@ -112,13 +116,35 @@ def calibrate(
         thresholds=thresholds,
         scope=scope_limit([d for d in distances if d is not None]),
         promise=promise + said,
-        by=by or _account(),
-        when=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        by=by or audit.account(),
+        when=now(),
         frames=tuple(frames.values()),
         fitness=learned(list(fit.values())),
     )
     inspector.station.save_calibration(calibration)
+    if defective:
+        inspector.station.save_release(_release(calibration, targets))
     return calibration
+
+
+def _release(calibration: Calibration, targets: Targets) -> Release:
+    """What its defects show, whether that is enough or not."""
+    scores = [frame.score for frame in calibration.frames if frame.defective]
+    missed = sum(score < calibration.thresholds.good_below for score in scores)
+    shown = Shown(
+        defects=len(scores),
+        missed=missed,
+        bound=largest_share(missed, len(scores), targets.confidence),
+        confidence=targets.confidence,
+        allowed=targets.missed,
+        needed=defects_needed(missed, targets.missed, targets.confidence),
+    )
+    return Release(
+        **calibration.model_dump(include={"bundle", "object", "bank", "by", "when"}),
+        calibration=calibration.hash,
+        released=shown.is_enough,
+        shown=shown,
+    )
 
 
 def from_good(scores: Sequence[float], targets: Targets) -> tuple[Thresholds, str]:
@@ -176,6 +202,11 @@ def from_labels(good: Sequence[float], defective: Sequence[float], targets: Targ
 def frames_needed(share: float, confidence: float) -> int:
     """How many good frames the bound on `share` takes: the smallest n with 1 − (1 − share)ⁿ ≥ confidence."""
     return math.ceil(math.log(1 - confidence) / math.log(1 - share))
+
+
+def defects_needed(missed: int, share: float, confidence: float) -> int:
+    """How many defects, `missed` of them missed, show that at most `share` of all are: where `largest_share` is it."""
+    return bisect_left(range(2**31), True, missed + 1, key=lambda n: at_most(missed, n, share) <= 1 - confidence)
 
 
 def largest_share(count: int, total: int, confidence: float) -> float:
@@ -270,10 +301,3 @@ def _scored(
         score=inspection.score,
         scope_distance=inspection.scope_distance,
     )
-
-
-def _account() -> str:
-    try:
-        return f"{getpass.getuser()}@{platform.node()}"
-    except (KeyError, OSError):  # an account without a name
-        return platform.node()

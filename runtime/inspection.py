@@ -140,6 +140,9 @@ class Inspection:
     reason: str | None = None
     """Why it was not inspected, that it is out of scope, or what kept the review from its end."""
     reason_code: Reason | None = None
+    released: bool = False
+    """Somebody showed that this bundle sees this object's defects, see `Inspector.standing`. Else a GOOD one is no
+    more than not unlike what it was compared with."""
     score: float | None = None
     """The screen's image score; None if NOT_INSPECTED."""
     scope_distance: float | None = None
@@ -210,6 +213,7 @@ class Inspection:
             "reason_code": None if self.reason_code is None else self.reason_code.value,
             "decided_by": self.decided_by,
             "compared_with": self.compared_with,
+            "released": self.released,
             "seg_forced": self.seg_forced,
             "timings_ms": {stage: round(value, 3) for stage, value in self.timings_ms.items()},
             "deadline_met": self.deadline_met,

@@ -27,6 +27,7 @@ from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.frame import Colour, Frame, FrameSource, check_source
 from vmad_edge.runtime.inspection import Inspection, Reason, Region, Screening, Verdict, find_regions, verdict_of
+from vmad_edge.runtime.release import THIS_RUN_ALONE, UNLABELLED, Standing
 from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, ReviewProcess
 from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check
 from vmad_edge.runtime.stages.scope import in_words
@@ -116,7 +117,7 @@ class Inspector:
         self._screen = Screen(bundle, device, station.plans)
         self._normal = _normal_features(bundle)
         self._calibrated, self._stream, self._fallback = calibrated, stream, fallback
-        self._sources: dict[str, SimilaritySource] = {}
+        self._sources: dict[str, tuple[SimilaritySource, Standing]] = {}
         self._loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
         self._closed = False
@@ -307,10 +308,12 @@ class Inspector:
         _check_several(frames)
         name = self._object(object)
         references = self._screen.enroll((Frame.read(frame, bit_depth, colour) for frame in frames), self._normal)
+        standing = THIS_RUN_ALONE
         if keep:
             self.station.save_references(name, references)
+            standing = self.station.standing(name, references.hash, None)
         with self._lock:
-            self._sources[name] = self._with_stream(references)
+            self._sources[name] = self._with_stream(references), standing
         return references
 
     def compare_unlabelled(
@@ -334,15 +337,15 @@ class Inspector:
         _check_several(frames)
         source = self._screen.unlabelled(_readable(frames, bit_depth, colour))
         with self._lock:
-            self._sources[self._object(object)] = source
+            self._sources[self._object(object)] = source, UNLABELLED
 
     def load_reviews(self) -> None:
         """Begin to load the review's models, if the bundle has them; returns at once."""
         if isinstance(self.bundle.manifest, Manifest):
             self._reviews.start()
 
-    def compared_with(self, object: str | None = None) -> dict[str, str | float | None]:
-        """What the screen's verdicts of `object` hang on, as plain values: equal where those would be equal.
+    def compared_with(self, object: str | None = None) -> dict[str, str | float | bool | None]:
+        """What the screen's Inspections of `object` hang on, as plain values: equal where those would be equal.
 
         Thresholds have six digits: an enrolment made anew from the same frames may differ in the last ones.
         """
@@ -358,6 +361,7 @@ class Inspector:
             "defect_above": None if thresholds is None else float(f"{thresholds.defect_above:.6g}"),
             "fitness": hashlib.sha256(source.fitness.model_dump_json().encode()).hexdigest(),
             "scope_limit": None if source.scope is None else float(f"{source.scope.limit.limit:.6g}"),
+            "released": self.standing(object).released,
         }
 
     def references(self, object: str | None = None) -> References | None:
@@ -375,9 +379,17 @@ class Inspector:
         raise VmadError(f"{name!r} is compared with {beside.kind}: expected enrolled frames or the bundle's features")
 
     def told(self, object: str | None = None) -> str:
-        """What `object` is compared with now, and which frames are in scope, for people."""
-        source = self._source(self._object(object))
-        return f"{source.kind}; {in_words(source.scope)}"
+        """What `object` is compared with now, whether it is released, and which frames are in scope, for people."""
+        source, standing = self._compared(self._object(object))
+        return f"{source.kind}; {'released' if standing.released else 'not released'}; {in_words(source.scope)}"
+
+    def standing(self, object: str | None = None) -> Standing:
+        """Whether `object` is released as it is compared now (see `Station.standing`).
+
+        A stream changes nothing about it: it only raises scores, so no more defects are missed. What is released or
+        withdrawn after an object's first use here is not known to this inspector.
+        """
+        return self._compared(self._object(object))[1]
 
     def thresholds(self, object: str | None = None) -> Thresholds | None:
         """Of `object` as it is compared now; None where there are none (unlabelled frames)."""
@@ -400,6 +412,9 @@ class Inspector:
             raise VmadError("this inspector was opened before the process forked; open one in each process")
 
     def _source(self, object: str) -> SimilaritySource:
+        return self._compared(object)[0]
+
+    def _compared(self, object: str) -> tuple[SimilaritySource, Standing]:
         with self._lock:
             known, loading = self._sources.get(object), self._loading[object]
         if known is not None:
@@ -413,7 +428,7 @@ class Inspector:
                     known = self._sources.setdefault(object, known)  # enrolled meanwhile: that is the newer one
         return known
 
-    def _loaded(self, object: str) -> SimilaritySource:
+    def _loaded(self, object: str) -> tuple[SimilaritySource, Standing]:
         if self._fallback is None:
             self.station.check_known(object, self._held())
         source = self.station.load_references(object, self._normal) or copy(self._normal)
@@ -430,13 +445,13 @@ class Inspector:
                 source.fitness = calibration.fitness
             if source.scope is not None and calibration.scope is not None:
                 source.scope = replace(source.scope, limit=calibration.scope)
-        return self._with_stream(source)
+        return self._with_stream(source), self.station.standing(object, bank, calibration)
 
     def _held(self) -> list[str]:
         """The objects that were enrolled here, kept or not."""
         with self._lock:
             sources = list(self._sources.items())
-        return [name for name, source in sources if not isinstance(_beside(source), NormalFeatures)]
+        return [name for name, (source, _) in sources if not isinstance(_beside(source), NormalFeatures)]
 
     def _with_stream(self, source: NormalFeatures | References) -> SimilaritySource:
         return Stream(source, self.bundle.manifest.similarity, self._stream) if self._stream else source
@@ -452,7 +467,7 @@ class Inspector:
     ) -> Inspection:
         check_source(source, bit_depth, colour)
         watch = Stopwatch()
-        compared_with = self._source(object)
+        compared_with, standing = self._compared(object)
         path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
         name = source.id if isinstance(source, Frame) else path or "frame"
         frame = Frame(np.zeros((0, 0, 3), np.uint8), frame_id or name, path)
@@ -470,7 +485,7 @@ class Inspector:
             else:
                 inspection = self._inspection(frame, object, screening, compared_with, watch)
                 if (met := _in_time(deadline)) is not False:
-                    return replace(inspection, deadline_met=met, deadline=deadline)
+                    return replace(inspection, released=standing.released, deadline_met=met, deadline=deadline)
                 reason = f"the screen took {watch.timings_ms['screen']:.0f} ms and missed the deadline"
                 code = Reason.SCREEN_LATE
         except UnfitError as error:
@@ -486,6 +501,7 @@ class Inspector:
             Verdict.NOT_INSPECTED,
             reason=reason,
             reason_code=code,
+            released=standing.released,
             timings_ms=watch.timings_ms,
             deadline_met=_in_time(deadline),
             deadline=deadline,

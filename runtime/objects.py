@@ -6,12 +6,24 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from difflib import SequenceMatcher
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from vmad_edge.runtime.errors import BundleError
 
 _LONGEST = 240
 """Bytes of a folder's name: file systems allow 255, and it is written under a longer one first."""
 _MOST = 10
+
+
+def text_of(name: str) -> str:
+    """Names may hold bytes that are no text; JSON cannot."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+Text = Annotated[str, AfterValidator(text_of)]
+"""What a record keeps of a name."""
 
 
 def folder_name(object: str) -> str:

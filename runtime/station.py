@@ -1,14 +1,17 @@
-"""The device's own folder beside a bundle: what it enrolled and calibrated. Keyed by the bundle's hash.
+"""The device's own folder beside a bundle: what it enrolled, calibrated and released. Keyed by the bundle's hash.
 
 station/<first 16 of the bundle's hash>/
   banks/<object>.bank                 safetensors: features, patch numbers, pictures, scope; its metadata says what
   calibrations/<object>.calibration   JSON: the Calibration below
+  releases/<object>.release           JSON: a Release, see release.py
+  audit.jsonl                         who made which of them, and when: see audit.py
   engines/<graph>/plan.trt …          a TensorRT plan, see engines/plans.py
 
-The first line of a bank or calibration is the SHA-256 of all that follows, which is checked before it is parsed. So
-each is one file, which one rename replaces: a reader finds the old one or the new one, and needs no lock. Writers wait
-for each other at the `.lock` in their folder. Schema 1 had a folder <object>/ with the content and its hash in a file
-each; it is read where there is no newer file, and goes with the next write after the one that replaced it.
+The first line of a bank, calibration or release is the SHA-256 of all that follows, which is checked before it is
+parsed. So each is one file, which one rename replaces: a reader finds the old one or the new one, and needs no lock.
+Writers wait for each other at the `.lock` in their folder. Schema 1 had a folder <object>/ with the content and its
+hash in a file each; it is read where there is no newer file, and goes with the next write after the one that replaced
+it.
 """
 
 from __future__ import annotations
@@ -19,25 +22,28 @@ import os
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import platformdirs
 from numpy.typing import NDArray
-from pydantic import AfterValidator, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from vmad_edge.runtime import audit
 from vmad_edge.runtime.bundle import Bundle, Record, ReviewRule, Thresholds, Vision, first_fault
 from vmad_edge.runtime.engines.plans import Plans
-from vmad_edge.runtime.errors import BundleError, FrameError
+from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.files import check_ours, only_writer, open_ours, sync, whole_file
 from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
 from vmad_edge.runtime.inspection import Verdict
-from vmad_edge.runtime.objects import alike, folder_name, listed, object_name
+from vmad_edge.runtime.objects import Text, alike, folder_name, listed, object_name, text_of
+from vmad_edge.runtime.release import Release, Standing, check_answered
 from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.scope import Scope, ScopeLimit
@@ -47,20 +53,14 @@ Fallback = Literal["bundle"]
 """What an object is compared with that the station does not know, though it knows others: the bundle's own features."""
 
 
-Kind = Literal["banks", "calibrations"]
-_SUFFIX: dict[Kind, str] = {"banks": ".bank", "calibrations": ".calibration"}
+Kind = Literal["banks", "calibrations", "releases"]
+_SUFFIX: dict[Kind, str] = {"banks": ".bank", "calibrations": ".calibration", "releases": ".release"}
 _SCHEMA_1: dict[Kind, str] = {"banks": "bank.safetensors", "calibrations": "calibration.json"}
-"""The content's file in the folder of an object; the hash's differs by its suffix."""
-_IS: dict[Kind, str] = {"banks": "reference bank", "calibrations": "calibration"}
+"""The content's file in the folder of an object; the hash's differs by its suffix. It had no releases."""
+_IS: dict[Kind, str] = {"banks": "reference bank", "calibrations": "calibration", "releases": "release"}
+_MADE: tuple[Kind, ...] = ("banks", "calibrations")
+"""What makes an object known."""
 _HASH_LINE = 65
-
-
-def _text(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-Text = Annotated[str, AfterValidator(_text)]
-"""Names may hold bytes that are no text; JSON cannot."""
 
 
 class _FrameRecord(Record):
@@ -137,6 +137,11 @@ class Calibration(Record):
         verdicts = [frame.verdict for frame in self.frames if frame.defective and frame.verdict is not None]
         return verdicts.count(Verdict.GOOD), len(verdicts)
 
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what it says; a later version's is the same, if what it adds has defaults."""
+        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
+
 
 class Station:
     """Everything that a device adds to one bundle."""
@@ -169,7 +174,9 @@ class Station:
         }
         if fault := _fault(record, arrays, self._bundle.manifest.vision):
             raise BundleError(f"the references of {object!r} cannot be kept: {fault}")
-        path, references.hash = self._write("banks", object, save(arrays, {"bank": record.model_dump_json()}))
+        content = save(arrays, {"bank": record.model_dump_json()})
+        told = {"when": now(), "by": audit.account(), "did": "enrolled", "frames": len(record.frames)}
+        path, references.hash = self._write("banks", object, content, told)
         return path
 
     def _record(self, object: str, references: References) -> _BankRecord:
@@ -215,7 +222,7 @@ class Station:
             raise BundleError(
                 f"{path} was enrolled with bundle {record.bundle[:16]}, this is {self._bundle.hash[:16]}. {advice}"
             )
-        if record.object != _text(object):
+        if record.object != text_of(object):
             raise BundleError(f"{path} is the reference bank of {record.object!r}. {advice}")
         references = References(
             arrays["features"],
@@ -244,7 +251,7 @@ class Station:
         Raises:
             BundleError: that cannot be read.
         """
-        return any(_place(self.path, kind, object) is not None for kind in _SUFFIX)
+        return any(_place(self.path, kind, object) is not None for kind in _MADE)
 
     def check_known(self, object: str, also: Iterable[str] = ()) -> None:
         """That `object` is compared with what was meant: an unknown name among known ones is probably another's.
@@ -282,7 +289,7 @@ class Station:
         found = [
             (place.stat().st_mtime, other.name, name, kind)
             for other in self._others()
-            for kind in _SUFFIX
+            for kind in _MADE
             for name in _readable_in(other, kind)
             if alike(name, object) and (place := _place(other, kind, name)) is not None and place.exists()
         ]
@@ -291,12 +298,14 @@ class Station:
         _, hash, name, kind = max(found, key=lambda one: (one[3] == "banks", one[2] == object, one[0]))
         if kind == "calibrations":
             return f"{name!r} is calibrated with another bundle ({hash}): `vmad calibrate` it with this one."
-        root = "" if self._is_default else f" --station {shlex.quote(str(self._root))}"
-        bundle = shlex.quote(str(self._bundle.path))
-        return (
-            f"{name!r} is enrolled with another bundle ({hash}): to enroll the same frames with this one, `vmad enroll "
-            f"{bundle} --from-station {hash} --object {shlex.quote(name)}{root}`."
-        )
+        again = self._command("enroll", name, f"--from-station {hash}")
+        return f"{name!r} is enrolled with another bundle ({hash}): to enroll the same frames with this one, `{again}`."
+
+    def _command(self, name: str, object: str, options: str) -> str:
+        """For a shell: a subcommand of `vmad` about an object of this station."""
+        bundle, root = shlex.quote(str(self._bundle.path)), shlex.quote(str(self._root))
+        station = "" if self._is_default else f" --station {root}"
+        return f"vmad {name} {bundle} {options} --object {shlex.quote(object)}{station}"
 
     def enrolled_elsewhere(self) -> dict[str, list[str]]:
         """By the beginning of another bundle's hash: the objects that are enrolled with it in the same place."""
@@ -352,8 +361,9 @@ class Station:
 
         Raises: as `save_references`.
         """
-        content = calibration.model_dump_json(indent=2) + "\n"
-        return self._write("calibrations", calibration.object, content.encode())[0]
+        told = calibration.model_dump(include={"when", "by", "bank", "promise"})
+        told |= {"did": "calibrated", "calibration": calibration.hash}
+        return self._write("calibrations", calibration.object, _json(calibration), told)[0]
 
     def load_calibration(self, object: str, bank: str | None) -> Calibration | None:
         """The calibration of `object`, or None if there is none.
@@ -392,9 +402,88 @@ class Station:
             return None
         advice = f"Calibrate {object!r} again, or remove {path}."
         found = _parsed(Calibration, _content(path, advice)[1], path, advice)
-        if found.object != _text(object):
+        if found.object != text_of(object):
             raise BundleError(f"{path} is the calibration of {found.object!r}. {advice}")
         return found
+
+    def save_release(self, release: Release) -> Path:
+        """Write it, whole or not at all, in place of an earlier one of its object.
+
+        Raises: as `save_references`.
+        """
+        told = release.model_dump(exclude={"schema_version", "bundle", "object", "released"})
+        return self._write("releases", release.object, _json(release), told | {"did": release.did})[0]
+
+    def load_release(self, object: str) -> Release | None:
+        """The release of `object`, whatever it was for; None if there is none.
+
+        Raises:
+            BundleError: it was changed, others can have written it, or it cannot be read.
+        """
+        if (path := _place(self.path, "releases", object)) is None:
+            return None
+        advice = f"Remove {path}: {object!r} is not released then."
+        found = _parsed(Release, _content(path, advice)[1], path, advice)
+        if found.object != text_of(object):
+            raise BundleError(f"{path} is the release of {found.object!r}. {advice}")
+        return found
+
+    def answer(self, object: str, by: str, why: str, *, released: bool = True) -> Release:
+        """Release `object` as it is compared now, on a person's word; or take that back (`released=False`).
+
+        Raises:
+            VmadError: no name or reason, or an object that is neither the bundle's own nor enrolled or calibrated.
+            BundleError: its bank or calibration must not be used.
+            OSError, BundleError: as `save_references`.
+        """
+        check_answered(by, why)
+        own = self._bundle.manifest.object
+        if object != own and not self.knows(object):
+            there = {own, *self.enrolled(), *_objects_in(self.path, "calibrations")}
+            raise VmadError(
+                f"expected an object that is enrolled or calibrated with this bundle (station {self.path}), got "
+                f"{object!r}; there are: {listed(there, object)}"
+            )
+        bank = self.bank_hash(object)
+        calibration = self.load_calibration(object, bank)
+        release = Release(
+            bundle=self._bundle.hash,
+            object=object,
+            bank=bank,
+            calibration=None if calibration is None else calibration.hash,
+            released=released,
+            by=by.strip(),
+            when=now(),
+            why=why.strip(),
+        )
+        self.save_release(release)
+        return release
+
+    def standing(self, object: str, bank: str | None, calibration: Calibration | None) -> Standing:
+        """Whether `object` is released as it is compared with `bank` (see `Release`) and `calibration`'s thresholds.
+
+        A release is for one bank and one calibration: another one makes it void. Without one, a bundle's own
+        thresholds count as its maker's release of its own kind of part, compared with the bundle's own features.
+
+        Raises:
+            BundleError: as `load_release`.
+        """
+        manifest, compared = self._bundle.manifest, (bank, None if calibration is None else calibration.hash)
+        last = self.load_release(object)
+        if last is not None and (last.bundle, last.bank, last.calibration) == (self._bundle.hash, *compared):
+            return Standing(last.released, last.told)
+        if object == manifest.object and compared == (None, None) and manifest.similarity.thresholds is not None:
+            return Standing(True, f"released: by the bundle's maker, for its own kind of part ({object!r})")
+        if last is not None and last.released:
+            other = "bundle" if last.bundle != self._bundle.hash else "bank" if last.bank != bank else "calibration"
+            why = f"it was for another {other} ({last.told})"
+        else:
+            why = f"nobody has shown yet that this bundle sees the defects of {object!r}"
+        calibrate = self._command("calibrate", object, "--good DIR --defects DIR")
+        answer = self._command("release", object, "--by NAME --why TEXT")
+        return Standing(
+            False, f"not released: {why}. Real defects can release it: `{calibrate}`; or a person: `{answer}`"
+        )
 
     def calibrated(self) -> dict[str, Calibration | str]:
         """By object: the calibrations that are there, or why one is refused.
@@ -412,8 +501,11 @@ class Station:
         except BundleError as error:
             return str(error)
 
-    def _write(self, kind: Kind, object: str, content: bytes) -> tuple[Path, str]:
-        """Replace what is kept of `object` in one step; its path, and the content's SHA-256."""
+    def _write(self, kind: Kind, object: str, content: bytes, told: dict[str, Any]) -> tuple[Path, str]:
+        """Replace what is kept of `object` in one step; its path, and the content's SHA-256.
+
+        The audit has it first, with what is `told`: nothing is kept of which it does not know.
+        """
         hash = hashlib.sha256(content).hexdigest()
         older = self.path / kind / folder_name(object)
         path = older.with_name(older.name + _SUFFIX[kind])
@@ -421,6 +513,8 @@ class Station:
             folder.mkdir(0o755, parents=True, exist_ok=True)
             check_ours(folder, folder.stat())
         with only_writer(path.parent):
+            first = {name: told[name] for name in ("when", "by", "did")}  # the same in each line
+            audit.note(self.path, {**first, "object": text_of(object), "sha256": hash, **told})
             if path.exists():  # so no reader needs the older one any more
                 shutil.rmtree(older, ignore_errors=True)
             with whole_file(path, 0o644) as scratch, scratch.open("wb") as file:
@@ -434,6 +528,15 @@ class Station:
     def _others(self) -> list[Path]:
         """Other bundles' stations in the same place."""
         return [path for path in _stations_in(self._root) if path != self.path]
+
+
+def now() -> str:
+    """When something is made, for its record."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _json(record: Record) -> bytes:
+    return (record.model_dump_json(indent=2) + "\n").encode()
 
 
 def same_frames(enrolled: Iterable[EnrolledFrame], reading: Reading = AS_STORED) -> Iterator[Frame]:
@@ -493,14 +596,15 @@ def _readable_in(station: Path, kind: Kind) -> list[str]:
 
 
 def _place(station: Path, kind: Kind, object: str) -> Path | None:
-    """Where the bank or calibration of `object` lies: a file, or the folder of schema 1; None if there is neither.
+    """Where what is kept of `object` lies: a file, or the folder of schema 1; None if there is neither.
 
     Raises:
         BundleError: that cannot be told, or a version that wrote schema 1 was killed while it replaced the folder.
     """
     older = station / kind / folder_name(object)
     newer = older.with_name(older.name + _SUFFIX[kind])
-    for path in (newer, older, newer):  # once more: it may have taken the older one's place just now
+    places = (newer, older, newer) if kind in _SCHEMA_1 else (newer,)
+    for path in places:  # the newer once more: it may have taken the older one's place just now
         if _is_there(path):
             return path
     for left in older.parent.glob(f".{older.name[:40]}.*/old"):
@@ -531,13 +635,13 @@ def _is_there(path: Path) -> bool:
 
 def _unreadable(path: Path, error: OSError) -> BundleError:
     return BundleError(
-        f"{path} cannot be read ({error.strerror}), so what is enrolled or calibrated there is not known: make it "
-        "readable for the user who inspects, or name another station"
+        f"{path} cannot be read ({error.strerror}), so what is enrolled, calibrated or released there is not known: "
+        "make it readable for the user who inspects, or name another station"
     )
 
 
 def _content(path: Path, advice: str) -> tuple[str, bytes]:
-    """SHA-256 and content of the bank or calibration that lies at `path` (see `_place`).
+    """SHA-256 and content of the bank, calibration or release that lies at `path` (see `_place`).
 
     Raises:
         BundleError: it was changed, others can have written it, or it cannot be read.
@@ -564,10 +668,10 @@ def _content(path: Path, advice: str) -> tuple[str, bytes]:
 
 
 def _kind(path: Path) -> Kind:
-    return "banks" if path.parent.name == "banks" else "calibrations"
+    return next(kind for kind in _SUFFIX if kind == path.parent.name)
 
 
-_R = TypeVar("_R", _BankRecord, Calibration)
+_R = TypeVar("_R", _BankRecord, Calibration, Release)
 
 
 def _parsed(kind: type[_R], text: bytes | str, path: Path, advice: str) -> _R:

@@ -34,6 +34,7 @@ from vmad_edge.runtime.errors import BundleError, CheckpointError, FrameError, V
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.headers import read_gguf
 from vmad_edge.runtime.masks import read_mask
+from vmad_edge.runtime.release import Release, Shown
 from vmad_edge.runtime.review import _receive
 from vmad_edge.runtime.rows import flat, read_rows, take_up
 from vmad_edge.runtime.stages.preprocess import View
@@ -107,6 +108,19 @@ def _load_calibration(data: bytes, folder: Path) -> None:
     station = Station(folder, station_bundle())
     _put(station.path / "calibrations/part.calibration", data)
     station.load_calibration("part", None)
+
+
+def _releases() -> list[bytes]:
+    named = {"bundle": "ab" * 32, "object": "part", "bank": None, "calibration": "cd" * 32, "by": "me", "when": "now"}
+    shown = Shown(defects=29, missed=0, bound=0.1, confidence=0.95, allowed=0.5, needed=5)
+    made = Release(**named, released=True, shown=shown), Release(**named, released=False, why="a claim")
+    return [release.model_dump_json().encode() for release in made]
+
+
+def _load_release(data: bytes, folder: Path) -> None:
+    station = Station(folder, station_bundle())
+    _put(station.path / "releases/part.release", data)
+    station.standing("part", None, None)
 
 
 def _put(path: Path, data: bytes) -> None:
@@ -382,6 +396,7 @@ def _config() -> Config:
 PARSERS = {
     "manifest": Parser(_manifests, _open_bundle, BundleError, text=True),
     "calibration": Parser(_calibrations, _load_calibration, BundleError, text=True),
+    "release": Parser(_releases, _load_release, BundleError, text=True),
     "reference bank": Parser(_banks, _load_references, BundleError),
     "normal features": Parser(_features, _read_features, BundleError),
     "ONNX header": Parser(_onnx_graphs, _from_file(graph_cost, "a.onnx"), BundleError),

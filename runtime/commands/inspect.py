@@ -45,8 +45,10 @@ def add_inspect(subcommands: Subcommands) -> None:
         "inspect",
         help="inspect images: verdict, heat map, mask, explanation",
         description="Inspect images. Every frame is screened; suspects are reviewed by the language model.",
-        epilog="Exit status: 0 all GOOD; 1 a DEFECT; 2 usage or bundle error; "
-        "3 UNCERTAIN or NOT_INSPECTED, or a file left out that may be an image, but no DEFECT; 4 an unexpected error; "
+        epilog="Exit status: 0 all GOOD, and the object is released: somebody showed that this bundle sees its defects "
+        "(`vmad calibrate --defects`), or answers for it (`vmad release`); 1 a DEFECT; 2 usage or bundle error; "
+        "3 UNCERTAIN or NOT_INSPECTED, or not released, or a file left out that may be an image, but no DEFECT; 4 an "
+        "unexpected error; "
         "130, 143 stopped by a signal: what was done until then is written, and the next run can go on with "
         "it (--resume). Left out of folders are names that begin with a dot, folders of NAS systems and notebooks, and "
         "files that are no images: all are named, and those with endings such as .txt, .json, .csv or .db "
@@ -141,6 +143,8 @@ def _inspect(args: argparse.Namespace) -> int:
         if args.references is not None:
             references = track(list_images([args.references]), "enrolling")
             inspector.enroll(references, object=args.object, keep=False, **reading(args))
+        if not (standing := inspector.standing(args.object)).released:
+            warn(standing.told)
         settings = _settings(inspector, args)
         jobs = args.jobs or (1 if args.stream or args.deadline_ms else min(4, processors()))
         resumed = args.resume and Path(args.jsonl).exists()
@@ -294,6 +298,8 @@ class _Results:
     def __init__(self, args: argparse.Namespace, paths: list[str], heat_top: float, compared: str) -> None:
         self._args, self._compared = args, compared
         self._counts: Counter[str] = Counter()
+        self._released = True
+        """Every frame's object, until now."""
         self.new = 0
         """Frames of this run; the others are an earlier one's."""
         self._beside = _Beside()
@@ -334,6 +340,7 @@ class _Results:
 
     def _add(self, row: Row) -> None:
         self._counts[row["verdict"]] += 1
+        self._released = self._released and row.get("released") is True
         for output in self._outputs:
             output.add(row)
 
@@ -361,7 +368,7 @@ class _Results:
         """The run's exit status."""
         if self._counts[Verdict.DEFECT]:
             return 1
-        return 0 if set(self._counts) == {Verdict.GOOD} else 3
+        return 0 if set(self._counts) == {Verdict.GOOD} and self._released else 3
 
 
 class _Beside:

@@ -46,11 +46,13 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def station(tiny_bundle: Path, parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A station in which good/ is enrolled."""
+    """A station in which good/ is enrolled and released."""
     folder = tmp_path_factory.mktemp("station")
     enrolled = vmad("enroll", tiny_bundle, parts / "good", "--station", folder, "--json")
     assert enrolled.returncode == 0, enrolled.stderr
     assert json.loads(enrolled.stdout)["frames"] == 6
+    answered = vmad("release", tiny_bundle, "--station", folder, "--by", "a test", "--why", "its odd part is a DEFECT")
+    assert answered.returncode == 0, answered.stderr
     return folder
 
 
@@ -462,7 +464,8 @@ def test_deep_frames_are_read_alike_everywhere(tiny_bundle: Path, parts: Path, t
     how = "--object", "deep", *where, "--bit-depth", "12"
     assert "16-bit values; say how" in vmad("enroll", tiny_bundle, deep, *where).stderr
     assert vmad("enroll", tiny_bundle, deep, *how).returncode == 0
-    assert vmad("inspect", tiny_bundle, deep, "--no-review", *how).returncode == 0
+    inspected = vmad("inspect", tiny_bundle, deep, "--no-review", "--json", *how)
+    assert inspected.returncode == 3 and {row["verdict"] for row in json.loads(inspected.stdout)} == {"GOOD"}
     assert "is one of the enrolled references" in vmad("calibrate", tiny_bundle, "--good", deep, *how).stderr
     assert vmad("bench", tiny_bundle, "--frames", deep, "--repeats", "1", "--no-review", *how).returncode == 0
 

@@ -264,7 +264,7 @@ def test_objects_of_any_script_have_places_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 10_000, "é" * 61, "\0" * 10_000, "👩" * 10_000])
 @pytest.mark.parametrize(
-    "call", ["load_references", "knows", "check_known", "left_behind", "bank_hash", "load_calibration"]
+    "call", ["load_references", "knows", "check_known", "left_behind", "bank_hash", "load_calibration", "load_release"]
 )
 def test_objects_whose_names_are_too_long(name: str, call: str, tmp_path: Path) -> None:
     with pytest.raises(VmadError, match="too long to name a folder") as raised:

@@ -29,6 +29,7 @@ from vmad_edge.runtime.bundle import Bundle, Manifest, Thresholds
 from vmad_edge.runtime.errors import BundleError, VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.objects import folder_name, object_name
+from vmad_edge.runtime.release import Release
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.scope import Scope, ScopeLimit
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, References
@@ -256,7 +257,21 @@ def _load_calibration(station: Station) -> float | None:
     return None if found is None else found.thresholds.good_below
 
 
-KEPT = {"bank": Kept(_save_bank, _load_bank), "calibration": Kept(_save_calibration, _load_calibration)}
+def _save_release(station: Station, version: float) -> Path:
+    named = {"bundle": "ab" * 32, "object": "M3 screw", "bank": None, "calibration": None}
+    return station.save_release(Release(**named, released=True, by="me", when="now", why=f"{version:g} trials"))
+
+
+def _load_release(station: Station) -> float | None:
+    found = station.load_release("M3 screw")
+    return None if found is None else float((found.why or "").split()[0])
+
+
+KEPT = {
+    "bank": Kept(_save_bank, _load_bank),
+    "calibration": Kept(_save_calibration, _load_calibration),
+    "release": Kept(_save_release, _load_release),
+}
 kept = pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
 
 
