@@ -95,7 +95,7 @@ def calibrate(
         if first.defective is not is_defective:
             raise FrameError(f"{path} is given as defective, and {first.path}, which shows the same, as good")
         if not is_defective:
-            fit[pixel_hash] = measure(inspection.frame.pixels)
+            fit[pixel_hash] = measure(inspection.frame.pixels, inspection.layout.region)
     copies = given - len(unfit) - len(frames)
     said = f"; {copies} of the {given} frames given are copies of others and not counted" if copies else ""
     if unfit:

@@ -16,6 +16,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from pydantic import ValidationError
 from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
@@ -26,7 +27,7 @@ from vmad_edge.runtime.benchmark import compare as compare_benchmarks
 from vmad_edge.runtime.benchmark_page import facts as benchmark_facts
 from vmad_edge.runtime.benchmark_page import table as benchmark_table
 from vmad_edge.runtime.benchmark_page import write as write_benchmark
-from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, ScreenManifest
+from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, ScreenManifest, first_fault
 from vmad_edge.runtime.calibrate import Targets, calibrate
 from vmad_edge.runtime.console import err as _err
 from vmad_edge.runtime.console import out as _out
@@ -41,12 +42,14 @@ from vmad_edge.runtime.floors import chain_of, floors
 from vmad_edge.runtime.floors import facts as floors_facts
 from vmad_edge.runtime.floors import table as floors_table
 from vmad_edge.runtime.folders import list_images
-from vmad_edge.runtime.frame import Colour, Reading
+from vmad_edge.runtime.frame import Colour, Frame, Reading
 from vmad_edge.runtime.hardware import HARDWARE
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import RunInProgress
+from vmad_edge.runtime.masks import read_mask
 from vmad_edge.runtime.release import Standing
 from vmad_edge.runtime.stages.scope import in_words
+from vmad_edge.runtime.stages.tiles import LEAST_OVERLAP, MOST_OVERLAP, MOST_TILES, WHOLE, Layout, Tiles
 from vmad_edge.runtime.station import Calibration, Fallback, Station, same_frames
 from vmad_edge.runtime.system import check_system
 
@@ -140,7 +143,31 @@ def add_enroll(subcommands: Subcommands) -> None:
         "--from-station",
         metavar="OLD",
         help="in place of DIR: the frames that were enrolled with another bundle, read again from where they lay; OLD "
-        "is the beginning of that bundle's hash, or its station's folder",
+        "is the beginning of that bundle's hash, or its station's folder; region, mask and tiles stay as they were",
+    )
+    parser.add_argument(
+        "--roi",
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
+        help="inspect this part of each frame alone, in its pixels; right and bottom are the first beyond it",
+    )
+    parser.add_argument(
+        "--ignore",
+        metavar="MASK.png",
+        type=Path,
+        help="do not inspect what is white in this picture of the frames' size: a clamp, a printed date",
+    )
+    parser.add_argument(
+        "--tiles",
+        metavar="N",
+        type=int,
+        help=f"for defects too small to be seen in the whole: look at the part in squares, N (up to {MOST_TILES}) "
+        "along its longer side; takes as many times as long as there are squares, and more against their larger bank",
+    )
+    parser.add_argument(
+        "--overlap",
+        metavar="SHARE",
+        type=float,
+        help=f"of a tile that the next one shows too, {LEAST_OVERLAP} to {MOST_OVERLAP}; default: {Tiles().overlap}",
     )
     _add_frames(parser)
     parser.set_defaults(run=_enroll, usage_error=parser.error)
@@ -329,20 +356,26 @@ def _open(args: argparse.Namespace, stream: int = 0, fallback: Fallback | None =
 def _enroll(args: argparse.Namespace) -> int:
     if (args.folder is None) == (args.from_station is None):
         args.usage_error("expected DIR, or --from-station OLD in its place")
+    laid_out = (args.roi, args.ignore, args.tiles, args.overlap) != (None,) * 4
+    if laid_out and args.from_station is not None:
+        args.usage_error("--from-station takes region, mask and tiles over; enroll from DIR to choose others")
     paths = [] if args.folder is None else list_images([args.folder])
+    layout = _layout(args, paths) if laid_out else WHOLE
     with _open(args) as inspector:
         if args.from_station is not None:
             name = inspector.bundle.manifest.object if args.object is None else args.object
-            enrolled = inspector.station.enrolled_with(args.from_station, name)
+            enrolled, layout = inspector.station.enrolled_with(args.from_station, name)
             frames = same_frames(track(enrolled, "enrolling"), reading(args))
-            references = inspector.enroll(frames, object=args.object)
+            references = inspector.enroll(frames, object=args.object, layout=layout)
         else:
-            references = inspector.enroll(track(paths, "enrolling"), object=args.object, **reading(args))
+            given = track(paths, "enrolling")
+            references = inspector.enroll(given, object=args.object, layout=layout, **reading(args))
         thresholds = references.thresholds
         facts = {
             "frames": len(references.frames),
             "patches": len(references.features),
             "thresholds": None if thresholds is None else thresholds.model_dump(),
+            "inspected": layout.in_words(),
             "scope": in_words(references.scope),
             **_standing_facts(inspector.standing(args.object)),
             "station": str(inspector.station.path),
@@ -358,9 +391,41 @@ def _enroll(args: argparse.Namespace) -> int:
     return 0
 
 
+def _layout(args: argparse.Namespace, paths: list[str]) -> Layout:
+    """Of --roi, --ignore, --tiles and --overlap.
+
+    Raises:
+        VmadError: they are no possible one.
+        FrameError: the mask, or the first frame, whose size it must have, cannot be read.
+    """
+    region, ignored = None, None
+    if args.roi is not None:
+        try:
+            left, top, right, bottom = map(int, args.roi.split(","))
+        except ValueError:
+            raise VmadError(
+                f"--roi: expected LEFT,TOP,RIGHT,BOTTOM in pixels, as in 100,50,900,650, got {args.roi!r}"
+            ) from None
+        region = left, top, right, bottom
+    if args.ignore is not None:
+        height, width = Frame.read(paths[0], **reading(args)).pixels.shape[:2]
+        ignored, doubt = read_mask(args.ignore, (height, width))
+        if doubt is not None:
+            _err.print(f"warning: {printable(f'{args.ignore}: {doubt}')}", markup=False)
+    if args.overlap is not None and (args.tiles or 1) == 1:
+        raise VmadError("--overlap says how far tiles overlap; expected --tiles N beside it, of at least 2")
+    try:
+        tiles = Tiles(**{n: v for n, v in (("count", args.tiles), ("overlap", args.overlap)) if v is not None})
+    except ValidationError as error:
+        where, what = first_fault(error)
+        raise VmadError(f"--{'tiles' if where == 'count' else where}: {what}") from None
+    return Layout(region, ignored, tiles)
+
+
 def _info(args: argparse.Namespace) -> int:
     with _open(args) as inspector:
         manifest = inspector.bundle.manifest
+        banks = {name: _of_bank(inspector.station, name) for name in inspector.station.enrolled()}
         facts = {
             "bundle": str(inspector.bundle.path),
             "hash": inspector.bundle.hash,
@@ -372,8 +437,8 @@ def _info(args: argparse.Namespace) -> int:
             "made_with": manifest.made_with,
             "station": str(inspector.station.path),
             "enrolled": inspector.station.enrolled(),
-            "scope": {name: _scope(inspector.station, name) for name in inspector.station.enrolled()}
-            or "no scope check: nothing is enrolled",
+            "inspected": {name: seen for name, (seen, _) in banks.items()},
+            "scope": {name: scope for name, (_, scope) in banks.items()} or "no scope check: nothing is enrolled",
             "enrolled_with_other_bundles": inspector.station.enrolled_elsewhere(),
             "calibrated": {n: _calibration_facts(found) for n, found in inspector.station.calibrated().items()},
             "release": _releases(inspector.station, manifest.object),
@@ -389,13 +454,14 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _scope(station: Station, object: str) -> str:
-    """Of an enrolled object, or why its bank is refused."""
+def _of_bank(station: Station, object: str) -> tuple[str, str]:
+    """What is inspected of an enrolled object's frames, and which are in scope; or why its bank is refused."""
     try:
         references = station.load_references(object)
     except BundleError as error:
-        return str(error)
-    return in_words(None if references is None else references.scope)
+        return str(error), str(error)
+    layout, scope = (WHOLE, None) if references is None else (references.layout, references.scope)
+    return layout.in_words(), in_words(scope)
 
 
 def _releases(station: Station, own: str) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
@@ -17,9 +17,7 @@ from PIL import Image
 from vmad_edge.runtime.bundle import Thresholds
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages.preprocess import View
-
-Box = tuple[int, int, int, int]
-"""left, top, right, bottom in pixels; right and bottom exclusive."""
+from vmad_edge.runtime.stages.tiles import WHOLE, Box, Layout, Tile
 
 
 class Verdict(str, Enum):
@@ -116,6 +114,23 @@ class Features:
     patches: NDArray[np.float32]
     patches_multi: NDArray[np.float32]
     view: View
+    """In the pixels of the tile."""
+    tile: Tile | None = None
+    """What of the frame they are of; None: the whole frame."""
+
+
+class Later(Features):
+    """Of a frame that is seldom reviewed: its megabytes are left where they are, and made anew for who asks."""
+
+    def __init__(self, view: View, encode: Callable[[], Features], tile: Tile | None = None) -> None:
+        self.__dict__.update(view=view, tile=tile, _encode=encode)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("patches", "patches_multi"):
+            raise AttributeError(name)
+        found: Features = self.__dict__["_encode"]()
+        self.__dict__.update(patches=found.patches, patches_multi=found.patches_multi)
+        return self.__dict__[name]
 
 
 @dataclass(frozen=True)
@@ -151,8 +166,10 @@ class Inspection:
     """The similarity source: "normal features", "references", either "and stream", or "unlabelled frames"."""
     map: NDArray[np.float32] | None = field(default=None, repr=False)
     """[h,w] anomaly map in the frame's pixels; NaN where the frame was not inspected."""
+    layout: Layout = field(default=WHOLE, repr=False)
+    """What of the frame is inspected: region of interest, ignore mask, tiles."""
     regions: tuple[Region, ...] = ()
-    """From the mask where there is one, else from the map; the largest first."""
+    """From the mask where there is one, else (and of other tiles than the review's) from the map; the largest first."""
     nearest_normal: NearestNormal | None = None
     p_yes: float | None = None
     mask: NDArray[np.bool_] | None = field(default=None, repr=False)
@@ -231,4 +248,8 @@ def find_regions(where: NDArray[np.bool_], anomaly_map: NDArray[np.float32]) -> 
         peak = float(np.nanmax(values)) if np.isfinite(values).any() else float("nan")
         cx, cy = (float(value) for value in centroids[label])
         regions.append(Region((x, y, x + width, y + height), area, peak, (cx, cy)))
+    return largest_first(regions)
+
+
+def largest_first(regions: Iterable[Region]) -> tuple[Region, ...]:
     return tuple(sorted(regions, key=lambda region: -region.area))

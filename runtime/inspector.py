@@ -26,12 +26,22 @@ from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.frame import Colour, Frame, FrameSource, check_source
-from vmad_edge.runtime.inspection import Inspection, Reason, Region, Screening, Verdict, find_regions, verdict_of
+from vmad_edge.runtime.inspection import (
+    Inspection,
+    Reason,
+    Region,
+    Screening,
+    Verdict,
+    find_regions,
+    largest_first,
+    verdict_of,
+)
 from vmad_edge.runtime.release import THIS_RUN_ALONE, UNLABELLED, Standing
 from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, ReviewProcess
 from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check
 from vmad_edge.runtime.stages.scope import in_words
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
+from vmad_edge.runtime.stages.tiles import WHOLE, Layout, Tile
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream, Unlabelled
 from vmad_edge.runtime.stages.vocabulary import check_model
 from vmad_edge.runtime.station import Fallback, Station
@@ -281,7 +291,8 @@ class Inspector:
         manifest = self.bundle.for_review
         asked = (question or manifest.conversation.question).replace("{object}", inspection.object)
         mode = answer or manifest.language.answer
-        pending = self._reviews.submit(inspection.frame, inspection.features, asked, mode, deadline)
+        seen = _tile(inspection).frame
+        pending = self._reviews.submit(seen, inspection.features, asked, mode, deadline)
         return ReviewHandle(inspection, pending, manifest)
 
     def enroll(
@@ -290,6 +301,7 @@ class Inspector:
         *,
         object: str | None = None,
         keep: bool = True,
+        layout: Layout = WHOLE,
         bit_depth: int | None = None,
         colour: Colour = "rgb",
     ) -> References:
@@ -297,17 +309,20 @@ class Inspector:
 
         Args:
             keep: write them to the station; False uses them in this inspector alone.
+            layout: what of each frame is inspected from now on, and in which tiles.
             bit_depth, colour: see `Frame.read`.
 
         Raises:
-            FrameError: no frames, or one that cannot be read or shows nothing; nothing is changed then.
+            FrameError: no frames, or one that cannot be read, shows nothing or does not fit the layout; nothing is
+                changed then.
             BundleError: the station cannot be written, see `Station.save_references`.
             TypeError: one frame or folder, and not several frames; a name that is no text.
         """
         self._must_be_open()
         _check_several(frames)
         name = self._object(object)
-        references = self._screen.enroll((Frame.read(frame, bit_depth, colour) for frame in frames), self._normal)
+        read = (Frame.read(frame, bit_depth, colour) for frame in frames)
+        references = self._screen.enroll(read, self._normal, layout)
         standing = THIS_RUN_ALONE
         if keep:
             self.station.save_references(name, references)
@@ -351,7 +366,9 @@ class Inspector:
         """
         source = self._source(self._object(object))
         beside, thresholds = _beside(source), source.thresholds
-        enrolled = "".join(f.pixel_hash for f in beside.frames) if isinstance(beside, References) else None
+        enrolled = None
+        if isinstance(beside, References):
+            enrolled = "".join(f.pixel_hash for f in beside.frames) + source.layout.key
         return {
             "bundle": self.bundle.hash,
             "object": self._object(object),
@@ -381,7 +398,9 @@ class Inspector:
     def told(self, object: str | None = None) -> str:
         """What `object` is compared with now, whether it is released, and which frames are in scope, for people."""
         source, standing = self._compared(self._object(object))
-        return f"{source.kind}; {'released' if standing.released else 'not released'}; {in_words(source.scope)}"
+        seen = [] if source.layout.is_whole else [source.layout.in_words()]
+        released = "released" if standing.released else "not released"
+        return "; ".join([source.kind, *seen, released, in_words(source.scope)])
 
     def standing(self, object: str | None = None) -> Standing:
         """Whether `object` is released as it is compared now (see `Station.standing`).
@@ -478,7 +497,7 @@ class Inspector:
                     frame = Frame.read(source, bit_depth, colour)
                     frame = frame if frame_id is None else replace(frame, id=frame_id)
                 with watch("fitness"):
-                    check(frame.pixels, compared_with.fitness)
+                    _check(frame, compared_with)
                 screening = self._screen.run(frame, compared_with, watch)
             if not np.isfinite(screening.score):
                 reason, code = "the encoder or the similarity gave NaN", Reason.SCREEN_FAULT
@@ -540,11 +559,19 @@ class Inspector:
             scope_distance=screening.scope_distance,
             compared_with=source.kind,
             map=screening.map,
+            layout=source.layout,
             regions=regions,
             nearest_normal=nearest,
             timings_ms=watch.timings_ms,
             features=screening.features,
         )
+
+
+def _check(frame: Frame, source: SimilaritySource) -> None:
+    """Raises: UnfitError: the frame cannot be judged."""
+    if (fault := source.layout.fault((frame.pixels.shape[0], frame.pixels.shape[1]))) is not None:
+        raise UnfitError(Reason.UNFIT_SIZE, fault)
+    check(frame.pixels, source.fitness, source.layout.region)
 
 
 def _beside(source: SimilaritySource) -> SimilaritySource:
@@ -620,6 +647,7 @@ def settled(verdict: Verdict, p_yes: float, reason: Reason | None = None) -> Ver
 
 def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, float], manifest: Manifest) -> Inspection:
     """The screen's Inspection with what the review found."""
+    tile, size = _tile(inspection), (inspection.frame.pixels.shape[0], inspection.frame.pixels.shape[1])
     after = replace(
         inspection,
         p_yes=finding.p_yes,
@@ -633,11 +661,18 @@ def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, fl
     if verdict is not inspection.verdict and inspection.compared_with != Unlabelled.kind:
         after = replace(after, verdict=verdict, decided_by="review")
     if finding.token_scores is not None and inspection.features is not None:
-        size = inspection.frame.pixels.shape[0], inspection.frame.pixels.shape[1]
         scores, view = finding.token_scores, inspection.features.view
-        draw = partial(anomaly_map, scores, view, manifest.similarity, manifest.clip.size, size)
-        after = replace(after, draw_language_map=draw)
+        draw = partial(anomaly_map, scores, view, manifest.similarity, manifest.clip.size, tile.size)
+        after = replace(after, draw_language_map=lambda: tile.in_frame(draw(), size))
     if finding.mask is not None and inspection.map is not None:
-        regions = find_regions(finding.mask, inspection.map) or inspection.regions
-        after = replace(after, mask=finding.mask, regions=regions)
+        mask = tile.marked(finding.mask, size)
+        elsewhere = tuple(region for region in inspection.regions if not tile.holds(region.centroid))
+        regions = largest_first(find_regions(mask, inspection.map) + elsewhere) or inspection.regions
+        after = replace(after, mask=mask, regions=regions)
     return after
+
+
+def _tile(inspection: Inspection) -> Tile:
+    """What of the frame a review sees: the tile with the highest score, where there are tiles."""
+    of_screen = None if inspection.features is None else inspection.features.tile
+    return of_screen or Tile.whole(inspection.frame)

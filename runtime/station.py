@@ -1,7 +1,8 @@
 """The device's own folder beside a bundle: what it enrolled, calibrated and released. Keyed by the bundle's hash.
 
 station/<first 16 of the bundle's hash>/
-  banks/<object>.bank                 safetensors: features, patch numbers, pictures, scope; its metadata says what
+  banks/<object>.bank                 safetensors: features, patch numbers, pictures, scope, ignore mask; its metadata
+                                      says what
   calibrations/<object>.calibration   JSON: the Calibration below
   releases/<object>.release           JSON: a Release, see release.py
   audit.jsonl                         who made which of them, and when: see audit.py
@@ -24,19 +25,21 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import platformdirs
 from numpy.typing import NDArray
-from pydantic import FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from vmad_edge.runtime import audit
 from vmad_edge.runtime.bundle import Bundle, Record, ReviewRule, Thresholds, Vision, first_fault
+from vmad_edge.runtime.decode import MAX_SIDE
 from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.files import check_ours, only_writer, open_ours, sync, whole_file
@@ -48,6 +51,7 @@ from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.scope import Scope, ScopeLimit
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, NormalFeatures, References
+from vmad_edge.runtime.stages.tiles import MOST_TILES, Layout, Tiles
 
 Fallback = Literal["bundle"]
 """What an object is compared with that the station does not know, though it knows others: the bundle's own features."""
@@ -63,22 +67,34 @@ _MADE: tuple[Kind, ...] = ("banks", "calibrations")
 _HASH_LINE = 65
 
 
+_View = tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+
+
 class _FrameRecord(Record):
     id: Text
     path: Text | None = None
     start: NonNegativeInt
     stop: NonNegativeInt
-    view: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+    views: Annotated[tuple[_View, ...], Field(min_length=1, max_length=MOST_TILES**2)]
+    """Of each tile. An older bank has one, called `view`."""
     size: tuple[PositiveInt, PositiveInt]
-    jpeg: tuple[NonNegativeInt, NonNegativeInt]
-    """Start and stop in the array of all pictures' bytes."""
+    jpeg: tuple[NonNegativeInt, ...]
+    """Start of each tile's picture in the array of all pictures' bytes, and the last one's stop."""
     pixel_hash: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _lifted(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "view" in given and "views" not in given:
+            return {"views": [given["view"]], **{name: value for name, value in given.items() if name != "view"}}
+        return given
+
     @model_validator(mode="after")
-    def _is_a_view(self) -> _FrameRecord:
-        left, top, right, bottom = self.view
-        if not (left < right and top < bottom):
+    def _are_views(self) -> _FrameRecord:
+        if not all(left < right and top < bottom for left, top, right, bottom in self.views):
             raise ValueError("expected a view with left < right and top < bottom")
+        if len(self.jpeg) != len(self.views) + 1 or list(self.jpeg) != sorted(self.jpeg):
+            raise ValueError(f"expected {len(self.views)} pictures, one after the other")
         return self
 
 
@@ -93,6 +109,11 @@ class _BankRecord(Record):
     """An older bank has none: those of any frame."""
     scope: ScopeLimit | None = None
     """None: one frame, or enrolled before there was a scope check."""
+    region: tuple[NonNegativeInt, NonNegativeInt, PositiveInt, PositiveInt] | None = None
+    ignored: Annotated[int, Field(gt=0, le=MAX_SIDE)] | None = None
+    """Width of the ignore mask, whose rows are kept in whole bytes; None: nothing is ignored."""
+    tiles: Tiles = Tiles()
+    """Of the whole frame, as in an older bank, unless these say something else; see `Layout`."""
 
 
 class CalibrationFrame(Record):
@@ -165,12 +186,13 @@ class Station:
             record = self._record(object, references)
         except ValidationError as error:
             raise BundleError(f"the references of {object!r} cannot be kept: {': '.join(first_fault(error))}") from None
-        jpegs = b"".join(frame.jpeg for frame in references.frames)
+        jpegs = b"".join(jpeg for frame in references.frames for jpeg in frame.jpegs)
         arrays: dict[str, NDArray[Any]] = {
             "features": references.features,
             "patch": references.patch,
             "jpeg": np.frombuffer(jpegs, np.uint8),
             **({} if references.scope is None else {"scope": references.scope.descriptors}),
+            **({} if references.layout.ignored is None else {"ignored": np.packbits(references.layout.ignored, 1)}),
         }
         if fault := _fault(record, arrays, self._bundle.manifest.vision):
             raise BundleError(f"the references of {object!r} cannot be kept: {fault}")
@@ -183,20 +205,21 @@ class Station:
         """Raises: ValidationError: it is no possible one."""
         frames, end = [], 0
         for frame in references.frames:
-            view = (frame.view.left, frame.view.top, frame.view.right, frame.view.bottom)
+            jpeg = tuple(accumulate(map(len, frame.jpegs), initial=end))
             frames.append(
                 _FrameRecord(
                     id=frame.id,
                     path=frame.path,
                     start=frame.start,
                     stop=frame.stop,
-                    view=view,
+                    views=tuple(map(astuple, frame.views)),
                     size=frame.size,
-                    jpeg=(end, end + len(frame.jpeg)),
+                    jpeg=jpeg,
                     pixel_hash=frame.pixel_hash,
                 )
             )
-            end += len(frame.jpeg)
+            end = jpeg[-1]
+        layout = references.layout
         return _BankRecord(
             bundle=self._bundle.hash,
             object=object,
@@ -204,6 +227,9 @@ class Station:
             thresholds=references.thresholds,
             fitness=references.fitness,
             scope=None if references.scope is None else references.scope.limit,
+            region=layout.region,
+            ignored=None if layout.ignored is None else layout.ignored.shape[1],
+            tiles=layout.tiles,
         )
 
     def load_references(self, object: str, beside: NormalFeatures | None = None) -> References | None:
@@ -233,6 +259,7 @@ class Station:
             self._bundle.manifest.similarity.bank_dtype,
             record.fitness,
             None if record.scope is None else Scope(arrays["scope"], record.scope),
+            _layout(record, arrays),
         )
         references.hash = hash
         return references
@@ -312,8 +339,10 @@ class Station:
         found = {folder.name: _readable_in(folder, "banks") for folder in self._others()}
         return {hash: names for hash, names in found.items() if names}
 
-    def enrolled_with(self, other: str, object: str) -> tuple[EnrolledFrame, ...]:
-        """The frames that were enrolled for `object` with another bundle; `same_frames` reads them again.
+    def enrolled_with(self, other: str, object: str) -> tuple[tuple[EnrolledFrame, ...], Layout]:
+        """The frames that were enrolled for `object` with another bundle, and what of them was inspected.
+
+        `same_frames` reads the frames again.
 
         Args:
             other: the folder that another bundle's station is, or that it lies in; or the beginning of the bundle's
@@ -333,7 +362,7 @@ class Station:
             (place,) = holding.values()
             advice = "Enroll the frames from their own folder."
             record, arrays = _bank(place, _content(place, advice)[1], None, advice)
-            return _enrolled_frames(record, arrays["jpeg"].tobytes())
+            return _enrolled_frames(record, arrays["jpeg"].tobytes()), _layout(record, arrays)
         if holding:
             raise BundleError(
                 f"{object!r} is enrolled with several bundles in {other}: say which of {', '.join(holding)}"
@@ -699,7 +728,7 @@ def _bank(
         arrays = load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         text = header["__metadata__"]["bank"]
-        optional = {"scope"} & arrays.keys()
+        optional = {"scope", "ignored"} & arrays.keys()
         arrays = {name: arrays[name] for name in ("features", "patch", "jpeg", *optional)}
     except (KeyError, ValueError, SafetensorError) as error:
         raise BundleError(f"{path} is not a complete reference bank: {_what_of(error)}. {advice}") from None
@@ -719,13 +748,16 @@ def _fault(record: _BankRecord, arrays: dict[str, NDArray[Any]], vision: Vision 
         return f"expected features of width {vision.width}, as the bundle's encoder gives, found {features.shape[1]}"
     if not np.isfinite(features).all():
         return "expected finite features, found others"
-    patches = np.inf if vision is None else vision.grid**2
+    tiles = max((len(frame.views) for frame in record.frames), default=0)
+    patches = np.inf if vision is None else tiles * vision.grid**2
     if patch.dtype != np.int32 or patch.ndim != 1 or patch.min() < 0 or patch.max() >= patches:
         return f"expected patch numbers from 0 to below {patches}, found {patch.min()} to {patch.max()}"
     spans = [(frame.start, frame.stop) for frame in record.frames]
     if not _joined(spans, rows) or any(stop - start > patches for start, stop in spans):
         return f"expected frames that share {rows} rows, one after the other, at most {patches} each, found others"
-    pictures = [frame.jpeg for frame in record.frames]
+    if vision is not None and not all(_has_its_tiles(frame, patch, vision.grid**2) for frame in record.frames):
+        return "expected of each frame, tile by tile, patches of its tiles, found others"
+    pictures = [(frame.jpeg[0], frame.jpeg[-1]) for frame in record.frames]
     if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or not _joined(pictures, len(jpeg)):
         return f"expected pictures one after the other in {jpeg.size} bytes, found others"
     if (record.scope is None) != ("scope" not in arrays):
@@ -734,7 +766,29 @@ def _fault(record: _BankRecord, arrays: dict[str, NDArray[Any]], vision: Vision 
         scope, shape = arrays["scope"], (len(record.frames), features.shape[1])
         if scope.dtype != np.float32 or scope.shape != shape or not np.isfinite(scope).all():
             return f"expected a scope of {list(shape)} finite float32, found {list(scope.shape)} {scope.dtype}"
+    if (record.ignored is None) != ("ignored" not in arrays):
+        return "expected an ignore mask and its width, or neither, found one of them"
+    if record.ignored is not None:
+        mask, width = arrays["ignored"], -(-record.ignored // 8)
+        if mask.dtype != np.uint8 or mask.ndim != 2 or mask.shape[1] != width or len(mask) > MAX_SIDE:
+            return f"expected an ignore mask of [h,{width}] bytes, found {list(mask.shape)} {mask.dtype}"
+    try:
+        _layout(record, arrays)
+    except VmadError as error:
+        return str(error)
     return None
+
+
+def _has_its_tiles(frame: _FrameRecord, patch: NDArray[np.int32], per_tile: int) -> bool:
+    own = patch[frame.start : frame.stop] // per_tile
+    return bool((np.diff(own) >= 0).all() and (own < len(frame.views)).all())
+
+
+def _layout(record: _BankRecord, arrays: dict[str, NDArray[Any]]) -> Layout:
+    """Raises: VmadError: it is no possible one."""
+    width = record.ignored
+    ignored = None if width is None else np.unpackbits(arrays["ignored"], axis=1, count=width).astype(np.bool_)
+    return Layout(record.region, ignored, record.tiles)
 
 
 def _joined(spans: Sequence[tuple[int, int]], end: int) -> bool:
@@ -745,7 +799,16 @@ def _joined(spans: Sequence[tuple[int, int]], end: int) -> bool:
 
 def _enrolled_frames(record: _BankRecord, jpeg: bytes) -> tuple[EnrolledFrame, ...]:
     return tuple(
-        EnrolledFrame(f.id, f.start, f.stop, View(*f.view), f.size, jpeg[f.jpeg[0] : f.jpeg[1]], f.pixel_hash, f.path)
+        EnrolledFrame(
+            f.id,
+            f.start,
+            f.stop,
+            tuple(View(*view) for view in f.views),
+            f.size,
+            tuple(jpeg[start:stop] for start, stop in pairwise(f.jpeg)),
+            f.pixel_hash,
+            f.path,
+        )
         for f in record.frames
     )
 

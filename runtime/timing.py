@@ -43,7 +43,7 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.timings_ms[stage] = (time.perf_counter() - start) * 1e3
+            self.timings_ms[stage] = self.timings_ms.get(stage, 0.0) + (time.perf_counter() - start) * 1e3
 
     def add(self, timings_ms: dict[str, float]) -> None:
         self.timings_ms.update(timings_ms)

@@ -131,8 +131,8 @@ def _put(path: Path, data: bytes) -> None:
 
 def references() -> References:
     frames = (
-        EnrolledFrame("one.png", 0, 2, View(0, 0, 8, 8), (8, 8), b"first picture", "a1"),
-        EnrolledFrame("two.png", 2, 5, View(-1, 0.5, 8, 8), (8, 7), b"second", "b2"),
+        EnrolledFrame("one.png", 0, 2, (View(0, 0, 8, 8),), (8, 8), (b"first picture",), "a1"),
+        EnrolledFrame("two.png", 2, 5, (View(-1, 0.5, 8, 8),), (8, 7), (b"second",), "b2"),
     )
     features = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
     patch = np.array([0, 3, 0, 1, 2], np.int32)

@@ -21,6 +21,7 @@ from vmad_edge.runtime.bundle import Record
 from vmad_edge.runtime.decode import MAX_SIDE
 from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.inspection import Reason
+from vmad_edge.runtime.stages.tiles import Box
 
 _SAMPLED = 256
 """Rows and columns that are looked at, spread evenly."""
@@ -165,8 +166,15 @@ _CHECKS = (
 """In the order asked: first what leaves nothing to see, then what is missing, then what is seen badly."""
 
 
-def measure(pixels: NDArray[np.uint8]) -> Fitness:
-    """`pixels` [h,w,3] RGB → its numbers. Some three milliseconds for a megapixel on one core."""
+def measure(pixels: NDArray[np.uint8], region: Box | None = None) -> Fitness:
+    """`pixels` [h,w,3] RGB → its numbers. Some three milliseconds for a megapixel on one core.
+
+    Args:
+        region: of interest: all but the size is of what lies in it. None: the whole frame.
+    """
+    size = pixels.shape[0], pixels.shape[1]
+    left, top, right, bottom = region or (0, 0, size[1], size[0])
+    pixels = pixels[top:bottom, left:right]
     height, width = pixels.shape[:2]
     grey = np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.uint8)
     rows = _sampled(grey, (min(width, _SAMPLED), height))
@@ -176,7 +184,7 @@ def measure(pixels: NDArray[np.uint8]) -> Fitness:
     darkest, brightest = np.searchsorted(levels, (0.001 * levels[-1], 0.999 * levels[-1])).tolist()
     of_rows, of_columns = _spans(rows), _spans(columns)
     return Fitness(
-        size=(height, width),
+        size=size,
         coloured=_coloured(few),
         brightest=float(brightest),
         darkest=float(darkest),
@@ -219,13 +227,13 @@ def unfit(found: Fitness, limits: FitnessLimits) -> tuple[Reason, str] | None:
     return None
 
 
-def check(pixels: NDArray[np.uint8], limits: FitnessLimits) -> Fitness:
-    """What `pixels` [h,w,3] RGB measure.
+def check(pixels: NDArray[np.uint8], limits: FitnessLimits, region: Box | None = None) -> Fitness:
+    """What `pixels` [h,w,3] RGB measure; `region` as of `measure`.
 
     Raises:
         UnfitError: they are not within the limits.
     """
-    found = measure(pixels)
+    found = measure(pixels, region)
     if (fault := unfit(found, limits)) is not None:
         raise UnfitError(*fault)
     return found

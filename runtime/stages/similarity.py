@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from vmad_edge.runtime.inspection import NearestNormal
 from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.scope import Scope
+from vmad_edge.runtime.stages.tiles import WHOLE, Layout
 
 Floats = NDArray[np.float32]
 
@@ -46,6 +48,7 @@ class NormalFeatures:
     kind = "normal features"
     scope: Scope | None = None
     """They are of all parts, so none is out of their scope."""
+    layout = WHOLE
 
     def __init__(self, path: Path, spec: Similarity) -> None:
         try:
@@ -93,11 +96,12 @@ class EnrolledFrame:
     id: str
     start: int
     stop: int
-    view: View
+    views: tuple[View, ...]
+    """Of each tile, in the frame's pixels."""
     size: tuple[int, int]
     """(height, width)."""
-    jpeg: bytes
-    """`clip_pixels` as a picture, to show a person."""
+    jpegs: tuple[bytes, ...]
+    """Each tile's `clip_pixels` as a picture, to show a person."""
     pixel_hash: str
     """The frame's; see `Frame`."""
     path: str | None = None
@@ -109,11 +113,12 @@ class References:
 
     Args:
         features: [M,D] float32, the inspected patches of every frame, one frame after the other.
-        patch: [M] each row's patch number (row-major in the grid) in its frame.
+        patch: [M] each row's patch number in its frame: tile by tile, and row-major in the grid of each.
         beside: the bundle's features, whose score is fused with the distance to the bank.
         dtype: of the bank that is made of the features.
         fitness: of the frames that are compared with them.
         scope: of the same frames; None: one frame, or enrolled before there was one. No frame is out of scope then.
+        layout: what of the frames was enrolled, and is inspected of others.
 
     `hash`: SHA-256 of the bank in the station that they were read from or written to; None: nobody keeps them.
     """
@@ -131,9 +136,11 @@ class References:
         dtype: Dtype = "float32",
         fitness: FitnessLimits | None = None,
         scope: Scope | None = None,
+        layout: Layout = WHOLE,
     ) -> None:
         self.features, self.patch, self.frames, self.thresholds = features, patch, frames, thresholds
         self.beside, self.dtype, self.fitness, self.scope = beside, dtype, fitness or FitnessLimits(), scope
+        self.layout = layout
         self.bank = ReferenceBank.from_array(features, dtype)
 
     def compare(self, patches: Floats) -> PatchScores:
@@ -153,14 +160,24 @@ class References:
                 self.frames, np.searchsorted(rows, [(f.start, f.stop) for f in self.frames]), strict=True
             )
         )
-        kept = self.features[rows], self.patch[rows]
-        return References(*kept, frames, self.thresholds, self.beside, self.dtype, self.fitness, self.scope)
+        return References(
+            self.features[rows],
+            self.patch[rows],
+            frames,
+            self.thresholds,
+            self.beside,
+            self.dtype,
+            self.fitness,
+            self.scope,
+            self.layout,
+        )
 
     def nearest(self, row: int, similarity: float, grid: int) -> NearestNormal:
         """The place of bank row `row`."""
         frame = next(f for f in self.frames if f.start <= row < f.stop)
-        y, x = divmod(int(self.patch[row]), grid)
-        view, (height, width) = frame.view, frame.size
+        tile, cell = divmod(int(self.patch[row]), grid * grid)
+        y, x = divmod(cell, grid)
+        view, (height, width) = frame.views[tile], frame.size
         step_x, step_y = (view.right - view.left) / grid, (view.bottom - view.top) / grid
         box = (
             max(0, round(view.left + x * step_x)),
@@ -168,7 +185,7 @@ class References:
             min(width, round(view.left + (x + 1) * step_x)),
             min(height, round(view.top + (y + 1) * step_y)),
         )
-        return NearestNormal(frame.id, box, similarity, frame.jpeg, (y, x), grid)
+        return NearestNormal(frame.id, box, similarity, frame.jpegs[tile], (y, x), grid)
 
 
 def token_scores(visual_tokens: Floats, semantic_normal: Floats, spec: Similarity) -> Floats:
@@ -206,7 +223,12 @@ def coreset(features: Floats, share: float) -> NDArray[np.int64]:
 
 
 def leave_one_out_thresholds(
-    references: References, spec: Similarity, kept: NDArray[np.int64] | None = None, most: int = 50
+    references: References,
+    spec: Similarity,
+    kept: NDArray[np.int64] | None = None,
+    most: int = 50,
+    *,
+    tile: int | None = None,
 ) -> Thresholds | None:
     """Thresholds from the enrolled frames' own scores, each against the bank without itself.
 
@@ -215,8 +237,9 @@ def leave_one_out_thresholds(
 
     Args:
         kept: the rows, ascending, that will be the bank; None: all.
+        tile: patches that each tile has; None: there is but one.
     """
-    frames = references.frames
+    frames, tile = references.frames, tile or 1 + int(references.patch.max())
     kept = np.arange(len(references.features)) if kept is None else kept
     bank = references.features[kept]
     owner, first = np.unique(np.searchsorted([frame.stop for frame in frames], kept, "right"), return_index=True)
@@ -225,27 +248,62 @@ def leave_one_out_thresholds(
     offsets = np.append(first, len(kept))
     scores = []
     for number in np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int)):
-        own = references.features[frames[number].start : frames[number].stop]
+        rows = slice(frames[number].start, frames[number].stop)
+        own = references.features[rows]
         per_frame = segmented_max_cosine(own, bank, offsets)
         per_frame[:, owner == number] = -np.inf
-        scores.append(image_score(references.fused(own, 1 - per_frame.max(axis=1)), spec))
+        found = references.fused(own, 1 - per_frame.max(axis=1))
+        scores.append(max(tile_scores(found, references.patch[rows] // tile, spec).values()))
     highest = max(scores)
     return Thresholds(good_below=highest, defect_above=highest + 3 * float(np.std(scores)))
 
 
-def inspected_patches(view: View, grid: int, frame_size: tuple[int, int]) -> NDArray[np.bool_]:
-    """[N]: whether a patch's centre lies on the frame and not on padding. `frame_size` is (height, width)."""
+def inspected_patches(
+    view: View, grid: int, frame_size: tuple[int, int], ignored: NDArray[np.bool_] | None = None
+) -> NDArray[np.bool_]:
+    """[N]: whether a patch's centre lies on the frame, not on padding, and not on what is ignored.
+
+    Args:
+        frame_size: (height, width).
+        ignored: [h,w] of the frame's pixels; None: none.
+    """
     centres = (np.arange(grid) + 0.5) / grid
     x = view.left + centres * (view.right - view.left)
     y = view.top + centres * (view.bottom - view.top)
     inside_y, inside_x = (y > 0) & (y < frame_size[0]), (x > 0) & (x < frame_size[1])
-    return np.asarray(inside_y[:, None] & inside_x[None, :]).reshape(-1)
+    inside = np.asarray(inside_y[:, None] & inside_x[None, :])
+    if ignored is not None:
+        rows, columns = (np.clip(c.astype(int), 0, n - 1) for c, n in zip((y, x), frame_size, strict=True))
+        inside &= ~ignored[np.ix_(rows, columns)]
+    return inside.reshape(-1)
 
 
 def image_score(score: Floats, spec: Similarity) -> float:
     """The frame's score from its inspected patches' scores [n], by the manifest's rule. NaN if any patch is NaN."""
     count = 1 if spec.score_rule == "max" else max(1, len(score) // 100)
     return float(np.sort(score)[-count:].mean())
+
+
+def tile_scores(score: Floats, tile: NDArray[np.integer[Any]], spec: Similarity) -> dict[int, float]:
+    """By tile the `image_score` of its inspected patches, from `score` [n] and the tile [n], ascending, of each.
+
+    A frame's score is the highest of them: among all patches of all tiles a small defect's few would be none.
+    """
+    numbers, first = np.unique(tile, return_index=True)
+    parts = np.split(score, first[1:])
+    return {int(number): image_score(part, spec) for number, part in zip(numbers, parts, strict=True)}
+
+
+def spread(score: Floats, inspected: NDArray[np.bool_]) -> Floats:
+    """`score` [N], with that of the nearest inspected patch in place of those that are not: what they would say of
+    ignored pixels must not show in a map.
+    """
+    grid = round(len(score) ** 0.5)
+    hidden = (~inspected).astype(np.uint8).reshape(grid, grid)
+    _, label = cv2.distanceTransformWithLabels(hidden, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    by_label = np.zeros(int(label.max()) + 1, np.float32)
+    by_label[label.reshape(-1)[inspected]] = score[inspected]
+    return np.asarray(by_label[label.reshape(-1)], np.float32)
 
 
 def anomaly_map(

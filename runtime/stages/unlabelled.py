@@ -14,6 +14,7 @@ from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.scope import Scope
 from vmad_edge.runtime.stages.similarity import Floats, NormalFeatures, PatchScores, References, image_score
+from vmad_edge.runtime.stages.tiles import WHOLE
 
 INTERVAL = 0.3
 """Share of the other frames, the nearest ones, whose mean distance is a patch's score: MuSc's choice."""
@@ -39,6 +40,7 @@ class Unlabelled:
     """
 
     kind = "unlabelled frames"
+    layout = WHOLE
 
     def __init__(self, frames: Iterable[Floats]) -> None:
         self.thresholds: Thresholds | None = None
@@ -78,7 +80,7 @@ class Stream:
 
     def __init__(self, beside: NormalFeatures | References, spec: Similarity, frames: int) -> None:
         self.beside, self.thresholds, self.fitness = beside, beside.thresholds, beside.fitness
-        self.scope = beside.scope
+        self.scope, self.layout = beside.scope, beside.layout
         self.kind = f"{beside.kind} and stream"
         self._spec, self._frames = spec, frames
         self._ring = _Ring()

@@ -7,8 +7,6 @@ size on, where the encoder is a TensorRT plan.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +16,7 @@ from vmad_edge.runtime.device import Device, Graph
 from vmad_edge.runtime.engines import DeviceEngine
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.frame import Frame
-from vmad_edge.runtime.inspection import Features, Screening
+from vmad_edge.runtime.inspection import Features, Later, Screening
 from vmad_edge.runtime.stages.preprocess import View, clip_geometry
 from vmad_edge.runtime.stages.preprocess_cuda import CudaPreprocess
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, inspected_patches
@@ -115,7 +113,7 @@ class CudaScreen:
         row = int(index[worst])
         thresholds = lane.source.thresholds
         good = thresholds is not None and result < thresholds.good_below
-        features = _Later(lane.view, lambda: self._again(frame, lane.source)) if good else self._features(lane.view)
+        features = Later(lane.view, lambda: self._again(frame, lane.source)) if good else self._features(lane.view)
         distance = None
         if (scope := lane.source.scope) is not None:
             patches = self._device.download(self._outputs["patches"])[0] if good else features.patches
@@ -156,20 +154,6 @@ class CudaScreen:
                 self._lanes.popitem(last=False)[1].forget()
         self._lanes.move_to_end(key)
         return self._lanes[key]
-
-
-class _Later(Features):
-    """Of a GOOD frame, which is seldom reviewed: its megabytes are left on the device, and made anew for who asks."""
-
-    def __init__(self, view: View, encode: Callable[[], Features]) -> None:
-        self.__dict__.update(view=view, _encode=encode)
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("patches", "patches_multi"):
-            raise AttributeError(name)
-        found: Features = self.__dict__["_encode"]()
-        self.__dict__.update(patches=found.patches, patches_multi=found.patches_multi)
-        return self.__dict__[name]
 
 
 class _Lane:

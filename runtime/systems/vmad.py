@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.engines.plans import Plans
 from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.frame import Frame
-from vmad_edge.runtime.inspection import Features, Screening
+from vmad_edge.runtime.inspection import Features, Later, Screening
 from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check, learned
-from vmad_edge.runtime.stages.preprocess import View, clip_pixels, sam_covered, sam_pixels
+from vmad_edge.runtime.stages.preprocess import View, clip_pixels, padding_colour, sam_covered, sam_pixels
 from vmad_edge.runtime.stages.scope import Scope, descriptor
 from vmad_edge.runtime.stages.segmentation import mask_logits
 from vmad_edge.runtime.stages.segmentation_cuda import CudaSamEncoder
@@ -40,11 +40,13 @@ from vmad_edge.runtime.stages.similarity import (
     References,
     anomaly_map,
     coreset,
-    image_score,
     inspected_patches,
     leave_one_out_thresholds,
+    spread,
+    tile_scores,
     token_scores,
 )
+from vmad_edge.runtime.stages.tiles import WHOLE, Layout, Tile, merged
 from vmad_edge.runtime.stages.unlabelled import Unlabelled
 from vmad_edge.runtime.systems.screen_cuda import CudaScreen
 from vmad_edge.runtime.timing import Stopwatch
@@ -57,6 +59,7 @@ class SimilaritySource(Protocol):
     thresholds: Thresholds | None
     fitness: FitnessLimits
     scope: Scope | None
+    layout: Layout
 
     def compare(self, patches: NDArray[np.float32]) -> PatchScores: ...
 
@@ -73,39 +76,41 @@ class Screen:
     @property
     def similarity(self) -> str:
         """What compares patches, and why nothing better, for people."""
-        return f"{self._cuda.how} (unlabelled frames and streams: CPU)" if self._cuda is not None else self._on_cpu
+        return (
+            f"{self._cuda.how} (unlabelled frames, streams, and objects with a region, mask or tiles: CPU)"
+            if self._cuda is not None
+            else self._on_cpu
+        )
 
     def run(self, frame: Frame, source: SimilaritySource, watch: Stopwatch) -> Screening:
         """One frame against `source`."""
-        if self._cuda is not None and isinstance(source, NormalFeatures | References):
+        if self._cuda is not None and source.layout.is_whole and isinstance(source, NormalFeatures | References):
             return self._cuda.run(frame, source, watch)
-        similarity = self._manifest.similarity
-        size = frame.pixels.shape[0], frame.pixels.shape[1]
-        features = self._encode(frame, watch)
-        view = features.view
+        encoded = self._encode(frame, source.layout, watch)
         with watch("similarity"):
-            found = source.compare(features.patches)
+            found = source.compare(encoded.patches)
         with watch("map"):
-            inspected = inspected_patches(view, self._manifest.vision.grid, size)
-            score = image_score(found.score[inspected], similarity)
-            heat = anomaly_map(found.score, view, similarity, self._manifest.clip.size, size)
-            worst = int(np.argmax(np.where(inspected, found.score, -np.inf)))
+            rows = np.flatnonzero(encoded.inspected)
+            scores = tile_scores(found.score[rows], encoded.tile_of(rows), self._manifest.similarity)
+            tile = max(scores, key=lambda number: np.nan_to_num(scores[number], nan=np.inf))
+            own = rows[encoded.tile_of(rows) == tile]
+            worst = int(own[np.argmax(found.score[own])])
+            heat = self._map(encoded, found.score, (frame.pixels.shape[0], frame.pixels.shape[1]))
         nearest = int(found.index[worst]), float(found.similarity[worst])
         if source.scope is None:
-            return Screening(features, score, heat, nearest)
+            return Screening(encoded.features(tile), scores[tile], heat, nearest)
         with watch("scope"):
-            distance = source.scope.distance(features.patches[inspected])
-        return Screening(features, score, heat, nearest, distance)
+            distance = source.scope.distance(encoded.patches[rows])
+        return Screening(encoded.features(tile), scores[tile], heat, nearest, distance)
 
-    def enroll(self, frames: Iterable[Frame], beside: NormalFeatures | None) -> References:
+    def enroll(self, frames: Iterable[Frame], beside: NormalFeatures | None, layout: Layout = WHOLE) -> References:
         """Patch features of normal frames, with leave-one-frame-out thresholds and scope. Holds one frame at a time.
 
         Equal frames are enrolled once: left out, a frame would be compared with its copy.
 
         Raises:
-            FrameError: no frames, or one of which nothing can be seen.
+            FrameError: no frames, or one of which nothing can be seen, or that the layout does not fit.
         """
-        grid = self._manifest.vision.grid
         features, patches, descriptors, enrolled, start = [], [], [], [], 0
         anything, good = FitnessLimits(), []
         seen: set[str] = set()
@@ -113,28 +118,32 @@ class Screen:
             if (pixel_hash := frame.pixel_hash) in seen:
                 continue
             seen.add(pixel_hash)
+            size = frame.pixels.shape[0], frame.pixels.shape[1]
+            if (fault := layout.fault(size)) is not None:
+                raise FrameError(f"{frame.id} cannot be enrolled: {fault}")
             try:
-                good.append(check(frame.pixels, anything))
+                good.append(check(frame.pixels, anything, layout.region))
             except UnfitError as error:
                 raise FrameError(f"{frame.id} is unfit to be enrolled: {error}") from None
-            size = frame.pixels.shape[0], frame.pixels.shape[1]
-            encoded = self._encode(frame, Stopwatch())
-            rows = np.flatnonzero(inspected_patches(encoded.view, grid, size))
+            encoded = self._encode(frame, layout, Stopwatch())
+            rows = np.flatnonzero(encoded.inspected)
             features.append(encoded.patches[rows])
             patches.append(rows.astype(np.int32))
             descriptors.append(descriptor(features[-1]))
-            stop, picture = start + len(rows), self._jpeg(frame, encoded.view)
+            stop = start + len(rows)
+            views = tuple(tile.view_in_frame(view) for tile, view in zip(encoded.tiles, encoded.views, strict=True))
+            pictures = tuple(map(self._jpeg, encoded.tiles, encoded.views))
             path = None if frame.path is None else str(Path(frame.path).absolute())
-            enrolled.append(EnrolledFrame(frame.id, start, stop, encoded.view, size, picture, pixel_hash, path))
+            enrolled.append(EnrolledFrame(frame.id, start, stop, views, size, pictures, pixel_hash, path))
             start = stop
         if not enrolled:
             raise FrameError("expected at least one normal frame to enroll, found none")
         similarity = self._manifest.similarity
         stacked = np.concatenate(features), np.concatenate(patches), tuple(enrolled)
         scope = Scope.learned(np.stack(descriptors))
-        whole = References(*stacked, None, beside, similarity.bank_dtype, learned(good), scope)
+        whole = References(*stacked, None, beside, similarity.bank_dtype, learned(good), scope, layout)
         kept = None if similarity.coreset == 1 else coreset(whole.features, similarity.coreset)
-        whole.thresholds = leave_one_out_thresholds(whole, similarity, kept)
+        whole.thresholds = leave_one_out_thresholds(whole, similarity, kept, tile=self._manifest.vision.grid**2)
         return whole if kept is None else whole.take(kept)
 
     def unlabelled(self, frames: Iterable[Frame]) -> Unlabelled:
@@ -143,28 +152,95 @@ class Screen:
         Raises:
             FrameError: too few frames.
         """
-        return Unlabelled(self._encode(frame, Stopwatch()).patches for frame in frames)
+        return Unlabelled(self._encode(frame, WHOLE, Stopwatch()).patches for frame in frames)
 
     def close(self) -> None:
         """Free what is in use on a GPU."""
         if self._cuda is not None:
             self._cuda.close()
 
-    def _encode(self, frame: Frame, watch: Stopwatch) -> Features:
-        with watch("preprocess"):
-            pixels, view = clip_pixels(frame, self._manifest.clip)
-        with watch("clip_encoder"):
-            out = self._clip_encoder.run({"clip_pixels": pixels})
-        levels = out.get("patches_multi", out["patches"][:, None])  # a graph without them screens only
-        return Features(out["patches"][0], levels[0], view)
+    def _encode(self, frame: Frame, layout: Layout, watch: Stopwatch) -> _Encoded:
+        """All tiles of a frame.
 
-    def _jpeg(self, frame: Frame, view: View) -> bytes:
-        """What CLIP saw of the frame, as a small picture for people."""
+        Raises:
+            FrameError: no patch of it is inspected.
+        """
+        tiles = layout.cut(frame, padding_colour(self._manifest.clip))
+        patches, views, features = [], [], None
+        for features in self._features(tiles, watch):
+            patches.append(features.patches)
+            views.append(features.view)
+        grid = self._manifest.vision.grid
+        inspected = [
+            inspected_patches(view, grid, tile.size, tile.ignored) for tile, view in zip(tiles, views, strict=True)
+        ]
+        if not np.any(inspected):
+            raise FrameError(f"{frame.id}: the ignore mask leaves no patch to inspect; expected a larger part in black")
+
+        def of_tile(number: int) -> Features:
+            if features is not None and len(tiles) == 1:
+                return features
+            again = lambda: next(self._features(tiles[number : number + 1], Stopwatch()))  # noqa: E731
+            return Later(views[number], again, tiles[number])
+
+        return _Encoded(tiles, views, np.concatenate(patches), np.concatenate(inspected), of_tile)
+
+    def _features(self, tiles: Sequence[Tile], watch: Stopwatch) -> Iterator[Features]:
+        """Of each tile, in batches as large as the graph takes."""
+        most = self._manifest.dynamic_axes.get("batch", 1)
+        for start in range(0, len(tiles), most):
+            batch = tiles[start : start + most]
+            with watch("preprocess"):
+                shown = [clip_pixels(tile.frame, self._manifest.clip) for tile in batch]
+            with watch("clip_encoder"):
+                out = self._clip_encoder.run({"clip_pixels": np.concatenate([pixels for pixels, _ in shown])})
+            levels = out.get("patches_multi", out["patches"][:, None])  # a graph without them screens only
+            for number, (tile, (_, view)) in enumerate(zip(batch, shown, strict=True)):
+                yield Features(out["patches"][number], levels[number], view, tile)
+
+    def _map(self, encoded: _Encoded, score: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+        """[h,w] in a frame's pixels, from its patches' scores."""
+
+        def draw(number: int) -> NDArray[np.float32]:
+            tile, own = encoded.tiles[number], encoded.rows(number)
+            shown = score[own] if tile.ignored is None else spread(score[own], encoded.inspected[own])
+            return anomaly_map(
+                shown, encoded.views[number], self._manifest.similarity, self._manifest.clip.size, tile.size
+            )
+
+        if len(encoded.tiles) == 1:
+            return encoded.tiles[0].in_frame(draw(0), size)
+        return merged(((tile, draw(number)) for number, tile in enumerate(encoded.tiles)), size)
+
+    def _jpeg(self, tile: Tile, view: View) -> bytes:
+        """What CLIP saw of the tile, as a small picture for people."""
         side = self._manifest.clip.size
         box = (round(view.left), round(view.top), round(view.right), round(view.bottom))
         target = io.BytesIO()
-        Image.fromarray(frame.pixels).crop(box).resize((side, side)).save(target, "JPEG", quality=90)
+        Image.fromarray(tile.frame.pixels).crop(box).resize((side, side)).save(target, "JPEG", quality=90)
         return target.getvalue()
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A frame's tiles, as the encoder saw them: T of them, of N patches each."""
+
+    tiles: list[Tile]
+    views: list[View]
+    patches: NDArray[np.float32]
+    """[T·N,D]."""
+    inspected: NDArray[np.bool_]
+    """[T·N]."""
+    features: Callable[[int], Features]
+    """Of one tile, by its number."""
+
+    def tile_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return rows // (len(self.inspected) // len(self.tiles))
+
+    def rows(self, number: int) -> slice:
+        """Of one tile."""
+        count = len(self.inspected) // len(self.tiles)
+        return slice(number * count, (number + 1) * count)
 
 
 def _opened(engines: Engines, manifest: ScreenManifest) -> tuple[Engine, CudaScreen | None, str]:

@@ -321,7 +321,7 @@ def test_pictures_for_people_are_made_when_somebody_looks(inspector: Inspector) 
     inspector.enroll([image(seed) for seed in range(4)])
     source = inspector._sources[inspector.bundle.manifest.object]
     assert isinstance(source, References)
-    source.frames = tuple(replace(frame, jpeg=b"no picture") for frame in source.frames)
+    source.frames = tuple(replace(frame, jpegs=(b"no picture",)) for frame in source.frames)
     result = inspector.inspect(image(9), review=False)
     assert result.nearest_normal is not None  # nothing decoded it yet
     with pytest.raises(OSError):

@@ -144,7 +144,7 @@ def test_padding_is_not_inspected() -> None:
 
 def references(frames: int, patches: int = 4) -> References:
     enrolled = tuple(
-        EnrolledFrame(f"f{n}", n * patches, (n + 1) * patches, View(0, 0, 40, 20), (20, 40), jpeg(), "")
+        EnrolledFrame(f"f{n}", n * patches, (n + 1) * patches, (View(0, 0, 40, 20),), (20, 40), (jpeg(),), "")
         for n in range(frames)
     )
     numbers = np.tile(np.arange(patches, dtype=np.int32), frames)

@@ -37,7 +37,7 @@ def frame(seed: int, defect: bool = False) -> Floats:
 def references(thresholds: Thresholds | None) -> References:
     stacked = np.concatenate([frame(-seed) for seed in range(-9, -4)])
     view = View(0, 0, 40, 40)
-    frames = tuple(EnrolledFrame(f"f{n}", n * 16, n * 16 + 16, view, (40, 40), b"", "") for n in range(5))
+    frames = tuple(EnrolledFrame(f"f{n}", n * 16, n * 16 + 16, (view,), (40, 40), (b"",), "") for n in range(5))
     return References(stacked, np.tile(np.arange(16, dtype=np.int32), 5), frames, thresholds)
 
 
