@@ -364,9 +364,9 @@ def test_a_station_of_schema_1_is_read(schema_1: Path) -> None:
     assert loaded is not None and loaded.features.shape == (7, 8)
     np.testing.assert_array_equal(loaded.features, np.random.default_rng(1).normal(size=(7, 8)).astype(np.float32))
     np.testing.assert_array_equal(loaded.patch, [0, 1, 2, 3, 0, 1, 3])
-    assert [(f.id, f.start, f.stop, f.jpeg, f.path) for f in loaded.frames] == [
-        ("one.png", 0, 4, b"first picture", "/parts/one.png"),
-        ("two.png", 4, 7, b"second", None),
+    assert [(f.id, f.start, f.stop, f.jpegs, f.path) for f in loaded.frames] == [
+        ("one.png", 0, 4, (b"first picture",), "/parts/one.png"),
+        ("two.png", 4, 7, (b"second",), None),
     ]
     assert loaded.thresholds == Thresholds(good_below=0.1, defect_above=0.2)
     calibration = station.load_calibration("M3 screw", loaded.hash)
