@@ -114,6 +114,10 @@ class Checkpoint:
         folder = Path(path)
         if not os.path.isdir(folder):  # noqa: PTH112 (pathlib raises where a name is too long)
             raise CheckpointError(f"{folder}: expected the folder of a checkpoint, found none")
+        try:
+            str(folder.absolute()).encode()
+        except UnicodeEncodeError:  # safetensors takes UTF-8 alone
+            raise CheckpointError(f"{folder}: expected a path in UTF-8, found other bytes; rename the folder") from None
         _refuse_pickles(folder)
         _refuse_lfs_pointers(folder)
         config = validated(Config, folder / "config.json", read_json(folder / "config.json"))

@@ -10,12 +10,14 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import gguf
 import llama_cpp.llama_cpp as llama
@@ -220,13 +222,16 @@ def _merge(language: Path, adapter: Path, config: Config) -> list[_Tensor]:
     full, pairs = _sort_adapter(adapter, stored, base)
     _check_targets(adapter, lora, full, pairs, base)
     trained_rows = _trained_rows(adapter, lora, rows_alone, base)
+    ranks, alphas = (_by_pattern(adapter, pattern, pairs) for pattern in (lora.rank_pattern, lora.alpha_pattern))
     tensors = {}
     for name, tensor in base.items():
         free = 1 if name in _VOCABULARY else 0  # the adapter may have grown it
         tensor = replace(full.get(name, tensor), name=name)
         if tensor.shape[free:] != base[name].shape[free:]:
             raise CheckpointError(f"{adapter}: {name}: expected {base[name].shape}, found {tensor.shape}.")
-        tensor = _add_pair(adapter, lora, tensor, *pairs[name]) if name in pairs else tensor
+        if name in pairs:
+            rank, alpha = int(ranks.get(name, lora.r)), alphas.get(name, lora.lora_alpha)
+            tensor = _add_pair(adapter, bool(lora.use_rslora), rank, alpha, tensor, *pairs[name])
         tensors[name] = _put_rows(adapter, tensor, *trained_rows[name]) if name in trained_rows else tensor
     rows = {name: tensors[name].shape[0] for name in _VOCABULARY}
     if len(set(rows.values())) > 1:
@@ -314,14 +319,12 @@ def _check_targets(
 ) -> None:
     """What the adapter's config says was trained is there, and nothing else."""
     target = lora.target_modules or []
-
-    def is_target(module: str) -> bool:
-        if isinstance(target, str):
-            return bool(re.fullmatch(target, module))
-        return any(module == name or module.endswith(f".{name}") for name in target)
-
     modules = {name.removesuffix(".weight") for name in base if name.endswith(".weight")}
-    expected = {f"{module}.weight" for module in modules if is_target(module)}
+    if isinstance(target, str):
+        targets = set(_first_matches(adapter, [target], modules))
+    else:
+        targets = {module for module in modules if any(f".{module}".endswith(f".{name}") for name in target)}
+    expected = {f"{module}.weight" for module in targets}
     if extra := pairs.keys() - expected:
         raise CheckpointError(f"{adapter}: LoRA pairs for {_some(extra)}, which target_modules do not name.")
     some_left_out = lora.exclude_modules or lora.layers_to_transform is not None
@@ -378,19 +381,18 @@ def _put_rows(adapter: Path, base: _Tensor, indices: list[int], rows: _Tensor) -
     return _Tensor(base.name, base.shape, read)
 
 
-def _add_pair(adapter: Path, lora: _Lora, base: _Tensor, a: _Tensor, b: _Tensor) -> _Tensor:
-    module = base.name.removesuffix(".weight")
-    rank = _by_pattern(lora.rank_pattern, module, lora.r)
-    alpha = _by_pattern(lora.alpha_pattern, module, lora.lora_alpha)
+def _add_pair(
+    adapter: Path, use_rslora: bool, rank: int, alpha: float, base: _Tensor, a: _Tensor, b: _Tensor
+) -> _Tensor:
     # An embedding's pair is that of its transpose: A [r,rows], B [width,r].
-    embedding = module.endswith("embed_tokens")
+    embedding = base.name.endswith("embed_tokens.weight")
     rows, width = reversed(base.shape) if embedding else base.shape
     if a.shape != (rank, width) or b.shape != (rows, rank):
         raise CheckpointError(
             f"{adapter}: LoRA of {base.name}: expected A {(rank, width)} and B {(rows, rank)}, "
             f"found {a.shape} and {b.shape}."
         )
-    scale = np.float32(alpha / math.sqrt(rank) if lora.use_rslora else alpha / rank)
+    scale = np.float32(alpha / math.sqrt(rank) if use_rslora else alpha / rank)
 
     def read() -> Array:
         delta = scale * (b.read() @ a.read())
@@ -399,9 +401,46 @@ def _add_pair(adapter: Path, lora: _Lora, base: _Tensor, a: _Tensor, b: _Tensor)
     return _Tensor(base.name, base.shape, read)
 
 
-def _by_pattern(pattern: Mapping[str, float] | None, module: str, default: float) -> Any:
-    """The value whose key is first to match, as a regular expression, the end of the module's name (peft's rule)."""
-    return next((value for key, value in (pattern or {}).items() if re.match(_ending_in(key), module)), default)
+def _by_pattern(adapter: Path, pattern: Mapping[str, float] | None, names: Iterable[str]) -> dict[str, float]:
+    """By tensor: the value whose key is first to match, as a regular expression, the end of its module's name.
+
+    peft's rule. Tensors whose modules no key matches are left out.
+    """
+    values = {_ending_in(key): value for key, value in (pattern or {}).items()}
+    found = _first_matches(adapter, list(values), (name.removesuffix(".weight") for name in names))
+    return {f"{module}.weight": values[key] for module, key in found.items()}
+
+
+_PATIENCE_S = 20
+_MATCH = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+found = {name: next((p for p in patterns if re.fullmatch(p, name)), None) for name in names}
+print(json.dumps({name: pattern for name, pattern in found.items() if pattern is not None}))
+"""
+
+
+def _first_matches(adapter: Path, patterns: list[str], names: Iterable[str]) -> dict[str, str]:
+    """By name: the first of the regular expressions that matches all of it; names that none matches are left out.
+
+    In a process of its own, which can be ended: some expressions take for ever.
+
+    Raises:
+        CheckpointError: these do.
+    """
+    if not patterns:
+        return {}
+    task = json.dumps([patterns, list(names)])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _MATCH], input=task, stdout=subprocess.PIPE, text=True, timeout=_PATIENCE_S
+        )
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(
+            f"{adapter}: {patterns[0]!r:.80} takes more than {_PATIENCE_S} s to be matched with the modules' names: "
+            "expected simple expressions, or a list of names"
+        ) from None
+    return cast(dict[str, str], json.loads(done.stdout))
 
 
 def _is_expression(pattern: str) -> bool:
@@ -413,7 +452,7 @@ def _is_expression(pattern: str) -> bool:
 
 
 def _ending_in(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
+    return rf"(.*\.)?({pattern})"
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer

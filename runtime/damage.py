@@ -25,6 +25,11 @@ _SECTOR = 512
 WebP's fastest lossless method (-z 0), and its fastest ones at quality 100, write longer ones where a frame is flat."""
 _STRAY = 8
 """Fewer bytes than a hole leaves over, before a JPEG's end (webcams write them); longer ones if they are all alike."""
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""Of a PNG's passes: first column and row, and how far the next ones are."""
+_PIECE = 4096
+"""Bytes that are inflated at once: deflate makes at most 1,032 of one."""
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 """A JPEG's marker, where entropy-coded data end; FF 00 and the restart markers are part of them."""
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
@@ -84,7 +89,7 @@ def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
         return np.asarray(simplejpeg.decode_jpeg(data), np.uint8)
     except ValueError as error:
         why = str(error)  # an error, or the first of its warnings
-    if why.startswith("Invalid SOS") and (mended := _with_spectrum(data)) != data:
+    if (mended := _mended(data, why)) != data:
         return decode_jpeg(mended)
     stray = _EXTRANEOUS.search(why)
     if stray is None:
@@ -98,12 +103,21 @@ def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
         raise DamageError(f"{count} bytes too many, as a hole leaves them") from None
 
 
-def _with_spectrum(jpeg: bytes) -> bytes:
-    """A sequential JPEG whose scans say that they hold all coefficients: some cameras write zeros there."""
+def _mended(jpeg: bytes, why: str) -> bytes:
+    """With headers that libjpeg takes without a warning, if `why` is one of what it decodes as if they were so."""
     mended = bytearray(jpeg)
-    for marker, _, _, data in _segments(jpeg):
-        if marker == 0xDA:
+    segments = list(_segments(jpeg))
+    for marker, payload, _, data in segments:
+        start = data.start - len(payload)
+        if marker == 0xDA and why.startswith("Invalid SOS"):  # of a sequential one: some cameras write zeros
             mended[data.start - 3 : data.start] = b"\0\x3f\0"
+        elif marker == 0xE0 and "unknown JFIF revision" in why and payload.startswith(b"JFIF\0"):
+            mended[start + 5] = 1
+        elif marker == 0xE2 and "bad ICC marker" in why and payload.startswith(b"ICC_PROFILE\0"):
+            mended[start] = 0  # so that it is somebody else's
+        elif marker == 0xEE and "Unknown Adobe color transform" in why and payload.startswith(b"Adobe"):
+            colours = next(frame.payload[5] for frame in segments if frame.marker in (0xC0, 0xC1, 0xC2))
+            mended[start + 11] = 1 if colours == 3 else 2  # YCbCr, YCCK
     return bytes(mended)
 
 
@@ -127,7 +141,7 @@ def _segments(jpeg: bytes) -> Iterator[_Segment]:
         found = following
     if not found:
         raise DamageError("cut off: the JPEG does not end")
-    yield _Segment(0xD9, b"", found.start(), slice(0))
+    yield _Segment(0xD9, b"", found.start(), slice(0, 0))
 
 
 def _check_jpeg(jpeg: bytes) -> None:
@@ -160,12 +174,33 @@ def _check_jpeg(jpeg: bytes) -> None:
 
 def _check_png(png: bytes) -> None:
     place, kind = 8, b""
+    inflate, missing = zlib.decompressobj(), 0
     while kind != b"IEND":
         (length,), kind = struct.unpack_from(">I", png, place), png[place + 4 : place + 8]
         (crc,) = struct.unpack_from(">I", png, place + 8 + length)
         if zlib.crc32(memoryview(png)[place + 4 : place + 8 + length]) != crc:
             raise DamageError("a chunk's checksum is wrong")
+        content = memoryview(png)[place + 8 : place + 8 + length]
+        if kind == b"IHDR":
+            missing = _rows_length(content)
+        elif kind == b"IDAT":
+            for start in range(0, length, _PIECE):
+                if missing > 0 and not inflate.eof:
+                    missing -= len(inflate.decompress(content[start : start + _PIECE]))
         place += 12 + length
+    if missing > 0:
+        raise DamageError("cut off: it has fewer rows than its header says")
+
+
+def _rows_length(header: memoryview) -> int:
+    """Bytes of a PNG's rows, each behind that of its filter."""
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header)
+    bits = depth * _PNG_CHANNELS[colour]
+    length = 0
+    for left, top, right, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - left) // right), -(-(height - top) // down)
+        length += rows * (1 + -(-columns * bits // 8)) if columns else 0
+    return length
 
 
 def _check_webp(webp: bytes) -> None:

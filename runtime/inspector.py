@@ -159,6 +159,7 @@ class Inspector:
         Raises:
             VmadError: a stream of too few frames, an unknown fallback, a system that is not Linux.
             BundleError: the bundle must not be used.
+            TypeError: an argument of another type.
         """
         check_system()
         if stream and stream < LEAST_STREAM:

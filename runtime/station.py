@@ -708,7 +708,8 @@ def _parsed(kind: type[_R], text: bytes | str, path: Path, advice: str) -> _R:
         return kind.model_validate_json(text)
     except ValidationError as error:
         where, what = first_fault(error)
-        if where == "schema_version":
+        given = error.errors()[0]["input"]
+        if where == "schema_version" and isinstance(given, int) and given > kind.model_fields[where].default:
             advice = "It needs a newer vmad-edge."
         raise BundleError(f"{path} is not a complete {_IS[_kind(path)]}: {where}: {what}. {advice}") from None
 

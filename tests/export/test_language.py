@@ -236,6 +236,17 @@ def test_adapter_config_that_would_be_ignored_is_refused(copy: Path, change: dic
         next(merged_tensors(copy / "language", copy / "adapter"))
 
 
+@pytest.mark.parametrize("change", [{"target_modules": "(.|..)+#"}, {"alpha_pattern": {"(.|..)+#": 2}}], ids=str)
+def test_expressions_that_take_for_ever_are_refused(
+    copy: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmad_edge.export.language._PATIENCE_S", 1)
+    path = copy / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match="to be matched with the modules' names"):
+        next(merged_tensors(copy / "language", copy / "adapter"))
+
+
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 

@@ -169,6 +169,11 @@ def test_an_older_one_is_read_and_lets_a_review_settle_nothing(tmp_path: Path) -
             "newer vmad-edge",
             id="a later schema",
         ),
+        pytest.param(
+            lambda f: replaced(f, b'"schema_version": 2', b'"schema_version": 1'),
+            "Calibrate 'M3 screw' again",
+            id="an earlier schema, which had no number",
+        ),
     ],
 )
 def test_refuses_a_damaged_one(damage: Callable[[Path], object], says: str, tmp_path: Path) -> None:

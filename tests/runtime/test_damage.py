@@ -221,6 +221,39 @@ def test_a_sequential_jpeg_that_does_not_name_its_spectrum() -> None:
             Frame.read(damaged)
 
 
+def _adobe(jpeg: bytes, transform: int) -> bytes:
+    """With Adobe's segment in place of JFIF's."""
+    return jpeg[:2] + b"\xff\xee\x00\x0eAdobe\x00\x64" + bytes(4) + bytes([transform]) + jpeg[20:]
+
+
+def _changed(jpeg: bytes, behind: bytes, value: int) -> bytes:
+    at = jpeg.index(behind) + len(behind)
+    return jpeg[:at] + bytes([value]) + jpeg[at + 1 :]
+
+
+ODD_HEADERS: dict[str, Callable[[Image.Image], bytes]] = {
+    "JFIF 2": lambda picture: _changed(encoded(picture, "JPEG"), b"JFIF\0", 2),
+    "JFIF 0": lambda picture: _changed(encoded(picture.convert("L"), "JPEG"), b"JFIF\0", 0),
+    "Adobe's transform 7": lambda picture: _adobe(encoded(picture, "JPEG"), 7),
+    "Adobe's transform 7 of CMYK": lambda picture: _changed(
+        encoded(picture.convert("CMYK"), "JPEG"), b"Adobe\x00\x64\0\0\0\0", 7
+    ),
+    "a colour profile without its first part": lambda picture: _changed(
+        encoded(picture, "JPEG", icc_profile=b"profile"), b"ICC_PROFILE\0", 9
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_HEADERS)
+def test_odd_headers_of_a_jpeg_are_no_damage(kind: str) -> None:
+    odd = ODD_HEADERS[kind](Image.open(PARTS[0]))
+    np.testing.assert_array_equal(Frame.read(odd).pixels, np.asarray(Image.open(io.BytesIO(odd)).convert("RGB")))
+    middle = len(odd) // 2
+    for damaged in (odd[:middle] + b"\xff\xd9", odd[:middle] + odd[middle + 700 :]):  # nor do they hide any
+        with pytest.raises(FrameError, match="not a readable image"):
+            Frame.read(damaged)
+
+
 def test_a_progressive_jpeg_without_its_last_scans_is_refused() -> None:
     """libjpeg has nothing to warn of; Pillow shows it smoothed."""
     whole = encoded(Image.open(PARTS[0]), "JPEG", progressive=True)
@@ -249,6 +282,35 @@ def test_a_wrong_checksum_of_any_png_chunk_is_refused(kind: bytes) -> None:
     at = start + 4 + int.from_bytes(data[start - 4 : start], "big")
     with pytest.raises(FrameError, match=r"checksum is wrong|damaged"):
         Frame.read(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+
+
+PASSES = {
+    "row by row": [(0, 0, 1, 1)],
+    "interlaced": [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)],
+}
+"""Of a PNG: first row and column, and the steps to the next ones (the standard's table)."""
+
+
+@pytest.mark.parametrize("kind", PASSES)
+@pytest.mark.parametrize("shape", [(9, 13, 3), (64, 50, 4), (33, 8, 1), (40, 41, 2)])
+def test_a_png_with_fewer_rows_than_its_header_says_is_refused(shape: tuple[int, int, int], kind: str) -> None:
+    """All its checksums are right; Pillow leaves the rest black."""
+    values = NOISE.integers(0, 256, shape, np.uint8)
+    parts = [values[top::down, left::right] for top, left, down, right in PASSES[kind]]
+    rows = b"".join(b"\0" + row.tobytes() for part in parts if part.size for row in part)
+    header = struct.pack(">IIBBBBB", shape[1], shape[0], 8, {1: 0, 2: 4, 3: 2, 4: 6}[shape[2]], 0, 0, len(parts) > 1)
+
+    def png(rows: bytes) -> bytes:
+        chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(rows), b"IEND"]
+        coded = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(coded)
+
+    whole = png(rows)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(whole))).reshape(shape), values)
+    np.testing.assert_array_equal(Frame.read(whole).pixels, np.asarray(Image.open(io.BytesIO(whole)).convert("RGB")))
+    for length in (len(rows) - 1, len(rows) // 2, 0):
+        with pytest.raises(FrameError, match="not a readable image"):
+            Frame.read(png(rows[:length]))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
