@@ -1,6 +1,6 @@
 # make demo   set everything up and inspect the sample parts
 # make test   set everything up and pass the tests
-# make bench  measure, and remake the tables of README.md from benchmarks/results/
+# make bench  measure, and remake the tables of README.md and docs/measured/ from benchmarks/results/
 # make lock   write install/*.lock anew (needs uv): what they pin stays where it still fits; remove them to renew all
 # All install into .venv, what the runtime needs from install/*.lock; llama.cpp's wheel is built once and kept in CACHE.
 
@@ -35,8 +35,7 @@ bench: .venv/test
 	$(BIN)/pip install --quiet --no-deps faiss-cpu==1.15.1
 	$(BIN)/python benchmarks/similarity.py --frames 0 --save  # MuSc at 200 frames takes 24 minutes
 	$(BIN)/python benchmarks/plans.py demo/bundle > docs/plans.md
-	$(BIN)/python benchmarks/tables.py README.md benchmarks/results/reference.md benchmarks/results/scales.md \
-	    benchmarks/results/cuda.md
+	$(BIN)/python benchmarks/tables.py README.md docs/measured/*.md
 
 .venv/llama: install/llama.py install/llama.lock install/build.lock
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,6 @@
 """What the CUDA kernels cost on paper: operations and bytes counted from their tiles, against what each GPU can do.
 
-    python benchmarks/cuda_arithmetic.py > benchmarks/results/cuda.md
+    python benchmarks/cuda_arithmetic.py        # the tables at the end of docs/measured/cuda.md
 
 Arithmetic, not measurement. The floor is the longer of the operator's operations at the tensor cores' dense peak and
 its bytes at the memory's bandwidth. The share is the floor over what the kernel's own tiles ask for at most: padded

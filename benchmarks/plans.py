@@ -75,7 +75,7 @@ def _memory(found: Floors) -> str:
 
 
 def paper() -> Chain:
-    """Of VMAD's published networks; what the paper leaves open as in README.md."""
+    """Of VMAD's published networks; what the paper leaves open as in docs/design-choices.md."""
     with torch.device("meta"):
         vision = CLIPVisionModel(
             CLIPVisionConfig(

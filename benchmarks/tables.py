@@ -1,6 +1,6 @@
 """Remake a page's tables from results/*.json: what stands between `<!-- results: NAME -->` and `<!-- end -->`.
 
-python benchmarks/tables.py README.md benchmarks/results/reference.md
+python benchmarks/tables.py README.md docs/measured/*.md
 """
 
 from __future__ import annotations
@@ -19,6 +19,47 @@ from vmad_edge.runtime.files import write_whole
 from vmad_edge.runtime.machine import Run, busy_elsewhere
 
 Figures = dict[str, Any]
+
+
+def speed_and_memory(benched: Figures, small: Figures, edge: Figures, paper: Figures) -> list[str]:
+    """The front page's one table: the demo's chain, an edge device's and the paper's."""
+    rows = []
+    for chained, name in ((small, "`demo/bundle`"), (edge, "edge")):
+        for row, precision in (("vmad-edge f32", "FP32"), ("vmad-edge bf16", "bf16, OpenVINO")):
+            figures = chained["rows"][row]
+            times = [
+                f"{in_ms(figures[lane]['p50'])} ({figures['times_faster_than_torch_f32'][lane]:.1f} ×)"
+                for lane in ("screen", "review")
+            ]
+            rows.append([f"{name}, {precision}", *times, f"{figures['peak_mib']:.0f}"])
+    inspected = paper["steps"]["inspect"]
+    taken = inspected["found"]["second"]["timings_ms"]
+    peak = max(at["resident_mib"] for at in inspected["stages"].values())
+    rows.append(
+        ["paper, FP32, one frame without a mask", in_ms(taken["screen"]), in_ms(taken["review"]), f"{peak:.0f}"]
+    )
+    found = Benchmark.model_validate(benched)
+    assert found.review is not None
+    return [
+        *_table(["ms, p50 (times as fast as plain torch, FP32)", "screen", "review", "peak MiB"], rows),
+        "",
+        f"Of `demo/bundle` one screen in 100 takes longer than {in_ms(found.screen.whole.p99)} ms, one review in 100 "
+        f"than {in_ms(found.review.whole.p99)} ms; opening takes {found.open_ms:.0f} ms.",
+    ]
+
+
+def patchcore(figures: Figures) -> list[str]:
+    rows = [
+        [
+            name,
+            *(f"{row[figure]:.3f}" for figure in ("image_auroc", "pixel_auroc", "aupro")),
+            f"{row['enroll_s']:.0f}",
+            f"{row['frame_ms']:.0f}",
+        ]
+        for name, row in figures["rows"].items()
+    ]
+    title = f"{figures['dataset'].replace('_', ' ')}, {figures['enrolled']} enrolled, {figures['tested']} tested"
+    return _table([title, "image AUROC", "pixel AUROC", "AUPRO", "s to enroll", "ms a frame"], rows)
 
 
 def bench(figures: Figures) -> list[str]:
@@ -228,7 +269,7 @@ def _megabytes(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name} {size / 1e6:.0f}" for name, size in sizes.items())
 
 
-TABLES: dict[str, Callable[[Figures], list[str]]] = {
+TABLES: dict[str, Callable[..., list[str]]] = {
     **{
         function.__name__: function
         for function in (
@@ -242,35 +283,50 @@ TABLES: dict[str, Callable[[Figures], list[str]]] = {
             similarity_cuda,
             musc,
             clip_large,
+            speed_and_memory,
         )
     },
     "chain_edge": chain,
     "edge": scale,
     "paper": scale,
+    "patchcore_cookies": patchcore,
+    "patchcore_magnetic_tile": patchcore,
 }
+SOURCES = {"speed_and_memory": ("bench", "chain", "chain_edge", "paper")}
+"""The results that a table is of, where they are not the one of its name."""
 
 
 def remake(page: str) -> str:
-    """`page` with its tables made anew; one whose result is not there stays as it is."""
+    """`page` with its tables made anew; one of a result that is not there stays as it is."""
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
-        figures = load(name)
-        if figures is None:
+        sources = SOURCES.get(name, (name,))
+        results = [figures for source in sources if (figures := load(source)) is not None]
+        if len(results) < len(sources):
             return match[0]
-        lines = [*TABLES[name](figures), "", _measured(figures["run"])]
-        return "\n".join([f"<!-- results: {name} -->", *lines, "<!-- end -->"])
+        measured = _measured(results[0]["run"]) if len(results) == 1 else _all_measured(results)
+        return "\n".join([f"<!-- results: {name} -->", *TABLES[name](*results), "", measured, "<!-- end -->"])
 
     return re.sub(r"<!-- results: (\w+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
 def _measured(fields: Figures) -> str:
     run = Run.model_validate(fields)
-    where = f"{run.machine.processor}, {run.machine.cores} core{'s' * (run.machine.cores > 1)}" + (
-        f", {run.machine.accelerator}" if run.machine.accelerator else ""
-    )
     warning = busy_elsewhere(run)
-    return f"`{run.command}`, {run.date}, {where}" + (f"; {warning}." if warning else ".")
+    return f"`{run.command}`, {run.date}, {_where(run)}" + (f"; {warning}." if warning else ".")
+
+
+def _all_measured(results: Iterable[Figures]) -> str:
+    """When and where alone: the commands stand with the results' own tables."""
+    runs = [Run.model_validate(figures["run"]) for figures in results]
+    return "; ".join(dict.fromkeys(f"{run.date}, {_where(run)}" for run in runs)) + "."
+
+
+def _where(run: Run) -> str:
+    machine = run.machine
+    cores = f"{machine.processor}, {machine.cores} core{'s' * (machine.cores > 1)}"
+    return f"{cores}, {machine.accelerator}" if machine.accelerator else cores
 
 
 def _table(columns: list[str], rows: Iterable[list[str]]) -> list[str]:

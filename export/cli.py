@@ -38,7 +38,7 @@ def add_export(subcommands: Any) -> None:
         epilog="Example: vmad export my-checkpoint my-bundle --llm q4_k_m --parity-images photographs",
     )
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder in the layout that the README gives"
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder in the layout that docs/export.md gives"
     )
     parser.add_argument(
         "bundle", type=Path, metavar="BUNDLE", nargs="?", help="folder to write; a bundle that is there is replaced"

@@ -29,7 +29,10 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "benchmarks/results/reference.md", "benchmarks/results/scales.md", "benchmarks/results/cuda.md"],
+    [
+        "README.md",
+        *(f"docs/measured/{name}.md" for name in ("cuda", "photographs", "precision", "scales", "similarity", "speed")),
+    ],
 )
 def test_pages_show_the_results_that_are_there(page: str, tables: ModuleType) -> None:
     text = (ROOT / page).read_text("utf-8")

@@ -1,0 +1,67 @@
+"""The walk of docs/first-day.md: real photographs, a real network, frames that neither enroll nor calibrate saw."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from vmad_edge.export.reference.teacher import installed
+from vmad_edge.runtime.cli import main
+
+ROOT = Path(__file__).parents[1]
+COOKIES = ROOT.parent / "shared/data/cookies"
+PAGE = (ROOT / "docs/first-day.md").read_text("utf-8")
+CALIBRATED = {"good": [f"normal-{n}.jpg" for n in range(21, 31)], "broken": [f"anomaly-{n}.jpg" for n in range(1, 21)]}
+TESTED = {
+    "good": [f"test-normal-{n}.jpg" for n in range(1, 15)],
+    "broken": [f"anomaly-{n}.jpg" for n in range(21, 33)],
+}
+
+pytestmark = [
+    pytest.mark.skipif(not COOKIES.is_dir(), reason="the photographs of cookies are not beside the project"),
+    pytest.mark.skipif(not installed(), reason="the packages of EfficientNet-lite0 are not installed"),
+]
+
+
+def copied(frames: dict[str, list[str]], folder: Path) -> Path:
+    for kind, names in frames.items():
+        (folder / kind).mkdir(parents=True)
+        for name in names:
+            shutil.copy(COOKIES / "test" / kind / name, folder / kind)
+    return folder
+
+
+def test_from_photographs_to_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import efficientnet_lite0
+
+    station = ["--station", str(tmp_path / "station"), "--device", "cpu"]
+
+    def vmad(*words: str | Path) -> tuple[int, str]:
+        status = main([str(word) for word in words])
+        return status, capsys.readouterr().out
+
+    efficientnet_lite0.write_graph(tmp_path / "lite0.onnx", 320)
+    bundle = tmp_path / "lite0"
+    levels = "reduction_3,reduction_4,reduction_5"
+    assert vmad("export-features", tmp_path / "lite0.onnx", bundle, "--levels", levels, "--coreset", "0.01")[0] == 0
+    assert vmad("enroll", bundle, COOKIES / "train/good", "--object", "cookie", *station)[0] == 0
+
+    odd = COOKIES / "test/good/normal-31.jpg"
+    _, out = vmad("inspect", bundle, odd, "--object", "cookie", "--json", *station)
+    assert json.loads(out)[0]["reason_code"] == "out_of_scope"
+
+    line = copied(CALIBRATED, tmp_path / "line")
+    heaps = ["--good", line / "good", "--defects", line / "broken"]
+    status, out = vmad("calibrate", bundle, *heaps, "--object", "cookie", "--json", *station)
+    assert status == 0 and "0 of 20 defective frames called GOOD" in json.loads(out)["promise"]
+
+    test = copied(TESTED, tmp_path / "test")
+    _, out = vmad("inspect", bundle, test, "--object", "cookie", "--json", *station)
+    counts = Counter((Path(row["path"]).parent.name, row["verdict"]) for row in json.loads(out))
+    for kind, label in (("good", "14 normal"), ("broken", "12 broken")):
+        row = [label, *(str(counts[kind, verdict]) for verdict in ("GOOD", "UNCERTAIN", "DEFECT"))]
+        assert f"| {' | '.join(row)} |" in PAGE, "docs/first-day.md says otherwise"
