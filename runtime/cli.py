@@ -441,7 +441,7 @@ def _info(args: argparse.Namespace) -> int:
             "scope": {name: scope for name, (_, scope) in banks.items()} or "no scope check: nothing is enrolled",
             "enrolled_with_other_bundles": inspector.station.enrolled_elsewhere(),
             "calibrated": {n: _calibration_facts(found) for n, found in inspector.station.calibrated().items()},
-            "release": _releases(inspector.station, manifest.object),
+            "release": _releases(inspector),
             "device": inspector.engines.device,
             "provider": inspector.provider,
             "similarity": inspector.similarity,
@@ -464,13 +464,13 @@ def _of_bank(station: Station, object: str) -> tuple[str, str]:
     return layout.in_words(), in_words(scope)
 
 
-def _releases(station: Station, own: str) -> dict[str, dict[str, Any]]:
+def _releases(inspector: Inspector) -> dict[str, dict[str, Any]]:
     """By object."""
-    found = {}
-    for name in sorted({own, *station.enrolled(), *station.calibrated()}):
+    found, station, device = {}, inspector.station, inspector.engines.device
+    for name in sorted({inspector.bundle.manifest.object, *station.enrolled(), *station.calibrated()}):
         try:
             bank = station.bank_hash(name)
-            standing = station.standing(name, bank, station.load_calibration(name, bank))
+            standing = station.standing(name, bank, station.load_calibration(name, bank), device)
         except BundleError as error:
             standing = Standing(False, f"not released: {error}")
         found[name] = _standing_facts(standing)
@@ -634,7 +634,9 @@ def _calibrate(args: argparse.Namespace) -> int:
             by=args.by,
             reading=reading(args),
         )
-        standing = inspector.station.standing(calibration.object, calibration.bank, calibration)
+        standing = inspector.station.standing(
+            calibration.object, calibration.bank, calibration, inspector.engines.device
+        )
         facts = {
             **_calibration_facts(calibration),
             **_standing_facts(standing),

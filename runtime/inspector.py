@@ -327,7 +327,7 @@ class Inspector:
         standing = THIS_RUN_ALONE
         if keep:
             self.station.save_references(name, references)
-            standing = self.station.standing(name, references.hash, None)
+            standing = self.station.standing(name, references.hash, None, self.engines.device)
         with self._lock:
             self._sources[name] = self._with_stream(references), standing
         return references
@@ -465,7 +465,8 @@ class Inspector:
                 source.fitness = calibration.fitness
             if source.scope is not None and calibration.scope is not None:
                 source.scope = replace(source.scope, limit=calibration.scope)
-        return self._with_stream(source), self.station.standing(object, bank, calibration)
+        standing = self.station.standing(object, bank, calibration, self.engines.device)
+        return self._with_stream(source), standing
 
     def _held(self) -> list[str]:
         """The objects that were enrolled here, kept or not."""

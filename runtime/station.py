@@ -488,24 +488,25 @@ class Station:
         self.save_release(release)
         return release
 
-    def standing(self, object: str, bank: str | None, calibration: Calibration | None) -> Standing:
-        """Whether `object` is released as it is compared with `bank` (see `Release`) and `calibration`'s thresholds.
+    def standing(self, object: str, bank: str | None, calibration: Calibration | None, device: str) -> Standing:
+        """Whether `object` is released as it is compared on `device` with `bank` (see `Release`) and `calibration`.
 
-        A release is for one bank and one calibration: another one makes it void. Without one, a bundle's own
-        thresholds count as its maker's release of its own kind of part, compared with the bundle's own features.
+        A release is for one bank and one calibration, one by defects for the device that saw them: another one makes it
+        void. Without one, a bundle's own thresholds count as its maker's release of its own kind of part, compared with
+        the bundle's own features. Reviews change nothing: what is not calibrated with them, they never call GOOD.
 
         Raises:
             BundleError: as `load_release`.
         """
-        manifest, compared = self._bundle.manifest, (bank, None if calibration is None else calibration.hash)
-        last = self.load_release(object)
-        if last is not None and (last.bundle, last.bank, last.calibration) == (self._bundle.hash, *compared):
+        manifest, last = self._bundle.manifest, self.load_release(object)
+        void = None if last is None else self._void(last, bank, calibration, device)
+        if last is not None and void is None:
             return Standing(last.released, last.told)
-        if object == manifest.object and compared == (None, None) and manifest.similarity.thresholds is not None:
+        makers = bank is None and calibration is None and manifest.similarity.thresholds is not None
+        if object == manifest.object and makers:
             return Standing(True, f"released: by the bundle's maker, for its own kind of part ({object!r})")
         if last is not None and last.released:
-            other = "bundle" if last.bundle != self._bundle.hash else "bank" if last.bank != bank else "calibration"
-            why = f"it was for another {other} ({last.told})"
+            why = f"{void} ({last.told})"
         else:
             why = f"nobody has shown yet that this bundle sees the defects of {object!r}"
         calibrate = self._command("calibrate", object, "--good DIR --defects DIR")
@@ -529,6 +530,19 @@ class Station:
             return self.load_calibration(object, self.bank_hash(object))
         except BundleError as error:
             return str(error)
+
+    def _void(self, last: Release, bank: str | None, calibration: Calibration | None, device: str) -> str | None:
+        """Why it is not of what is compared now; None: it is."""
+        for what, then, here in (
+            ("bundle", last.bundle, self._bundle.hash),
+            ("bank", last.bank, bank),
+            ("calibration", last.calibration, None if calibration is None else calibration.hash),
+        ):
+            if then != here:
+                return f"it was for another {what}"
+        if last.shown is not None and calibration is not None and calibration.device not in (None, device):
+            return f"its defects were seen by device {calibration.device}, this is {device}"
+        return None
 
     def _write(self, kind: Kind, object: str, content: bytes, told: dict[str, Any]) -> tuple[Path, str]:
         """Replace what is kept of `object` in one step; its path, and the content's SHA-256.

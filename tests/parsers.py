@@ -120,7 +120,7 @@ def _releases() -> list[bytes]:
 def _load_release(data: bytes, folder: Path) -> None:
     station = Station(folder, station_bundle())
     _put(station.path / "releases/part.release", data)
-    station.standing("part", None, None)
+    station.standing("part", None, None, "cpu")
 
 
 def _put(path: Path, data: bytes) -> None:

@@ -182,10 +182,9 @@ def test_how_an_object_comes_to_be_released(
         assert ("; not released;" in inspector.told(object)) is not standing.released
     with shop.open(stream=20) as inspector:
         assert inspector.standing(object) == standing
-    station = Station(shop.place, Bundle.open(makers_bundle))
-    if station.knows(object) or object == "part":
-        bank = station.bank_hash(object)
-        assert station.standing(object, bank, station.load_calibration(object, bank)) == standing
+        station, device = inspector.station, inspector.engines.device
+    bank = station.bank_hash(object)
+    assert station.standing(object, bank, station.load_calibration(object, bank), device) == standing
 
 
 def test_what_this_run_alone_is_compared_with_is_not_released(makers_bundle: Path, parts: Path, tmp_path: Path) -> None:
@@ -243,7 +242,7 @@ def test_a_release_is_read_as_it_was_written(by: str, station: Station) -> None:
     assert station.load_release(OBJECT) == release and release.released
     assert release.by == by.encode("utf-8", "backslashreplace").decode()
     assert release.calibration == CALIBRATION.hash and release.bank is None
-    assert station.standing(OBJECT, None, CALIBRATION).released
+    assert station.standing(OBJECT, None, CALIBRATION, "cpu").released
     assert station.load_release("another") is None
 
 
@@ -282,7 +281,7 @@ def test_refuses_a_damaged_one(damage: Callable[[Path], object], says: str, stat
     (path,) = (station.path / "releases").glob("*.release")
     damage(path)
     with pytest.raises(BundleError, match=says) as raised:
-        station.standing(OBJECT, None, CALIBRATION)
+        station.standing(OBJECT, None, CALIBRATION, "cpu")
     assert "\n" not in str(raised.value) and "pydantic" not in str(raised.value)
 
 
@@ -299,11 +298,28 @@ def changed(path: Path, **fields: object) -> None:
     rewrite(path, lambda text: json.dumps({**json.loads(text), **fields}).encode())
 
 
+@pytest.mark.parametrize(
+    "seen_by,device,released",
+    [("cpu", "cpu", True), (None, "cpu", True), ("cuda", "cpu", False), ("cpu", "tensorrt", False)],
+)
+def test_what_another_device_saw(seen_by: str | None, device: str, released: bool, station: Station) -> None:
+    """A person's word is for any."""
+    calibration = CALIBRATION.model_copy(update={"device": seen_by})
+    station.save_calibration(calibration)
+    named = {"bundle": "ab" * 32, "object": OBJECT, "bank": None, "calibration": calibration.hash, "by": "it"}
+    station.save_release(Release(**named, released=True, when="now", shown=Shown(**{**SHOWN, "bound": 0.4})))
+    standing = station.standing(OBJECT, None, calibration, device)
+    assert standing.released is released
+    assert released or f"its defects were seen by device {seen_by}, this is {device} (released: 1 def" in standing.told
+    station.answer(OBJECT, "me", "a trial")
+    assert station.standing(OBJECT, None, calibration, device).released
+
+
 def test_of_another_bundle(station: Station) -> None:
     station.answer(OBJECT, "me", "a trial")
     (path,) = (station.path / "releases").glob("*.release")
     changed(path, bundle="cd" * 32)
-    assert "another bundle" in station.standing(OBJECT, None, CALIBRATION).told
+    assert "another bundle" in station.standing(OBJECT, None, CALIBRATION, "cpu").told
 
 
 # ------------------------------------------------------------------------------------------------------- the audit
