@@ -659,6 +659,8 @@ def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, fl
         features=None,
     )
     verdict = settled(inspection.verdict, finding.p_yes, inspection.reason_code)
+    if verdict is Verdict.GOOD and inspection.layout.tiles.count > 1:  # it saw one tile of many
+        verdict = inspection.verdict
     # Of unlabelled frames nobody said that any is normal: a review settles nothing there.
     if verdict is not inspection.verdict and inspection.compared_with != Unlabelled.kind:
         after = replace(after, verdict=verdict, decided_by="review")

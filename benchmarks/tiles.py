@@ -1,0 +1,170 @@
+"""Small spots and scratches on frames of 4096×4096 pixels: found with and without tiles, and what that costs.
+
+python benchmarks/tiles.py demo/bundle ../shared/data/cookies > benchmarks/results/tiles.md
+
+The photographs have 576×768 pixels: they are enlarged to 3072×4096 (Lanczos), with the tray mirrored at both sides, so
+they are softer than a camera of that size would be; the defects are drawn into the large frame, sharp. They are blue,
+which no cookie is, and lie on the cookie. Found: not GOOD, and the map's peak lies on the defect, or within a patch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from vmad_edge.runtime.folders import list_images
+from vmad_edge.runtime.frame import Frame
+from vmad_edge.runtime.inspection import Inspection, Verdict
+from vmad_edge.runtime.inspector import Inspector
+from vmad_edge.runtime.machine import RunInProgress, busy_elsewhere
+from vmad_edge.runtime.stages.tiles import Box, Layout, Tiles
+
+Pixels = NDArray[np.uint8]
+SIDE = 4096
+SIZES = (8, 16, 32, 64)
+KINDS = ("spot", "scratch")
+BLUE = (40, 70, 190)
+SEED = 22
+
+
+def large(path: str) -> Pixels:
+    """The photograph, [4096,4096,3]."""
+    small = Frame.read(path).pixels
+    width = small.shape[1] * SIDE // small.shape[0]
+    shown = cv2.resize(small, (width, SIDE), interpolation=cv2.INTER_LANCZOS4)
+    left = (SIDE - width) // 2
+    bordered = cv2.copyMakeBorder(shown, 0, 0, left, SIDE - width - left, cv2.BORDER_REFLECT_101)
+    return np.asarray(bordered, np.uint8)
+
+
+def with_defect(whole: Pixels, kind: str, size: int, rng: np.random.Generator) -> tuple[Pixels, Box]:
+    """A spot `size` across, or a scratch as long and an eighth as wide, but 2 px at least; and its box."""
+    x, y = (round(SIDE * share) for share in rng.uniform(0.42, 0.58, 2))
+    drawn = whole.copy()
+    if kind == "spot":
+        cv2.circle(drawn, (x, y), size // 2, BLUE, -1, cv2.LINE_AA)
+        return drawn, (x - size // 2, y - size // 2, x + size // 2 + 1, y + size // 2 + 1)
+    angle = rng.uniform(0, np.pi)
+    dx, dy = round(size / 2 * np.cos(angle)), round(size / 2 * np.sin(angle))
+    thick = max(2, size // 8)
+    cv2.line(drawn, (x - dx, y - dy), (x + dx, y + dy), BLUE, thick, cv2.LINE_AA)
+    half = thick // 2
+    return drawn, (x - abs(dx) - half, y - abs(dy) - half, x + abs(dx) + half + 1, y + abs(dy) + half + 1)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One frame with a defect."""
+
+    kind: str
+    size: int
+    suspect: bool
+    """Not GOOD."""
+    hit: bool
+    """The map's peak lies on it, or within a patch."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    count: int
+    tiles: int
+    patch: float
+    """Pixels of the frame that a patch is wide."""
+    good: list[Inspection]
+    defects: list[Found]
+
+
+def measured(args: argparse.Namespace, count: int, console: Console) -> Measured:
+    """Enroll, then inspect good frames and the same with each defect."""
+    layout = Layout(tiles=Tiles(count=count))
+    enrolled = list_images([str(args.cookies / "train/good")])[: args.enrolled]
+    tested = list_images([str(args.cookies / "test/good")])
+    rng = np.random.default_rng(SEED)  # the same defects for each count
+    with tempfile.TemporaryDirectory() as station, Inspector.open(args.bundle, station, "cpu") as inspector:
+        frames = track(enrolled, f"{count} tiles, enrolling", console=console)
+        bank = inspector.enroll((large(path) for path in frames), layout=layout)
+        grid = inspector.bundle.manifest.vision.grid
+        view = bank.frames[0].views[0]
+        patch = (view.right - view.left) / grid
+        good, defects = [], []
+        for number, path in enumerate(track(tested[: args.good], f"{count} tiles, inspecting", console=console)):
+            whole = large(path)
+            good.append(inspector.inspect(whole, review=False).without_arrays())
+            for kind in KINDS if number < args.frames else ():
+                for size in SIZES:
+                    pixels, box = with_defect(whole, kind, size, rng)
+                    defects.append(_found(inspector.inspect(pixels, review=False), kind, size, box, patch))
+    return Measured(count, len(bank.frames[0].views), patch, good, defects)
+
+
+def _found(inspection: Inspection, kind: str, size: int, box: Box, patch: float) -> Found:
+    assert inspection.map is not None, inspection.reason
+    y, x = np.unravel_index(np.nanargmax(inspection.map), inspection.map.shape)
+    left, top, right, bottom = box
+    hit = left - patch <= x < right + patch and top - patch <= y < bottom + patch
+    return Found(kind, size, inspection.verdict is not Verdict.GOOD, hit)
+
+
+def _finds(found: list[Measured]) -> Iterator[str]:
+    yield f"| tiles along a side (in all) | a patch is | good: not GOOD | {' | '.join(_names())} |"
+    yield f"|---|---:|---:|{'---:|' * len(_names())}"
+    for one in found:
+        cells = []
+        for kind in KINDS:
+            for size in SIZES:
+                these = [defect for defect in one.defects if (defect.kind, defect.size) == (kind, size)]
+                cells.append(f"{sum(d.suspect and d.hit for d in these)} of {len(these)}")
+        false = sum(inspection.verdict is not Verdict.GOOD for inspection in one.good)
+        name = "the whole frame" if one.count == 1 else f"{one.count} ({one.tiles})"
+        yield f"| {name} | {one.patch:.0f} px | {false} of {len(one.good)} | {' | '.join(cells)} |"
+
+
+def _names() -> list[str]:
+    return [f"{kind} {size} px" for kind in KINDS for size in SIZES]
+
+
+STAGES = ("fitness", "preprocess", "clip_encoder", "similarity", "map", "screen")
+
+
+def _costs(found: list[Measured]) -> Iterator[str]:
+    yield f"| ms a frame, median | {' | '.join(STAGES)} |"
+    yield f"|---|{'---:|' * len(STAGES)}"
+    for one in found:
+        times = [np.median([inspection.timings_ms[stage] for inspection in one.good]) for stage in STAGES]
+        name = "the whole frame" if one.count == 1 else f"{one.tiles} tiles"
+        yield f"| {name} | {' | '.join(f'{ms:.0f}' for ms in times)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("cookies", type=Path, help="in MVTec AD's layout")
+    parser.add_argument("--tiles", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--enrolled", type=int, default=8, help="frames to enroll")
+    parser.add_argument("--good", type=int, default=12, help="good frames to inspect")
+    parser.add_argument("--frames", type=int, default=4, help="of those, frames that each defect is drawn into")
+    args = parser.parse_args()
+    run, console = RunInProgress(), Console(stderr=True)
+    found = [measured(args, count, console) for count in args.tiles]
+    ended = run.end([])
+    print("# Tiles: small defects on large frames\n")
+    print(f"`{ended.command}`, {ended.date}, {ended.machine.processor}, {ended.machine.cores} cores\n")
+    print(f"{(__doc__ or '').rpartition('.md')[2].strip()}\n")
+    print(f"{args.enrolled} frames enrolled, with leave-one-frame-out thresholds; overlap {Tiles().overlap:.0%}.\n")
+    print("\n".join(_finds(found)), end="\n\n")
+    print("\n".join(_costs(found)))
+    if (busy := busy_elsewhere(ended)) is not None:
+        print(f"\nTimes are upper bounds: {busy}.")
+
+
+if __name__ == "__main__":
+    main()
