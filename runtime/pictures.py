@@ -65,15 +65,12 @@ class Scale:
         return Scale(begin, change, top)
 
     def colours(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`values` [h,w] → red, green, blue and their share [h,w,4]."""
+        """Of `values` [n] from `begin` on: red, green, blue and their share [n,4]."""
         if self.change is None:
-            levels, hues = np.interp(values, (self.begin, self.top), (1, 255), left=0), _ramp(RANKED, 255)
+            marks, hues = (self.begin, self.top), _ramp(RANKED, 256)
         else:
-            marks = (self.begin, self.change, self.top)
-            levels = np.interp(values, marks, (1, 128, 255), left=0)
-            hues = np.concatenate([_ramp(UNSURE, 127), _ramp(FAULTY, 128)])
-        table = np.concatenate([np.zeros((1, 4), np.float32), hues])
-        found: NDArray[np.float32] = table[np.nan_to_num(levels).astype(np.uint8)]
+            marks, hues = (self.begin, self.change, self.top), np.vstack([_ramp(UNSURE, 128), _ramp(FAULTY, 128)])
+        found: NDArray[np.float32] = hues[np.interp(values, marks, np.linspace(0, 255, len(marks)).round()).astype(int)]
         return found
 
 
@@ -86,13 +83,14 @@ def heat(pixels: Pixels, values: NDArray[np.float32], scale: Scale) -> Pixels:
 
     Under a colour they are grey, so that a brown part does not change it.
     """
-    colours, grey = scale.colours(values), cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[:, :, None]
-    share = colours[:, :, 3:]
-    blend: Pixels = np.where(share > 0, grey * (1 - share) + colours[:, :, :3] * share, pixels).astype(np.uint8)
-    unseen = np.isnan(values)
-    blend[unseen] = grey[unseen] // 2 + 64
-    blend[unseen & (np.add.outer(*map(np.arange, values.shape)) % 16 < 3)] = 200
-    return blend
+    shown, grey = pixels.copy(), cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[:, :, None]
+    coloured, unseen = values >= scale.begin, np.isnan(values)
+    colours = scale.colours(values[coloured])
+    share = colours[:, 3:]
+    shown[coloured] = grey[coloured] * (1 - share) + colours[:, :3] * share
+    shown[unseen] = grey[unseen] // 2 + 64
+    shown[unseen & (np.add.outer(*map(np.arange, values.shape)) % 16 < 3)] = 200
+    return shown
 
 
 def outlined(pixels: Pixels, mask: NDArray[np.bool_] | None) -> Pixels:
@@ -210,16 +208,15 @@ def _extent(start: int, stop: int, length: int) -> tuple[int, int]:
 
 def joined(panels: Sequence[Pixels], below: bool = False) -> Pixels:
     """Beside each other, or one below the other."""
-    sizes = [panel.shape[1::-1] for panel in panels]
-    along = 1 if below else 0
-    whole = [max(size[axis] for size in sizes) for axis in (0, 1)]
-    whole[along] = sum(size[along] for size in sizes) + _GAP * (len(panels) - 1)
-    joined = Image.new("RGB", (whole[0], whole[1]), "white")
-    place = [0, 0]
-    for panel, size in zip(panels, sizes, strict=True):
-        joined.paste(Image.fromarray(panel), (place[0], place[1]))
-        place[along] += size[along] + _GAP
-    return np.asarray(joined)
+    axis = 0 if below else 1
+    across = max(panel.shape[1 - axis] for panel in panels)
+    gap = np.full((_GAP, across, 3) if below else (across, _GAP, 3), 255, np.uint8)
+    padded = []
+    for panel in panels:
+        missing = [(0, 0), (0, 0), (0, 0)]
+        missing[1 - axis] = 0, across - panel.shape[1 - axis]
+        padded += [np.pad(panel, missing, constant_values=255), gap]
+    return np.concatenate(padded[:-1], axis)
 
 
 def _footer(inspection: Inspection, words: str, width: int) -> Pixels:
