@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vmad_edge.runtime.bundle import Thresholds
 from vmad_edge.runtime.files import write_whole
-from vmad_edge.runtime.inspection import Box, Inspection, NearestNormal, Verdict, on_map
+from vmad_edge.runtime.inspection import Inspection, NearestNormal, Verdict, on_map
+from vmad_edge.runtime.stages.tiles import Box
 
 Pixels = NDArray[np.uint8]
 COLOURS = {
@@ -66,10 +67,8 @@ class Scale:
 
     def colours(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Of `values` [n] from `begin` on: red, green, blue and their share [n,4]."""
-        if self.change is None:
-            marks, hues = (self.begin, self.top), _ramp(RANKED, 256)
-        else:
-            marks, hues = (self.begin, self.change, self.top), np.vstack([_ramp(UNSURE, 128), _ramp(FAULTY, 128)])
+        marks = [mark for mark in (self.begin, self.change, self.top) if mark is not None]
+        hues = _ramp(RANKED, 256) if self.change is None else np.vstack([_ramp(UNSURE, 128), _ramp(FAULTY, 128)])
         found: NDArray[np.float32] = hues[np.interp(values, marks, np.linspace(0, 255, len(marks)).round()).astype(int)]
         return found
 
@@ -239,6 +238,8 @@ def facts(inspection: Inspection) -> list[str]:
         found.append(f"P(yes) {inspection.p_yes:.2f}")
     if inspection.verdict is not Verdict.NOT_INSPECTED:
         found.append(f"decided by the {inspection.decided_by}")
+    if inspection.verdict is Verdict.GOOD and not inspection.released:
+        found.append("not released")
     return found
 
 

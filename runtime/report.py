@@ -174,11 +174,11 @@ def _legend(thresholds: Thresholds | None) -> str:
             f"<span>{_hue(pictures.RANKED)} a frame’s own highest tenth: where it is least like what it was compared "
             "with. Without thresholds nothing says whether that is a defect</span>"
         )
+    good, defect = f"{thresholds.good_below:.3f}", f"{thresholds.defect_above:.3f}"
     return (
-        f"<span>no colour: below {thresholds.good_below:.3f}, as GOOD is</span>"
-        f"<span>{_hue(pictures.UNSURE)} from there UNCERTAIN</span>"
-        f"<span>{_hue(pictures.FAULTY)} from {thresholds.defect_above:.3f} on DEFECT</span>"
-        "<span>a map’s highest value is drawn as the frame’s score</span>"
+        f"<span>no colour: below {good}, GOOD</span> <span>{_hue(pictures.UNSURE)} from {good}, UNCERTAIN</span> "
+        f"<span>{_hue(pictures.FAULTY)} from {defect}, DEFECT</span> "
+        "<span>each map’s peak is drawn as its frame’s score</span>"
     )
 
 

@@ -16,11 +16,11 @@ from vmad_edge.kernels import Dtype, ReferenceBank, max_cosine, segmented_max_co
 from vmad_edge.runtime.bundle import Similarity, Thresholds
 from vmad_edge.runtime.errors import BundleError, FrameError
 from vmad_edge.runtime.files import open_file
-from vmad_edge.runtime.inspection import Box, NearestNormal
+from vmad_edge.runtime.inspection import NearestNormal
 from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.scope import Scope
-from vmad_edge.runtime.stages.tiles import WHOLE, Layout
+from vmad_edge.runtime.stages.tiles import WHOLE, Box, Layout
 
 Floats = NDArray[np.float32]
 
