@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from vmad_edge.export.parity import COLUMNS, Parity, Stages, row_in_words
 from vmad_edge.runtime.files import write_whole
 from vmad_edge.runtime.frame import Frame
-from vmad_edge.runtime.inspection import Inspection, Verdict
-from vmad_edge.runtime.report import data_uri, fit, heat
+from vmad_edge.runtime.pictures import Scale, data_uri, fit, heat
 
 _TEMPLATE = Path(__file__).with_name("parity.html")
 _MAGENTA = (255, 0, 255)
@@ -29,11 +28,11 @@ class ParityPage:
         """One frame with both sides' `map` and `mask`; what the export did not reach stays empty."""
         if len(self._rows) == self._most:
             return
-        hottest = float(np.nanmax(source["map"])) or 1.0  # one scale for both
+        scale = Scale(0.0, None, float(np.nanmax(source["map"])) or 1.0)  # one for both
         pictures = []
         for side in (source, exported):
-            shown = Inspection(frame, "", Verdict.UNCERTAIN, map=side.get("map"))
-            pictures.append("" if shown.map is None else _picture(heat(shown, hottest)))
+            shown = side.get("map")
+            pictures.append("" if shown is None else _picture(heat(frame.pixels, shown, scale)))
         for side in (source, exported):
             mask = side.get("mask")
             pictures.append("" if mask is None else _picture(_tinted(frame.pixels, mask > 0)))

@@ -17,13 +17,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import IO, Literal, TypeAlias, TypeVar
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vmad_edge.runtime import submission
-from vmad_edge.runtime.bundle import Bundle, Record
+from vmad_edge.runtime.bundle import Bundle, Record, Thresholds
 from vmad_edge.runtime.dataset import Category, LabelledFrame, read_dataset
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.errors import VmadError
@@ -32,13 +30,12 @@ from vmad_edge.runtime.frame import AS_STORED, Colour, Reading
 from vmad_edge.runtime.inspection import Inspection, Reason, Verdict
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.metrics import Scores, measure, pixel_scores
-from vmad_edge.runtime.report import fit, heat
+from vmad_edge.runtime.pictures import Pixels, fit, heated, joined, jpeg, outlined
 from vmad_edge.runtime.station import Station
 
 Shots: TypeAlias = int | Literal["all"]
 Progress = Callable[[Sequence[LabelledFrame], str], Iterable[LabelledFrame]]
 """Gives the frames on, one by one, with a description to show."""
-_MASK = (255, 0, 255)
 _R = TypeVar("_R", bound=Record)
 
 
@@ -285,7 +282,7 @@ def _evaluate_category(
         inspection = inspector.inspect(frame.path, object=name, review=False, **settings.reading)
         if settings.review and inspection.features is not None:
             inspection = inspector.review(inspection).wait()
-        _keep_frame(place, frame, inspection, made_of[frame.name], inspector.heat_top(name))
+        _keep_frame(place, frame, inspection, made_of[frame.name], inspector.thresholds(name))
     results = [
         FrameResult.model_validate_json((folder / "frames" / frame.name / "result.json").read_text("utf-8"))
         for frame in category.test
@@ -330,7 +327,11 @@ def drawn(category: Category, shots: Shots, seed: int) -> list[Path]:
 
 
 def _keep_frame(
-    place: Path, frame: LabelledFrame, inspection: Inspection, made_of: tuple[str, str, str], heat_top: float
+    place: Path,
+    frame: LabelledFrame,
+    inspection: Inspection,
+    made_of: tuple[str, str, str],
+    thresholds: Thresholds | None,
 ) -> None:
     scores, regions, mask = np.zeros(0, np.float32), 0, None
     pixels = 0, 0
@@ -358,21 +359,14 @@ def _keep_frame(
     with whole_folder(place) as folder:
         np.save(folder / "scores.npy", scores)
         if inspection.map is not None:
-            _panel(inspection, mask, heat_top).save(folder / "panel.jpg", quality=85)
+            (folder / "panel.jpg").write_bytes(jpeg(_panel(inspection, mask, thresholds)))
         (folder / "result.json").write_text(result.model_dump_json(indent=2), "utf-8")
 
 
-def _panel(inspection: Inspection, mask: NDArray[np.bool_] | None, heat_top: float) -> Image.Image:
-    """The frame with its true mask's outline, and the anomaly map."""
-    shown = inspection.frame.pixels.copy()
-    if mask is not None:
-        outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(shown, outlines, -1, _MASK, max(1, round(max(shown.shape[:2]) / 250)))
-    left, right = fit(shown), fit(heat(inspection, heat_top))
-    sheet = Image.new("RGB", (left.width + right.width + 4, left.height), "white")
-    sheet.paste(left, (0, 0))
-    sheet.paste(right, (left.width + 4, 0))
-    return sheet
+def _panel(inspection: Inspection, mask: NDArray[np.bool_] | None, thresholds: Thresholds | None) -> Pixels:
+    """The frame with its true mask's outline, and the frame under its map's colours."""
+    left = fit(outlined(inspection.frame.pixels, mask))
+    return joined([left, heated(inspection, fit(inspection.frame.pixels), thresholds)])
 
 
 def _measured(name: str, enrolled: int, frames: Sequence[FrameResult], folder: Path) -> CategoryResult:

@@ -6,14 +6,12 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image
+from urllib.parse import quote
 
 from vmad_edge.runtime.evaluate import CategoryResult, Curve, Evaluation, Figures, FrameResult
 from vmad_edge.runtime.files import write_whole
 from vmad_edge.runtime.inspection import Verdict
 from vmad_edge.runtime.metrics import PRO_LIMIT
-from vmad_edge.runtime.report import data_uri
 
 _PAGE = Path(__file__).with_name("evaluate.html")
 _SIDE = 220
@@ -73,7 +71,7 @@ def write_page(evaluation: Evaluation, folder: Path) -> Path:
         ("{{columns}}", "".join(f"<th>{_title(name)}</th>" for name in columns)),
         ("{{rows}}", "\n".join(rows)),
         ("{{paper}}", html.escape(paper)),
-        ("{{sections}}", "\n".join(_section(c, folder / c.name) for c in evaluation.categories)),
+        ("{{sections}}", "\n".join(_section(c) for c in evaluation.categories)),
     ):
         page = page.replace(mark, text, 1)
     target = folder / "index.html"
@@ -150,7 +148,7 @@ def _row(name: str, figures: Figures, columns: Sequence[str], counts: Sequence[i
     return f'<tr class="{kind}"><td>{html.escape(name)}</td>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
-def _section(category: CategoryResult, folder: Path) -> str:
+def _section(category: CategoryResult) -> str:
     figures = category.figures
     curves = (
         ("ROC of the frames", figures.image_auroc, "true positive rate", category.image_roc, 1.0),
@@ -162,7 +160,7 @@ def _section(category: CategoryResult, folder: Path) -> str:
         for title, area, height, points, limit in curves
         if area is not None
     )
-    shown = "".join(_figure(frame, why, folder) for why, frame in _best_and_worst(category.frames))
+    shown = "".join(_figure(frame, why, category.name) for why, frame in _best_and_worst(category.frames))
     return (
         f"<section><h2>{html.escape(category.name)}</h2>"
         f'<div class="curves">{drawn}</div><div class="frames">{shown}</div></section>'
@@ -197,11 +195,10 @@ def _best_and_worst(frames: Sequence[FrameResult]) -> list[tuple[str, FrameResul
     return [(why, frame) for why, some in chosen.items() for frame in some]
 
 
-def _figure(frame: FrameResult, why: str, folder: Path) -> str:
-    with Image.open(folder / "frames" / frame.name / "panel.jpg") as panel:
-        picture = data_uri(panel)
+def _figure(frame: FrameResult, why: str, category: str) -> str:
+    picture = quote(f"{category}/frames/{frame.name}/panel.jpg")
     return (
-        f'<figure><img alt="frame and anomaly map" src="{picture}">'
+        f'<figure><a href="{picture}"><img loading="lazy" alt="frame and anomaly map" src="{picture}"></a>'
         f"<figcaption><b>{why}</b><br>{html.escape(frame.name)}: {frame.verdict.value}, score {frame.score:.3f}"
         "</figcaption></figure>"
     )

@@ -16,6 +16,7 @@ from PIL import Image
 
 from vmad_edge.runtime.decode import FORMATS
 from vmad_edge.runtime.errors import FrameError
+from vmad_edge.runtime.names import PICTURE
 
 _NO_IMAGES = frozenset(
     ".cfg .conf .csv .db .doc .docx .htm .html .ini .json .jsonl .log .md .md5 .ods .odt .pdf .py .rst .sha256 .sh "  # noqa: SIM905
@@ -30,6 +31,7 @@ _SKIPPED = _OF_NAS | {
 _HIDDEN = "hidden, or a folder of the system"
 _SIDECAR = "no images by their endings"
 _TWICE = "reached twice"
+_OURS = "pictures of a report"
 _DOUBTFUL = "perhaps images, in a format that is not read"
 _SPECIAL = "no files: a device, pipe or socket"
 
@@ -44,7 +46,8 @@ class Images:
 
     @property
     def missed(self) -> list[str]:
-        """Those left out that may have been meant: neither hidden, nor there twice, nor plainly no images."""
+        """Those left out that may have been meant: neither hidden, nor there twice, nor ours, nor plainly no
+        images."""
         return [path for path, why in self.left_out.items() if why in (_DOUBTFUL, _SPECIAL)]
 
     @property
@@ -136,6 +139,8 @@ def _first_time(path: str, found: Images, seen: set[str]) -> bool:
 def _why_left_out(name: str, path: str) -> str | None:
     if _hidden(name):
         return _HIDDEN
+    if name.endswith(PICTURE):
+        return _OURS
     suffix = Path(name).suffix.lower()
     if suffix in _NO_IMAGES or name.lower() in _NO_IMAGE_NAMES:
         return _SIDECAR

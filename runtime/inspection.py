@@ -96,15 +96,20 @@ class NearestNormal:
     cell: tuple[int, int]
     """The patch's row and column."""
     grid: int
+    place: Box
+    """The most abnormal patch in the inspected frame's pixels."""
 
     @cached_property
     def picture(self) -> NDArray[np.uint8]:
-        """[s,s,3] RGB: the patch and what lies around it. Made when it is asked for."""
-        whole = np.asarray(Image.open(io.BytesIO(self.jpeg)).convert("RGB"))
-        side = whole.shape[0] / self.grid
-        top, left = (max(0, round((place - 1) * side)) for place in self.cell)
-        bottom, right = (round((place + 2) * side) for place in self.cell)
-        return whole[top:bottom, left:right]
+        """[s,s,3] RGB: what CLIP saw of that frame. Made when it is asked for."""
+        return np.asarray(Image.open(io.BytesIO(self.jpeg)).convert("RGB"))
+
+    @property
+    def patch(self) -> Box:
+        """The patch in `picture`'s pixels."""
+        side = self.picture.shape[0] / self.grid
+        (top, bottom), (left, right) = ((round(place * side), round((place + 1) * side)) for place in self.cell)
+        return left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,8 @@ class Screening:
     map: NDArray[np.float32]
     worst: tuple[int, float]
     """Of the most abnormal patch: the nearest row of the similarity source, and the cosine to it."""
+    worst_place: Box
+    """That patch in the frame's pixels."""
     scope_distance: float | None = None
     """See `Inspection`."""
 
@@ -235,6 +242,16 @@ class Inspection:
             "timings_ms": {stage: round(value, 3) for stage, value in self.timings_ms.items()},
             "deadline_met": self.deadline_met,
         }
+
+
+def on_map(value: float, score: float, anomaly_map: NDArray[np.float32]) -> float:
+    """Where `value`, one of image scores, lies on the map of a frame with this `score`.
+
+    Smoothing presses a map's peaks, and a score is of several patches. So a map is read as if its peak was the score:
+    then the worst place looks as the verdict says, and above `good_below` there is a place to look at.
+    """
+    peak = float(np.nanmax(anomaly_map))
+    return peak * (value / score) if score > 0 and peak > 0 else value
 
 
 def find_regions(where: NDArray[np.bool_], anomaly_map: NDArray[np.float32]) -> tuple[Region, ...]:

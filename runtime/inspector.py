@@ -34,8 +34,10 @@ from vmad_edge.runtime.inspection import (
     Verdict,
     find_regions,
     largest_first,
+    on_map,
     verdict_of,
 )
+from vmad_edge.runtime.machine import PACKAGES, describe_machine, versions
 from vmad_edge.runtime.release import THIS_RUN_ALONE, UNLABELLED, Standing
 from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, ReviewProcess
 from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check
@@ -415,11 +417,32 @@ class Inspector:
         """Of `object` as it is compared now; None where there are none (unlabelled frames)."""
         return self._source(self._object(object)).thresholds
 
-    def heat_top(self, object: str | None = None) -> float:
-        """The map value to draw in the hottest colour: against references twice where DEFECT begins, else 1."""
-        source = self._source(self._object(object))
-        by_references = isinstance(_beside(source), References)
-        return 2 * source.thresholds.defect_above if by_references and source.thresholds else 1.0
+    def about(self, object: str | None = None) -> dict[str, str]:
+        """What the verdicts of `object` rest on, for people: each fact with its name."""
+        name = self._object(object)
+        thresholds, machine = self.thresholds(name), describe_machine()
+        return {
+            "object": name,
+            "compared with": self.told(name),
+            "thresholds": "none: scores rank, and say no verdict"
+            if thresholds is None
+            else f"GOOD below {thresholds.good_below:.3f}, DEFECT from {thresholds.defect_above:.3f}",
+            "calibration": self._calibration(name, thresholds),
+            "release": self.standing(name).told,
+            "bundle": f"{self.bundle.path}, {self.bundle.hash[:16]}",
+            "machine": ", ".join(filter(None, (machine.processor, machine.accelerator, machine.system))),
+            "runs with": f"{self.provider}; patches compared on {self.similarity}",
+            "versions": ", ".join(f"{package} {version}" for package, version in versions(*PACKAGES).items()),
+        }
+
+    def _calibration(self, object: str, thresholds: Thresholds | None) -> str:
+        """The one that these thresholds are of, in words."""
+        found = None
+        with suppress(BundleError):  # not in use, else it would have been read already
+            found = self.station.last_calibration(object) if self._calibrated else None
+        if found is None or found.thresholds != thresholds:
+            return "none: nobody has calibrated this object"
+        return f"by {found.by}, {found.when}: {found.promise}"
 
     def _object(self, object: str | None) -> str:
         _check_texts(object=object)
@@ -546,10 +569,9 @@ class Inspector:
         nearest = None
         references = _beside(source)
         if isinstance(references, References):
-            nearest = references.nearest(*screening.worst, self.bundle.manifest.vision.grid)
+            nearest = references.nearest(*screening.worst, screening.worst_place, self.bundle.manifest.vision.grid)
         if source.thresholds is not None and verdict is not Verdict.GOOD:
-            # Smoothing can press a lone patch's peak below the threshold; its place is a region all the same.
-            level = min(source.thresholds.good_below, 0.9 * float(np.nanmax(screening.map)))
+            level = on_map(source.thresholds.good_below, screening.score, screening.map)
             regions = find_regions(screening.map >= level, screening.map)
         return Inspection(
             frame,

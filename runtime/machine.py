@@ -87,8 +87,7 @@ class RunInProgress:
             command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             date=time.strftime("%Y-%m-%d"),
             machine=describe_machine(self._root),
-            versions={"python": platform.python_version()}
-            | {package: found for package in (*PACKAGES, *packages) if (found := _version(package))},
+            versions=versions(*PACKAGES, *packages),
             others=others,
         )
 
@@ -136,6 +135,12 @@ def _own_seconds() -> float:
     """Of this process, and of its children that ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Python's, and of those `packages` that are installed."""
+    there = {package: found for package in packages if (found := _version(package))}
+    return {"python": platform.python_version(), **there}
 
 
 def _version(package: str) -> str | None:

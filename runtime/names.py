@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+PICTURE = ".vmad.jpg"
+"""How the names of a report's pictures end: no walk through folders takes them for frames."""
 _LONGEST = 180
 """Bytes of a name before its ending; most file systems take 255 in all."""
 _UNFIT = re.compile(r'[<>:"|?*\\\x00-\x1f]')

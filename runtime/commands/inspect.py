@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -18,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmad_edge.kernels.processors import processors
-from vmad_edge.runtime.bundle import Answer, Manifest
+from vmad_edge.runtime.bundle import Answer, Manifest, Thresholds
 from vmad_edge.runtime.cli import Subcommands, _add_bundle, _add_fallback, _add_frames, _open, reading
 from vmad_edge.runtime.console import err, out, printable, progress, track, warn
 from vmad_edge.runtime.errors import VmadError
@@ -26,7 +25,8 @@ from vmad_edge.runtime.folders import find_images, list_images
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector, ReviewHandle
 from vmad_edge.runtime.names import Names, in_folders
-from vmad_edge.runtime.report import Report, in_words, write_map, write_png
+from vmad_edge.runtime.pictures import write_map, write_png
+from vmad_edge.runtime.report import Report, in_words
 from vmad_edge.runtime.rows import Csv, JsonArray, JsonLines, Row, file_facts, read_rows, take_up
 from vmad_edge.runtime.run import Stage, Stop, in_order
 
@@ -80,7 +80,7 @@ def add_inspect(subcommands: Subcommands) -> None:
         "--report",
         metavar="DIR",
         type=Path,
-        help="write a page for people (index.html) and a picture for each frame into DIR",
+        help="write a page for people (index.html) and pictures of each frame into DIR",
     )
     parser.add_argument(
         "--maps",
@@ -149,7 +149,7 @@ def _inspect(args: argparse.Namespace) -> int:
         jobs = args.jobs or (1 if args.stream or args.deadline_ms else min(4, processors()))
         resumed = args.resume and Path(args.jsonl).exists()
         done = take_up(Path(args.jsonl), paths, settings, jobs) if resumed else set()
-        results = _Results(args, paths, inspector.heat_top(args.object), inspector.told(args.object))
+        results = _Results(args, paths, inspector.thresholds(args.object), inspector.about(args.object))
         if resumed:
             results.take_over(Path(args.jsonl))
         left = [path for path in paths if path not in done]
@@ -172,9 +172,7 @@ def _note_left_behind(inspector: Inspector, object: str | None) -> None:
 
 
 def _is_output(path: Path, args: argparse.Namespace) -> bool:
-    """Whether an earlier run like this wrote it: a report's picture, or a map."""
-    if args.report is not None and path.parent == args.report.absolute():
-        return path.suffix == ".png"
+    """Whether an earlier run like this wrote it, a map. Those of a report nobody finds, see `folders`."""
     return args.maps is not None and path.is_relative_to(args.maps.absolute()) and path.name.endswith(_MAPS)
 
 
@@ -295,8 +293,10 @@ class _Results:
     have it.
     """
 
-    def __init__(self, args: argparse.Namespace, paths: list[str], heat_top: float, compared: str) -> None:
-        self._args, self._compared = args, compared
+    def __init__(
+        self, args: argparse.Namespace, paths: list[str], thresholds: Thresholds | None, about: dict[str, str]
+    ) -> None:
+        self._args, self._about = args, about
         self._counts: Counter[str] = Counter()
         self._released = True
         """Every frame's object, until now."""
@@ -304,8 +304,8 @@ class _Results:
         """Frames of this run; the others are an earlier one's."""
         self._beside = _Beside()
         self._maps = Names(paths, in_folders, _MAPS)
-        self._report = None if args.report is None else Report(args.report, heat_top, paths)
-        self._table = None if args.json or args.jsonl == "-" else _Table(compared)
+        self._report = None if args.report is None else Report(args.report, thresholds, paths)
+        self._table = None if args.json or args.jsonl == "-" else _Table(about["compared with"])
         self._lines = None if args.jsonl is None else JsonLines(None if args.jsonl == "-" else Path(args.jsonl))
         made: list[_Output | None] = [
             self._table,
@@ -359,7 +359,7 @@ class _Results:
                 if output is not None:
                     last.callback(output.close)
             if self._report is not None:
-                report, facts = self._report, _report_facts(self._counts, self._args, self._compared)
+                report, facts = self._report, _report_facts(self._counts, self._about)
                 self._beside(f"the report {self._args.report}/index.html", lambda: report.write(facts))
             self._beside.close()
 
@@ -440,11 +440,6 @@ def _write_maps(inspection: Inspection, place: Path) -> None:
         write_png(place.with_name(f"{place.name}_mask.png"), Image.fromarray(inspection.mask))
 
 
-def _report_facts(counts: Counter[str], args: argparse.Namespace, compared: str) -> list[str]:
+def _report_facts(counts: Counter[str], about: dict[str, str]) -> dict[str, str]:
     told = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict)
-    when = time.strftime("%Y-%m-%d %H:%M")
-    return [
-        f"{counts.total()} frames: {told}.",
-        f"Compared with {compared}.",
-        f"Bundle {args.bundle}, {when}, vmad-edge {version('vmad-edge')}.",
-    ]
+    return {"frames": f"{counts.total()}: {told}", "made": time.strftime("%Y-%m-%d %H:%M"), **about}

@@ -20,7 +20,7 @@ from vmad_edge.runtime.inspection import NearestNormal
 from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.scope import Scope
-from vmad_edge.runtime.stages.tiles import WHOLE, Layout
+from vmad_edge.runtime.stages.tiles import WHOLE, Box, Layout
 
 Floats = NDArray[np.float32]
 
@@ -172,20 +172,24 @@ class References:
             self.layout,
         )
 
-    def nearest(self, row: int, similarity: float, grid: int) -> NearestNormal:
-        """The place of bank row `row`."""
+    def nearest(self, row: int, similarity: float, place: Box, grid: int) -> NearestNormal:
+        """The place of bank row `row`, for the patch at `place` of the inspected frame."""
         frame = next(f for f in self.frames if f.start <= row < f.stop)
-        tile, cell = divmod(int(self.patch[row]), grid * grid)
-        y, x = divmod(cell, grid)
-        view, (height, width) = frame.views[tile], frame.size
-        step_x, step_y = (view.right - view.left) / grid, (view.bottom - view.top) / grid
-        box = (
-            max(0, round(view.left + x * step_x)),
-            max(0, round(view.top + y * step_y)),
-            min(width, round(view.left + (x + 1) * step_x)),
-            min(height, round(view.top + (y + 1) * step_y)),
-        )
-        return NearestNormal(frame.id, box, similarity, frame.jpegs[tile], (y, x), grid)
+        tile, patch = divmod(int(self.patch[row]), grid * grid)
+        box = patch_box(patch, frame.views[tile], grid, frame.size)
+        return NearestNormal(frame.id, box, similarity, frame.jpegs[tile], divmod(patch, grid), grid, place)
+
+
+def patch_box(patch: int, view: View, grid: int, frame_size: tuple[int, int]) -> Box:
+    """Where patch number `patch` lies in the frame's pixels. `frame_size` is (height, width)."""
+    y, x = divmod(patch, grid)
+    step_x, step_y = (view.right - view.left) / grid, (view.bottom - view.top) / grid
+    return (
+        max(0, round(view.left + x * step_x)),
+        max(0, round(view.top + y * step_y)),
+        min(frame_size[1], round(view.left + (x + 1) * step_x)),
+        min(frame_size[0], round(view.top + (y + 1) * step_y)),
+    )
 
 
 def token_scores(visual_tokens: Floats, semantic_normal: Floats, spec: Similarity) -> Floats:

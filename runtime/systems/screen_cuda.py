@@ -19,7 +19,7 @@ from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features, Later, Screening
 from vmad_edge.runtime.stages.preprocess import View, clip_geometry
 from vmad_edge.runtime.stages.preprocess_cuda import CudaPreprocess
-from vmad_edge.runtime.stages.similarity import NormalFeatures, References, inspected_patches
+from vmad_edge.runtime.stages.similarity import NormalFeatures, References, inspected_patches, patch_box
 from vmad_edge.runtime.stages.similarity_cuda import CudaMap, CudaSimilarity
 from vmad_edge.runtime.timing import Stopwatch
 
@@ -123,6 +123,7 @@ class CudaScreen:
             result,
             self._device.download(lane.map.map),
             (row if row < 0 else row - nearest.bank.first, float(similarity[worst])),
+            patch_box(worst, lane.view, self._manifest.vision.grid, frame.pixels.shape[:2]),
             distance,
         )
 

@@ -42,6 +42,7 @@ from vmad_edge.runtime.stages.similarity import (
     coreset,
     inspected_patches,
     leave_one_out_thresholds,
+    patch_box,
     spread,
     tile_scores,
     token_scores,
@@ -95,13 +96,16 @@ class Screen:
             tile = max(scores, key=lambda number: np.nan_to_num(scores[number], nan=np.inf))
             own = rows[encoded.tile_of(rows) == tile]
             worst = int(own[np.argmax(found.score[own])])
-            heat = self._map(encoded, found.score, (frame.pixels.shape[0], frame.pixels.shape[1]))
+            size = frame.pixels.shape[0], frame.pixels.shape[1]
+            heat = self._map(encoded, found.score, size)
         nearest = int(found.index[worst]), float(found.similarity[worst])
+        grid = self._manifest.vision.grid
+        place = patch_box(worst % grid**2, encoded.tiles[tile].view_in_frame(encoded.views[tile]), grid, size)
         if source.scope is None:
-            return Screening(encoded.features(tile), scores[tile], heat, nearest)
+            return Screening(encoded.features(tile), scores[tile], heat, nearest, place)
         with watch("scope"):
             distance = source.scope.distance(encoded.patches[rows])
-        return Screening(encoded.features(tile), scores[tile], heat, nearest, distance)
+        return Screening(encoded.features(tile), scores[tile], heat, nearest, place, distance)
 
     def enroll(self, frames: Iterable[Frame], beside: NormalFeatures | None, layout: Layout = WHOLE) -> References:
         """Patch features of normal frames, with leave-one-frame-out thresholds and scope. Holds one frame at a time.

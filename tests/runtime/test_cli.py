@@ -108,11 +108,12 @@ def test_a_broken_reference_is_named_and_nothing_is_kept(
 def test_report(tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path) -> None:
     done = vmad("inspect", tiny_bundle, ".", "--station", station, "--report", tmp_path / "report", cwd=parts)
     assert done.returncode == 1, done.stderr
-    names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert names == {"index.html", "odd_odd.png.png", "broken_broken.png.png", *(f"good_{n}.png.png" for n in range(6))}
+    for folder in ("pictures", "thumbnails", "places"):  # of the broken one there is nothing to show
+        names = {path.name for path in (tmp_path / "report" / folder).iterdir()}
+        assert names == {"odd_odd.png.vmad.jpg", *(f"good_{n}.png.vmad.jpg" for n in range(6))}
     page = (tmp_path / "report/index.html").read_text()
     assert page.count("compared with references") == 7  # all but the broken one
-    assert page.count("<tr data-name") == 8
+    assert page.count("<article data-name") == 8
     assert "http" not in page  # self-contained
 
 
@@ -347,7 +348,7 @@ def test_a_stopped_run_is_readable_and_goes_on(
     assert going.returncode == status and f"{number.name} after" in error and "--resume" in error
     done = len(rows_of(run))
     assert 0 < done < 300 and len(json.loads((tmp_path / "out.json").read_text())) == done
-    assert (tmp_path / "r/index.html").read_text().count("<tr data-name") == done
+    assert (tmp_path / "r/index.html").read_text().count("<article data-name") == done
     with run.open("a") as file:
         file.write('{"path": "many/299.png", "verdi')
     before = run.read_text().splitlines()[:done]
@@ -357,7 +358,7 @@ def test_a_stopped_run_is_readable_and_goes_on(
     assert run.read_text().splitlines()[:done] == before
     assert [row["path"] for row in rows] == [f"many/{count:03}.png" for count in range(300)]
     assert len(json.loads(resumed.stdout)) == 300 and (tmp_path / "run.csv").read_text().count("\n") == 301
-    assert (tmp_path / "r/index.html").read_text().count("<tr data-name") == 300
+    assert (tmp_path / "r/index.html").read_text().count("<article data-name") == 300
 
 
 def test_resume_counts_old_rows_and_refuses_other_settings(
@@ -377,7 +378,7 @@ def test_resume_counts_old_rows_and_refuses_other_settings(
 def test_a_picture_that_cannot_be_written_is_a_warning(
     tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "r/odd_odd.png.png").mkdir(parents=True)
+    (tmp_path / "r/pictures/odd_odd.png.vmad.jpg").mkdir(parents=True)
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps/odd").write_text("a file where a folder would be")
     args = ["--station", station, "--no-review", "--json", "--report", tmp_path / "r", "--maps", tmp_path / "maps"]
@@ -385,7 +386,7 @@ def test_a_picture_that_cannot_be_written_is_a_warning(
     assert done.returncode == 1 and len(json.loads(done.stdout)) == 2
     assert "picture of odd/odd.png is missing" in done.stderr and "maps of odd/odd.png is missing" in done.stderr
     assert "2 pictures, maps or pages" in done.stderr
-    assert (tmp_path / "r/index.html").read_text().count("<tr data-name") == 2
+    assert (tmp_path / "r/index.html").read_text().count("<article data-name") == 2
 
 
 def test_names_are_shown_as_they_are(tiny_bundle: Path, parts: Path, station: Path, tmp_path: Path) -> None:
@@ -402,7 +403,7 @@ def test_names_are_shown_as_they_are(tiny_bundle: Path, parts: Path, station: Pa
     assert done.returncode == 0 and done.stderr == b""
     for shown in (*names[:3], "\\x1b[31mred.png", "\\xe4.png", "caf\\xe9.png", "17].png"):
         assert shown in told
-    assert len(list((tmp_path / "r").glob("*.png"))) == len(list((tmp_path / "m").rglob("*.tiff"))) == 8
+    assert len(list((tmp_path / "r/pictures").iterdir())) == len(list((tmp_path / "m").rglob("*.tiff"))) == 8
 
 
 @pytest.mark.parametrize("debug", [False, True])
@@ -535,6 +536,7 @@ def test_what_a_run_wrote_is_no_frame_of_the_next(
     args = ["lot", "--report", "lot/out", "--maps", "lot/maps", "--station", station, "--no-review", "--json"]
     runs = [vmad("inspect", tiny_bundle, *args, cwd=tmp_path) for _ in range(2)]
     assert [len(json.loads(run.stdout)) for run in runs] == [6, 6]
+    assert "18 pictures of a report" in runs[1].stderr and runs[1].returncode == 0
     shutil.copy(next((parts / "good").iterdir()), tmp_path / "lot/maps/one_more.jpg")
     assert len(json.loads(vmad("inspect", tiny_bundle, *args, cwd=tmp_path).stdout)) == 7
     for inside in ("lot/maps", "lot/out/", "lot/maps/one_more.jpg", tmp_path / "lot/maps"):

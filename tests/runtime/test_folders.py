@@ -97,7 +97,7 @@ def test_a_hidden_folder_that_was_given_is_walked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["notes.txt", "table.CSV", "boxes.json", "Thumbs.db", "desktop.ini", "README", "a.xml"]
+    "name", ["notes.txt", "table.CSV", "boxes.json", "Thumbs.db", "desktop.ini", "README", "a.xml", "a.png.vmad.jpg"]
 )
 def test_plain_other_files_are_named_but_not_missed(name: str, tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", name)

@@ -356,7 +356,7 @@ def test_an_unknown_name_among_known_ones_is_refused(
     with pytest.raises(BundleError, match=says):
         inspector.inspect(image(9), object=given, review=False)
     with pytest.raises(BundleError, match=says):
-        inspector.heat_top(given)
+        inspector.about(given)
     for name in (None, inspector.bundle.manifest.object):  # the bundle knows its own
         assert inspector.inspect(image(9), object=name, review=False).compared_with == "normal features"
     assert inspector.inspect(image(9), object="screw", review=False).compared_with == "references"

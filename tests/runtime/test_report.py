@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import cv2
 import numpy as np
 import pytest
 from browser import needs_browser, opened
-from PIL import Image
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
+from vmad_edge.runtime.bundle import Thresholds
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Inspection, NearestNormal, Region, Verdict
-from vmad_edge.runtime.report import Report, heat, write_map
+from vmad_edge.runtime.names import PICTURE
+from vmad_edge.runtime.report import Report
+
+THRESHOLDS = Thresholds(good_below=0.3, defect_above=0.6)
+ABOUT = {"object": "part <1>", "thresholds": "GOOD below 0.300"}
+ODD = "<i>#1 100%</i> 'ä' \"ж\" 部品&amp;{{rows}}.png"
 
 
 def inspections() -> list[Inspection]:
@@ -24,7 +35,7 @@ def inspections() -> list[Inspection]:
     heat_map = rng.random((48, 64), np.float32)
     heat_map[:, :9] = np.nan
     jpeg = cv2.imencode(".jpg", pixels[:32, :32])[1].tobytes()
-    nearest = NearestNormal("reference.png", (0, 0, 8, 8), 0.9, jpeg, (0, 0), 4)
+    nearest = NearestNormal("reference.png", (0, 0, 8, 8), 0.9, jpeg, (0, 0), 4, (32, 32, 40, 40))
     made = [
         Inspection(
             Frame(pixels, name, name),
@@ -41,7 +52,7 @@ def inspections() -> list[Inspection]:
         )
         for name, verdict, score in [
             ("b.png", Verdict.GOOD, 0.25),
-            ("<i>a</i>.png", Verdict.DEFECT, 0.9),
+            (ODD, Verdict.DEFECT, 0.9),
             ("c.png", Verdict.UNCERTAIN, 0.5),
             ("d.png", Verdict.GOOD, 0.125),
         ]
@@ -50,30 +61,85 @@ def inspections() -> list[Inspection]:
     return [*made, Inspection(nothing, "part", Verdict.NOT_INSPECTED, reason="e.png: not a readable image")]
 
 
+def written(folder: Path, thresholds: Thresholds | None, found: list[Inspection]) -> Path:
+    report = Report(folder, thresholds, [inspection.frame.id for inspection in found])
+    for inspection in found:
+        report.add(inspection)
+    return report.write(ABOUT)
+
+
+def many(folder: Path, count: int) -> Path:
+    """A page of `count` frames, taken over from an earlier one: the worst frame is the last but one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    heat_map = np.full((16, 16), 0.5, np.float32)
+    good, bad = (
+        Inspection(Frame(pixels, name, name), "part", verdict, score=score, map=heat_map, regions=regions)
+        for name, verdict, score, regions in (
+            ("lot/0.png", Verdict.GOOD, 0.1, ()),
+            (f"lot/{count - 2}.png", Verdict.DEFECT, 0.9, (Region((2, 3, 6, 9), 24, 0.5, (4.0, 6.0)),)),
+        )
+    )
+    page = written(folder, THRESHOLDS, [good, bad])
+    first, worst = (line for line in page.read_text("utf-8").splitlines() if line.startswith("<article"))
+    rows = {count - 2: worst}
+    for number in {*range(count)} - {*rows}:
+        rows[number] = first.replace("0.png", f"{number}.png").replace('="0.1"', f'="{0.1 + number / 1e4}"')
+        for kind in ("thumbnails", "pictures") if number else ():
+            (folder / kind / f"lot_{number}.png{PICTURE}").hardlink_to(folder / kind / f"lot_0.png{PICTURE}")
+    page.write_text("\n".join(rows[number] for number in range(count)), "utf-8")
+    report = Report(folder, THRESHOLDS)
+    assert report.take_over(f"lot/{number}.png" for number in range(count)) == count
+    return report.write(ABOUT)
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    report = Report(tmp_path_factory.mktemp("report"), heat_top=1.0)
-    for inspection in inspections():
-        report.add(inspection)
-    page = report.write(["Five frames."])
-    with opened(page) as driver:
+    with opened(written(tmp_path_factory.mktemp("repört #1"), THRESHOLDS, inspections())) as driver:
         yield driver
 
 
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    with opened(many(tmp_path_factory.mktemp("long"), 2000)) as driver:
+        driver.set_window_size(1200, 900)
+        yield driver
+
+
+@pytest.fixture
+def anew(long: Chrome) -> Chrome:
+    long.refresh()
+    return long
+
+
 def visible(browser: Chrome, column: str = "name") -> list[str]:
-    rows = browser.find_elements(By.CSS_SELECTOR, "tbody tr")
-    return [str(row.get_attribute(f"data-{column}")) for row in rows if row.is_displayed()]
+    return [str(row.get_attribute(f"data-{column}")) for row in browser.find_elements(By.TAG_NAME, "article")]
+
+
+def put(browser: Chrome, place: str, value: str, event: str) -> None:
+    browser.execute_script(
+        "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e['on' + arguments[2]]()",
+        *(place, value, event),
+    )
+
+
+def loaded(browser: Chrome) -> list[int]:
+    """Widths of the pictures in sight, once they are there; those that nobody saw yet have none."""
+    WebDriverWait(browser, 20).until(lambda b: b.execute_script("return document.images[0].naturalWidth > 0"))
+    return list(browser.execute_script("return [...document.querySelectorAll('main img')].map(i => i.naturalWidth)"))
 
 
 @needs_browser
 def test_page_shows_everything(browser: Chrome) -> None:
     text = browser.find_element(By.TAG_NAME, "body").text
-    for words in ("Five frames.", "Yes. <b>There is a pit</b> & a scratch.", "<i>a</i>.png", "5 of 5 frames"):
+    for words in ("part <1>", "GOOD below 0.300", "Yes. <b>There is a pit</b> & a scratch.", ODD, "5 frames"):
         assert words in text
-    assert "e.png: not a readable image" in text and "P(yes) 0.75" in text and "[10, 10, 20, 30]" in text
-    widths = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
-    assert len(widths) == 1 + 4 * 3 and min(widths) > 0  # the colour scale; a frame, its heat, its nearest normal place
-    assert len(browser.find_elements(By.CSS_SELECTOR, ".time > i")) == 4 * 2  # two stages each
+    assert "e.png: not a readable image" in text and "P(yes) 0.75" in text and "10 × 20 px at 10, 10" in text
+    browser.execute_script("for (const image of document.images) image.loading = 'eager'")
+    WebDriverWait(browser, 20).until(
+        lambda b: b.execute_script("return [...document.querySelectorAll('main img')].every(i => i.complete)")
+    )
+    widths = loaded(browser)
+    assert len(widths) == 4 * 2 and min(widths) > 0  # a frame under its map, its worst place
     assert browser.get_log("browser") == []
 
 
@@ -83,30 +149,37 @@ def test_filter(browser: Chrome, verdict: str, count: int) -> None:
     browser.find_element(By.CSS_SELECTOR, f'[data-show="{verdict}"]').click()
     shown = visible(browser, "verdict")
     assert len(shown) == count and (not verdict or set(shown) == {verdict})
-    assert browser.find_element(By.ID, "count").text == f"{count} of 5 frames"
+    assert browser.find_element(By.ID, "count").text == f"{count} frames"
 
 
 @needs_browser
-def test_sort(browser: Chrome) -> None:
-    by_score = ["e.png", "d.png", "b.png", "c.png", "<i>a</i>.png"]
-    head = browser.find_element(By.CSS_SELECTOR, '[data-sort="score"]')
-    head.click()
-    assert visible(browser) == by_score
-    head.click()
-    assert visible(browser) == by_score[::-1]
+@pytest.mark.parametrize(
+    "order,names",
+    [
+        ("best", ["d.png", "b.png", "c.png", "e.png", ODD]),
+        ("name", [ODD, "b.png", "c.png", "d.png", "e.png"]),
+        ("slowest", [ODD, "c.png", "b.png", "d.png", "e.png"]),
+        ("worst", [ODD, "e.png", "c.png", "b.png", "d.png"]),
+    ],
+)
+def test_order(browser: Chrome, order: str, names: list[str]) -> None:
+    put(browser, "order", order, "change")
+    assert visible(browser) == names
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [768, 1024])
-def test_fits_a_tablet(browser: Chrome, width: int) -> None:
+@pytest.mark.parametrize("width", [500, 768, 1024])
+def test_fits_small_windows(browser: Chrome, width: int) -> None:
     browser.set_window_size(width, 1000)
-    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser.execute_script("return [window.innerWidth, document.documentElement.scrollWidth <= innerWidth]") == [
+        width,
+        True,
+    ]
 
 
 @needs_browser
 def test_paper(browser: Chrome) -> None:
-    """An A4 page's width holds the table; buttons stay on the screen."""
-    browser.find_element(By.CSS_SELECTOR, '[data-show=""]').click()
+    """An A4 page's width holds the rows; buttons stay on the screen."""
     browser.set_window_size(794, 1123)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     shown, fits = browser.execute_script(
@@ -117,21 +190,83 @@ def test_paper(browser: Chrome) -> None:
     assert len(visible(browser)) == 5
 
 
-def test_heat_is_hot_where_the_map_is() -> None:
-    pixels = np.full((4, 4, 3), 128, np.uint8)
-    values = np.zeros((4, 4), np.float32)
-    values[0, 0], values[3, 3] = 1.0, 7.0
-    shown = heat(Inspection(Frame(pixels, "x"), "part", Verdict.GOOD, map=values), top=1.0).astype(int)
-    assert shown[0, 0, 0] > shown[0, 0, 2] + 40  # red
-    np.testing.assert_array_equal(shown[3, 3], shown[0, 0])  # clipped
-    assert len(np.unique(shown.reshape(-1, 3), axis=0)) == 2
+@needs_browser
+def test_dark(browser: Chrome) -> None:
+    def colours() -> list[str]:
+        script = "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
+        return list(browser.execute_script(script))
+
+    light = colours()
+    feature = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
+    dark = colours()
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert light == ["rgb(255, 255, 255)", "rgb(26, 26, 26)"] and dark == ["rgb(22, 22, 22)", "rgb(232, 232, 232)"]
 
 
-def test_a_map_is_read_back_bit_for_bit(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).normal(size=(37, 53)).astype(np.float32)
-    values[0, :4] = np.nan, np.inf, -0.0, 1e-42
-    write_map(tmp_path / "map.tiff", values)
-    with Image.open(tmp_path / "map.tiff") as read:
-        assert read.mode == "F" and read.tag_v2[259] == 1  # not compressed: readers differ in what they unpack
-        assert np.asarray(read).tobytes() == values.tobytes()
-    assert [path.name for path in tmp_path.iterdir()] == ["map.tiff"]
+@needs_browser
+def test_of_many_frames_the_worst_comes_first_and_few_pictures_are_loaded(anew: Chrome) -> None:
+    assert visible(anew)[:3] == ["lot/1998.png", "lot/1999.png", "lot/1997.png"] and len(visible(anew)) == 50
+    assert anew.find_element(By.ID, "count").text == "1–50 of 2000 frames"
+    widths = loaded(anew)
+    assert len(widths) == 50 and 0 < sum(width > 0 for width in widths) < 40
+    assert len(anew.execute_script("return performance.getEntriesByType('resource')")) < 40  # nothing else either
+
+
+@needs_browser
+def test_pages_and_search(anew: Chrome) -> None:
+    turns = anew.find_elements(By.CSS_SELECTOR, "[data-turn]")
+    assert [turn.is_enabled() for turn in turns] == [False, True] * 2
+    turns[1].click()
+    assert visible(anew)[0] == "lot/1949.png" and all(turn.is_enabled() for turn in turns)
+    put(anew, "search", "LOT/12", "input")
+    assert anew.find_element(By.ID, "count").text == "1–50 of 111 frames"  # 12, 120 to 129, 1200 to 1299
+    put(anew, "each", "Infinity", "change")
+    assert len(visible(anew)) == 111
+
+
+@needs_browser
+def test_the_large_picture_opens_with_its_regions_and_steps_through(anew: Chrome) -> None:
+    loaded(anew)
+    anew.find_element(By.CSS_SELECTOR, "article img").click()
+    dialog = anew.find_element(By.TAG_NAME, "dialog")
+    large = dialog.find_element(By.TAG_NAME, "img")
+    WebDriverWait(anew, 20).until(lambda _: large.get_property("naturalWidth"))
+    assert int(str(large.get_property("naturalWidth"))) > 1500  # the frame beside its map
+    assert "lot/1998.png" in dialog.text and "4 × 6 px at 2, 3" in dialog.text
+    anew.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert "lot/1999.png" in dialog.text and "2 of 2000" in dialog.text and "px at" not in dialog.text
+    anew.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not dialog.is_displayed()
+
+
+@needs_browser
+def test_without_thresholds_rows_have_ranks_and_no_verdict_colour(tmp_path: Path) -> None:
+    found = [replace(inspection, verdict=Verdict.UNCERTAIN) for inspection in inspections()[:4]]
+    with opened(written(tmp_path, None, [*found, inspections()[4]])) as browser:
+        assert visible(browser) == [ODD, "c.png", "b.png", "d.png", "e.png"]
+        ranks = [rank.text for rank in browser.find_elements(By.CLASS_NAME, "rank")]
+        assert ranks == [f"rank {place} of 5" for place in range(1, 6)]
+        verdicts = browser.find_elements(By.CSS_SELECTOR, "article .verdict")
+        assert {verdict.value_of_css_property("color") for verdict in verdicts} == {"rgba(85, 85, 85, 1)"}
+
+
+def test_rows_are_taken_over_with_their_pictures(tmp_path: Path) -> None:
+    found = inspections()
+    written(tmp_path, THRESHOLDS, found[:3])
+    report = Report(tmp_path, THRESHOLDS, [inspection.frame.id for inspection in found])
+    assert report.take_over([inspection.frame.id for inspection in found[1:]]) == 2
+    for inspection in found[3:]:
+        report.add(inspection)
+    page = report.write(ABOUT).read_text("utf-8")
+    assert page.count("<article data-name=") == 4 and 'data-name="b.png"' not in page
+    assert page.count("{{") == page.count("{{rows}}.png") == page.count(html.escape(ODD))
+
+
+def test_each_picture_of_the_page_is_there_and_nothing_else(tmp_path: Path) -> None:
+    page = written(tmp_path, THRESHOLDS, inspections()).read_text("utf-8")
+    named = {unquote(html.unescape(link)) for link in re.findall('(?:src|href)="([^"]+)"', page)}
+    there = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert there == {"index.html", *named} and len(named) == 3 * 4
+    assert all(name.endswith(PICTURE) for name in named)
+    assert "http:" not in page and "https:" not in page
