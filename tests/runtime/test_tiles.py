@@ -311,9 +311,7 @@ def test_regions_of_other_tiles_stay(inspector: Inspector) -> None:
 
 
 @pytest.mark.parametrize("count,expected", [(1, Verdict.GOOD), (2, Verdict.UNCERTAIN)])
-def test_a_review_of_one_tile_of_many_does_not_settle_good(
-    count: int, expected: Verdict, inspector: Inspector
-) -> None:
+def test_a_review_of_one_tile_of_many_does_not_settle_good(count: int, expected: Verdict, inspector: Inspector) -> None:
     inspection = replace(planted()[0], layout=Layout((40, 30, 300, 220), tiles=Tiles(count=count)))
     for p_yes, verdict in ((0.1, expected), (0.9, Verdict.DEFECT)):
         finding = Finding(p_yes, "Answer.", None, seg_forced=False, stopped=None)
