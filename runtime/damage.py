@@ -43,7 +43,8 @@ def check_whole(data: bytes) -> None:
     """Raises a DamageError for what is plainly not whole; what is in no known format passes.
 
     Of pixels that are not coded (BMP, PNM, TGA, a plain TIFF) a hole cannot be told from black, and of arithmetic codes
-    (WebP, JPEG 2000, AVIF) bytes that were changed, other than to zeros, cannot be told from others.
+    (WebP, JPEG 2000, AVIF) bytes that were changed, other than to zeros, cannot be told from others. A JPEG has no
+    checksums: changed or lost bytes behind which its codes fall into step again pass, and shift what follows.
     """
     for begin, check in _CHECKS.items():
         if begin.match(data):
