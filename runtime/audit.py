@@ -7,10 +7,11 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vmad_edge.runtime.files import check_ours, only_writer, sync
+from vmad_edge.runtime.files import check_ours, only_writer, open_ours, sync
 from vmad_edge.runtime.rows import Appended
 
 NAME = "audit.jsonl"
@@ -34,6 +35,26 @@ def note(folder: Path, facts: Mapping[str, Any]) -> None:
         Appended(path, file).write("\n" * is_torn + json.dumps(facts) + "\n")
         os.fsync(file.fileno())
     sync(folder)
+
+
+def last(folder: Path, object: str) -> dict[str, Any] | None:
+    """The last line about `object`, as `text_of` has it; None if there is none. What was torn is passed over.
+
+    Raises:
+        OSError: the audit cannot be read.
+        BundleError: others can have written to it.
+    """
+    try:
+        with open_ours(folder / NAME) as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        with suppress(ValueError):
+            facts = json.loads(line)
+            if isinstance(facts, dict) and facts.get("object") == object:
+                return facts
+    return None
 
 
 def account() -> str:

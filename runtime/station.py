@@ -290,9 +290,12 @@ class Station:
 
         Raises:
             BundleError: nothing is enrolled or calibrated for it, but for others; or for it, but with another bundle;
-                or the station cannot be read.
+                its bank is gone; or the station cannot be read.
         """
-        if object == self._bundle.manifest.object or object in also or self.knows(object):
+        if object in also:
+            return
+        self._check_not_lost(object)
+        if object == self._bundle.manifest.object or self.knows(object):
             return
         others = {*self.enrolled(), *_objects_in(self.path, "calibrations"), *also}
         left_behind = self.left_behind(object)
@@ -305,6 +308,22 @@ class Station:
             said.append(left_behind)
         said.append('With --fallback bundle (fallback="bundle") it is compared with the bundle\'s own features.')
         raise BundleError(" ".join(said))
+
+    def _check_not_lost(self, object: str) -> None:
+        """That no bank is gone which the audit knows: without it, `object` would be compared with something else."""
+        if _place(self.path, "banks", object) is not None:
+            return
+        try:
+            last = audit.last(self.path, text_of(object)) or {}
+        except OSError as error:
+            raise _unreadable(self.path / audit.NAME, error) from None
+        bank = last.get("sha256") if last.get("did") == "enrolled" else last.get("bank")
+        if bank is not None:
+            raise BundleError(
+                f"the reference bank of {object!r} is gone from {self.path / 'banks'} (SHA-256 {bank}; the audit: "
+                f"{last.get('did')} {last.get('when')} by {last.get('by')}): bring it back, or enroll its frames "
+                'again. With --fallback bundle (fallback="bundle") it is compared with the bundle\'s own features.'
+            )
 
     def left_behind(self, object: str) -> str | None:
         """Where `object` (or a name like it) is enrolled with other bundles but not with this one, and what helps.

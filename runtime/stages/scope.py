@@ -18,7 +18,7 @@ Floats = NDArray[np.float32]
 MARGIN, SPREAD = 3.0, 4.0
 """See `scope_limit`. Chosen, as the next, on eleven products (benchmarks/scope.py). [ASSUME]"""
 LEAST = 0.06
-"""No limit is lower: of parts that are always photographed alike, defective ones lay up to 0.053 away. [ASSUME]"""
+"""No limit is lower: of parts that are always photographed alike, a defect moves one nearly as far. [ASSUME]"""
 
 
 class ScopeLimit(Record):

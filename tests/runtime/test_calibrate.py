@@ -280,12 +280,12 @@ def test_a_lost_bank_is_not_replaced_by_the_bundles_features(
     next((inspector.station.path / "banks").glob("*.bank")).unlink()
     with (
         Inspector.open(tiny_bundle, tmp_path / "station") as calibrated,
-        pytest.raises(BundleError, match=r"another reference bank \(.*, now none\). Enroll 'tile' again"),
+        pytest.raises(BundleError, match=r"bank of 'tile' is gone .* enroll its frames again"),
     ):
         calibrated.inspect(parts / "good/0.png", object="tile", review=False)
     with (
         Inspector.open(tiny_bundle, tmp_path / "station", calibrated=False) as anew,
-        pytest.raises(VmadError, match="enrolled frames, which are gone: enroll it again"),
+        pytest.raises(BundleError, match=r"bank of 'tile' is gone .* enroll its frames again"),
     ):
         calibrate(anew, files(parts / "good"), object="tile", targets=LOOSE)
 

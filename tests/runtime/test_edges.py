@@ -175,6 +175,13 @@ def test_paths_that_lead_to_nothing(reader: str, tmp_path: Path) -> None:
         assert not INSIDE.search(str(raised.value)), kind
 
 
+def test_a_checkpoint_lies_at_a_path_in_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"l\xe4nder")
+    folder.mkdir()
+    with pytest.raises(VmadError, match="expected a path in UTF-8"):
+        Checkpoint.open(folder)
+
+
 def _quietly(read: Callable[..., object], *arguments: object) -> object:
     """What it gives; None for an error whose sentence is for people."""
     try:

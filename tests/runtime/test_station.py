@@ -656,6 +656,43 @@ def test_calibrated_names_are_known(tmp_path: Path) -> None:
         station.check_known("m3 screw")
 
 
+@pytest.mark.parametrize("object", ["M3 screw", "part", "\ud800"])  # another, the bundle's own, half a character
+def test_a_bank_that_is_gone_is_missed(object: str, tmp_path: Path) -> None:
+    """Else the next run would compare with other features and not say so."""
+    station = Station(tmp_path, bundle())
+    path = station.save_references(object, references())
+    hash = station.bank_hash(object)
+    station.save_references("nut", references())  # of which the audit speaks last
+    path.unlink()
+    with pytest.raises(BundleError, match=rf"is gone from .*banks \(SHA-256 {hash}; the audit: enrolled 20.* by "):
+        station.check_known(object)
+    station.check_known(object, also=[object])  # enrolled for this run alone
+    station.save_references(object, references())
+    station.check_known(object)
+
+
+def test_a_bank_and_its_calibration_that_are_gone_are_missed(tmp_path: Path) -> None:
+    station = Station(tmp_path, bundle())
+    path = station.save_references("part", references())
+    bank = station.bank_hash("part")
+    calibration = station.save_calibration(CALIBRATION.model_copy(update={"object": "part", "bank": bank}))
+    path.unlink()
+    calibration.unlink()
+    with pytest.raises(BundleError, match=r"is gone from .* the audit: calibrated"):
+        station.check_known("part")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"torn", b'"part"\n', b'{"object": "part"}\n', b'{"object": "nut", "did": "enrolled", "sha256": "a"}\n'],
+)
+def test_what_the_audit_does_not_tell_is_not_missed(line: bytes, tmp_path: Path) -> None:
+    station = Station(tmp_path, bundle())
+    station.path.mkdir(0o755)
+    (station.path / "audit.jsonl").write_bytes(line)
+    station.check_known("part")
+
+
 def test_of_many_names_the_closest_are_listed(tmp_path: Path) -> None:
     station = Station(tmp_path, bundle())
     for number in range(30):
