@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -348,8 +349,9 @@ def _counts(judged: Iterable[CalibrationFrame], targets: Targets) -> str:
             f"(with {targets.confidence:.1%} confidence at most {bound:.2%} of all)"
         )
     left = sum(verdict is Verdict.UNCERTAIN for _, verdict in verdicts)
+    folds = min(FOLDS, max(Counter(kind for kind, _ in verdicts).values()))
     return (
-        f"{shares[0]}, {shares[1]}, {left} of {len(verdicts)} left UNCERTAIN; cross-validated in {FOLDS} folds, each "
+        f"{shares[0]}, {shares[1]}, {left} of {len(verdicts)} left UNCERTAIN; cross-validated in {folds} folds, each "
         "frame judged by what the other folds' frames set"
     )
 

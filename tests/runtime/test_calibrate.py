@@ -483,22 +483,22 @@ def test_equal_frames_count_once(inspector: Inspector, parts: Path, tmp_path: Pa
     good = files(parts / "good")
     copies = [shutil.copy(good[0], tmp_path / f"plate ({number}).png") for number in range(150)]
     cv2.imwrite(str(tmp_path / "plate.bmp"), cv2.imread(good[1]))
-    given = [*good, *map(str, copies), str(tmp_path / "plate.bmp"), good[2]]
+    given = [*good, *map(str, copies[:30]), str(tmp_path / "plate.bmp"), good[2]]
     with pytest.raises(VmadError, match=r"^1 good frames are too few .*; 149 of the 150 frames given are copies"):
         calibrate(inspector, map(str, copies), object="tile", targets=LOOSE)
-    with pytest.raises(VmadError, match=r"^5 good frames are too few .*; 152 of the 157 frames given are copies"):
+    with pytest.raises(VmadError, match=r"^5 good frames are too few .*; 32 of the 37 frames given are copies"):
         calibrate(inspector, given, object="tile")
     assert inspector.station.calibrated() == {}
     made = calibrate(inspector, given, object="tile", targets=LOOSE)
     assert [frame.path for frame in made.frames] == good
     assert "from 5 good frames;" in made.promise
-    assert made.promise.endswith("; 152 of the 157 frames given are copies of others and not counted")
+    assert made.promise.endswith("; 32 of the 37 frames given are copies of others and not counted")
     alone = calibrate(inspector, good, object="tile", targets=LOOSE)
     assert alone.thresholds == made.thresholds and made.promise.startswith(f"{alone.promise};")
 
     defects = files(parts / "defects")
     made = calibrate(inspector, given, [*defects, defects[0]], object="tile", review=False)
-    assert "of 3 defective frames" in made.promise and "153 of the 161 frames given are copies" in made.promise
+    assert "of 3 defective frames" in made.promise and "33 of the 41 frames given are copies" in made.promise
     with pytest.raises(FrameError, match=r"plate \(3\)\.png is given as defective, and .*good/0\.png, .* as good"):
         calibrate(inspector, good, [*defects, str(copies[3])], object="tile")
 
