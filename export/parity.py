@@ -32,14 +32,13 @@ from transformers import CLIPImageProcessorPil, LlamaForCausalLM, SamImageProces
 
 from vmad_edge.export.checkpoint import Checkpoint
 from vmad_edge.export.language import read_tokenizer, type_mix
-from vmad_edge.runtime.bundle import Bundle, Manifest, Precision, Record, Thresholds
+from vmad_edge.runtime.bundle import MAKERS_RULE, Bundle, Manifest, Precision, Record, Thresholds, makers_rule
 from vmad_edge.runtime.calibrate import largest_share
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import CheckpointError
 from vmad_edge.runtime.frame import AS_STORED, Frame, Reading
-from vmad_edge.runtime.inspection import Verdict, verdict_of
-from vmad_edge.runtime.inspector import settled
+from vmad_edge.runtime.inspection import Verdict, settled, verdict_of
 from vmad_edge.runtime.stages.language import LanguageModel
 from vmad_edge.runtime.stages.preprocess import clip_pixels, sam_pixels
 from vmad_edge.runtime.stages.segmentation import mask_logits
@@ -475,15 +474,17 @@ def decisions(figures: Figures, thresholds: Thresholds | None) -> dict[str, int]
     elif thresholds is not None and figures.score >= thresholds.defect_above:
         screen = Verdict.DEFECT
     yes = figures.p_yes >= 0.5
-    verdict = screen if screen is not Verdict.UNCERTAIN else Verdict.DEFECT if yes else Verdict.GOOD
+    verdict = screen
+    if screen is Verdict.UNCERTAIN and thresholds is not None:  # without, nobody says what is normal
+        verdict = Verdict.DEFECT if yes else Verdict.GOOD
     return {"screen": _VERDICTS.index(screen), "review": int(yes), "verdict": _VERDICTS.index(verdict)}
 
 
 def runtime_decisions(figures: Figures, thresholds: Thresholds | None) -> dict[str, int]:
     """The same by the runtime's."""
     screen = verdict_of(figures.score, thresholds) if np.isfinite(figures.score) else Verdict.NOT_INSPECTED
-    yes = settled(Verdict.UNCERTAIN, figures.p_yes) is Verdict.DEFECT
-    verdict = settled(screen, figures.p_yes)
+    yes = settled(Verdict.UNCERTAIN, figures.p_yes, MAKERS_RULE) is Verdict.DEFECT
+    verdict = settled(screen, figures.p_yes, makers_rule(thresholds))
     return {"screen": _VERDICTS.index(screen), "review": int(yes), "verdict": _VERDICTS.index(verdict)}
 
 

@@ -212,9 +212,12 @@ class ReviewRule(Record):
     """That P(yes) answers; None: any."""
 
 
+MAKERS_RULE = ReviewRule(good_below=0.5, defect_above=0.5)
+
+
 def makers_rule(thresholds: Thresholds | None) -> ReviewRule | None:
     """Of a bundle whose maker gave it these thresholds, for objects that nobody enrolled or calibrated."""
-    return None if thresholds is None else ReviewRule(good_below=0.5, defect_above=0.5)
+    return None if thresholds is None else MAKERS_RULE
 
 
 class Similarity(Record):

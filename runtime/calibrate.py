@@ -1,26 +1,37 @@
-"""`vmad calibrate`: two thresholds from a line's own frames, with what they promise."""
+"""`vmad calibrate`: an object's thresholds from a line's own frames, and what they promise.
+
+Good frames alone bound what happens to good parts, by order statistics, for any distribution. They say nothing of
+defects, so nobody knows whether a review tells them apart: the screen decides alone.
+
+With defects, the score gets two thresholds and P(yes) two more, for what the screen leaves UNCERTAIN. What is reported
+is cross-validated: each frame is judged by thresholds, a review's rule and a scope that the frames of the other folds
+set. So the figures are of this way to set thresholds; those that are kept, set by all frames, are a little better.
+"""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
 
 from vmad_edge.runtime import audit
-from vmad_edge.runtime.bundle import Thresholds
+from vmad_edge.runtime.bundle import Manifest, ReviewRule, Thresholds
 from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.files import sha256
 from vmad_edge.runtime.frame import AS_STORED, Reading
-from vmad_edge.runtime.inspection import Inspection
+from vmad_edge.runtime.inspection import Inspection, Reason, Verdict, settled, verdict_of
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.release import Release, Shown
 from vmad_edge.runtime.stages.fitness import Fitness, learned, measure
-from vmad_edge.runtime.stages.scope import scope_limit
+from vmad_edge.runtime.stages.scope import ScopeLimit, scope_limit
 from vmad_edge.runtime.station import Calibration, CalibrationFrame, now
+
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -44,17 +55,35 @@ class Targets:
                 raise VmadError(f"expected {name} between 0 and 1, got {value:g}")
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What frames set, and others are judged by."""
+
+    thresholds: Thresholds
+    review: ReviewRule | None
+    scope: ScopeLimit | None
+
+    def verdict(self, frame: CalibrationFrame) -> Verdict:
+        """As the inspector's."""
+        verdict, reason = verdict_of(frame.score, self.thresholds), None
+        if not _is_within(frame, self.scope):
+            verdict, reason = Verdict.UNCERTAIN, Reason.OUT_OF_SCOPE
+        return verdict if frame.p_yes is None else settled(verdict, frame.p_yes, self.review, reason)
+
+
 def calibrate(
     inspector: Inspector,
     good: Iterable[str],
-    defects: Iterable[str] = (),
+    defects: Sequence[str] = (),
     *,
     object: str | None = None,
     targets: Targets | None = None,
+    review: bool = True,
     by: str | None = None,
     reading: Reading = AS_STORED,
+    progress: Callable[[Iterable[str], str], Iterable[str]] = lambda paths, _: paths,
 ) -> Calibration:
-    """Screen the frames, set thresholds for `object` from their scores, and write them to the station.
+    """Inspect the frames, set what `object` is judged by from them, and write it to the station.
 
     Frames that are unfit to be judged are left out, and the promise says so: on the line they are NOT_INSPECTED too.
     From the good ones that are left, limits of fitness are learned.
@@ -64,13 +93,17 @@ def calibrate(
 
     Args:
         inspector: one opened with `calibrated=False`, so that an outdated calibration is not in the way.
+        review: with defects and a bundle that reviews, ask it about every frame, so that it may settle what the screen
+            leaves UNCERTAIN; False promises of the screen alone, and no review settles anything. So of an object with
+            tiles.
         by: who answers for it; None takes the account and the machine.
         reading: how the frames are read.
+        progress: gives the paths on, one by one, with a description to show.
 
     Raises:
         BundleError: the station knows other objects but not this one, or cannot be read.
-        FrameError: a frame cannot be read or screened, is one of the enrolled references, or is given as good and
-            defective.
+        FrameError: a frame cannot be read, screened or reviewed, is one of the enrolled references, or is given as good
+            and defective.
         VmadError: too few frames for what is promised (equal ones count once); what the object is compared with is not
             what the station keeps, so that nobody else could use the thresholds.
     """
@@ -79,17 +112,22 @@ def calibrate(
     references = inspector.references(name)
     bank = _kept(inspector, name)
     enrolled = {frame.pixel_hash for frame in references.frames} if references else set()
+    tiled = references is not None and references.layout.tiles.count > 1  # a review sees one tile of many
+    reviews = review and bool(defects) and isinstance(inspector.bundle.manifest, Manifest) and not tiled
     frames: dict[str, CalibrationFrame] = {}
     """By their pixels: what shows the same is the same frame, and says nothing more."""
     fit: dict[str, Fitness] = {}
     unfit: list[str] = []
     given = 0
-    for path, is_defective in chain(zip(good, repeat(False)), zip(defects, repeat(True))):
+    labelled = zip(progress(good, "good frames"), repeat(False)), zip(progress(defects, "defects"), repeat(True))
+    for path, is_defective in chain(*labelled):
         given += 1
         inspection = inspector.inspect(path, object=name, review=False, **reading)
         if inspection.reason_code is not None and inspection.reason_code.is_unfit:
             unfit.append(f"{path}: {inspection.reason}")
             continue
+        if reviews and inspection.features is not None:
+            inspection = _reviewed(inspector, inspection, path)
         pixel_hash, frame = _scored(inspection, path, name, is_defective, enrolled)
         first = frames.setdefault(pixel_hash, frame)
         if first.defective is not is_defective:
@@ -100,41 +138,43 @@ def calibrate(
     said = f"; {copies} of the {given} frames given are copies of others and not counted" if copies else ""
     if unfit:
         said += f"; {len(unfit)} of the {given} frames given are unfit and not counted (the first, {unfit[0]})"
-    normal = sorted(frame.score for frame in frames.values() if not frame.defective)
-    defective = sorted(frame.score for frame in frames.values() if frame.defective)
     try:
-        thresholds, promise = from_labels(normal, defective, targets) if defective else from_good(normal, targets)
+        if any(frame.defective for frame in frames.values()):
+            question = inspector.question(name) if reviews else None
+            rules, frames, promise = from_labels(frames, targets, question)
+        else:
+            rules, promise = from_good(list(frames.values()), targets)
     except VmadError as error:
         raise VmadError(f"{error}{said}") from None
-    distances = (frame.scope_distance for frame in frames.values() if not frame.defective)
     if _kept(inspector, name) != bank:
         raise VmadError(f"{name!r} was enrolled anew while its frames were compared: calibrate again")
     calibration = Calibration(
         bundle=inspector.bundle.hash,
         bank=bank,
         object=name,
-        thresholds=thresholds,
-        scope=scope_limit([d for d in distances if d is not None]),
+        thresholds=rules.thresholds,
+        review=rules.review,
+        scope=rules.scope,
         promise=promise + said,
         by=by or audit.account(),
         when=now(),
         frames=tuple(frames.values()),
         fitness=learned(list(fit.values())),
+        device=inspector.engines.device,
     )
     inspector.station.save_calibration(calibration)
-    if defective:
+    if calibration.escaped[1]:
         inspector.station.save_release(_release(calibration, targets))
     return calibration
 
 
 def _release(calibration: Calibration, targets: Targets) -> Release:
     """What its defects show, whether that is enough or not."""
-    scores = [frame.score for frame in calibration.frames if frame.defective]
-    missed = sum(score < calibration.thresholds.good_below for score in scores)
+    missed, defects = calibration.escaped
     shown = Shown(
-        defects=len(scores),
+        defects=defects,
         missed=missed,
-        bound=largest_share(missed, len(scores), targets.confidence),
+        bound=largest_share(missed, defects, targets.confidence),
         confidence=targets.confidence,
         allowed=targets.missed,
         needed=defects_needed(missed, targets.missed, targets.confidence),
@@ -147,56 +187,185 @@ def _release(calibration: Calibration, targets: Targets) -> Release:
     )
 
 
-def from_good(scores: Sequence[float], targets: Targets) -> tuple[Thresholds, str]:
-    """Thresholds from independent normal parts' scores in ascending order, and what they promise.
+def from_good(frames: Sequence[CalibrationFrame], targets: Targets) -> tuple[Rules, str]:
+    """What independent normal parts' frames set, and what that promises.
 
     A score in the list is above the distribution's q-quantile with the stated confidence if enough others lie below
-    it: the order statistics' tolerance bound (Wilks 1941), which supposes nothing about the distribution. Each of the
-    two promises has that confidence by itself.
+    it: the order statistics' tolerance bound (Wilks 1941), which supposes nothing about the distribution, and holds
+    for the frames that set it. Each of the two promises has that confidence by itself.
 
     Raises:
-        VmadError: too few scores, or targets that contradict each other.
+        VmadError: too few frames in scope, or targets that contradict each other.
     """
     if targets.suspects < targets.overkill:
         raise VmadError(
             f"expected suspects (good parts not called GOOD, {targets.suspects:g}) of at least overkill (good parts "
             f"called DEFECT, {targets.overkill:g})"
         )
+    scope = _scope(frames)
+    scores = sorted(frame.score for frame in frames if _is_within(frame, scope))
     good_below = _upper_bound(scores, targets.suspects, targets.confidence)
     defect_above = _upper_bound(scores, targets.overkill, targets.confidence)
     promise = (
-        f"of good parts at most {targets.suspects:.2%} not called GOOD, at most {targets.overkill:.2%} called DEFECT, "
-        f"each with {targets.confidence:.1%} confidence, from {len(scores)} good frames"
+        f"of the screen alone: of good parts in scope at most {targets.suspects:.2%} not called GOOD, at most "
+        f"{targets.overkill:.2%} called DEFECT, each with {targets.confidence:.1%} confidence, from {len(scores)} good "
+        "frames; of defective parts nothing"
     )
-    return Thresholds(good_below=good_below, defect_above=defect_above), promise
+    if beyond := len(frames) - len(scores):
+        promise += f"; {beyond} of {len(frames)} good frames out of scope"
+    thresholds = Thresholds(good_below=good_below, defect_above=defect_above)
+    return Rules(thresholds, None, scope), promise
 
 
-def from_labels(good: Sequence[float], defective: Sequence[float], targets: Targets) -> tuple[Thresholds, str]:
-    """Thresholds that meet the targets on these scores (in ascending order), and what that says of all parts.
+def from_labels(
+    frames: Mapping[str, CalibrationFrame], targets: Targets, question: str | None = None
+) -> tuple[Rules, dict[str, CalibrationFrame], str]:
+    """What labelled frames set, the frames with their cross-validated verdicts, and what that promises.
 
-    Where the scores leave a gap in which one threshold would do, the gap is UNCERTAIN.
+    Args:
+        frames: by their pixel hashes, which alone say in which fold a frame is.
+        question: that the frames were reviewed with; None: the screen decides alone.
 
     Raises:
-        VmadError: no good scores.
+        VmadError: fewer than two good or two defective frames: one could not be judged by the others.
     """
-    if not good:
-        raise VmadError("expected at least one good frame, found none")
-    allowed_escapes = math.floor(targets.escape * len(defective) + 1e-9)
-    allowed_overkill = math.floor(targets.overkill * len(good) + 1e-9)
-    lowest = defective[allowed_escapes]
-    highest = math.nextafter(good[len(good) - 1 - allowed_overkill], math.inf)
-    thresholds = Thresholds(good_below=min(lowest, highest), defect_above=max(lowest, highest))
-    escaped = sum(score < thresholds.good_below for score in defective)
-    killed = sum(score >= thresholds.defect_above for score in good)
-    bounds = [
-        largest_share(count, total, targets.confidence)
-        for count, total in ((escaped, len(defective)), (killed, len(good)))
-    ]
-    promise = (
-        f"{escaped} of {len(defective)} defective frames called GOOD (with {targets.confidence:.1%} confidence at most "
-        f"{bounds[0]:.2%} of all), {killed} of {len(good)} good frames called DEFECT (at most {bounds[1]:.2%})"
+    good, defective = (sum(frame.defective is kind for frame in frames.values()) for kind in (False, True))
+    if good < 2 or defective < 2:
+        raise VmadError(
+            "expected at least two good and two defective frames, so that each is judged by thresholds that others "
+            f"set, found {good} and {defective}"
+        )
+    rules = fitted(list(frames.values()), targets, question)
+    decides = None if rules.review is None else question
+    judged = cross_validated(frames, lambda others: fitted(others, targets, decides))
+    chain = "of screen and review" if decides else "of the screen alone"
+    if question and not decides:
+        chain += f", as a review settles nothing ({_why_none(list(frames.values()), rules, targets)})"
+    return rules, judged, f"{chain}: {_counts(judged.values(), targets)}"
+
+
+def fitted(frames: Sequence[CalibrationFrame], targets: Targets, question: str | None) -> Rules:
+    """Thresholds that meet the targets on these labelled frames, and a review's rule that does not break them."""
+    good, defective = _of(frames, lambda frame: frame.score)
+    escapes = math.floor(targets.escape * len(defective) + 1e-9)
+    overkill = math.floor(targets.overkill * len(good) + 1e-9)
+    below, above = _apart(good, defective, escapes, overkill)
+    rules = Rules(Thresholds(good_below=below, defect_above=above), None, _scope(frames))
+    if question is None:
+        return rules
+    escapes -= sum(score < below for score in defective)
+    overkill -= sum(score >= above for score in good)
+    return replace(rules, review=_rule(_uncertain(frames, rules), escapes, overkill, targets.confidence, question))
+
+
+def cross_validated(
+    frames: Mapping[str, CalibrationFrame], fit: Callable[[Sequence[CalibrationFrame]], Rules]
+) -> dict[str, CalibrationFrame]:
+    """The frames, each with the verdict by what the other folds' frames set.
+
+    Good and defective frames are dealt to the folds in the order of their pixel hashes: to the same ones whatever
+    their files are called. Fewer than FOLDS of a kind are left out one by one.
+    """
+    fold = {
+        pixel_hash: number % FOLDS
+        for kind in (False, True)
+        for number, pixel_hash in enumerate(sorted(key for key, frame in frames.items() if frame.defective is kind))
+    }
+    judged = dict(frames)  # in their order
+    for number in range(FOLDS):
+        rules = fit([frame for key, frame in frames.items() if fold[key] != number])
+        for key, frame in frames.items():
+            if fold[key] == number:
+                judged[key] = frame.model_copy(update={"verdict": rules.verdict(frame)})
+    return judged
+
+
+def _of(
+    frames: Iterable[CalibrationFrame], value: Callable[[CalibrationFrame], float]
+) -> tuple[list[float], list[float]]:
+    """The good and the defective frames' values, ascending."""
+    found = [(frame.defective, value(frame)) for frame in frames]
+    return sorted(value for kind, value in found if not kind), sorted(value for kind, value in found if kind)
+
+
+def _apart(good: Sequence[float], defective: Sequence[float], escapes: int, overkill: int) -> tuple[float, float]:
+    """GOOD lies below the first, DEFECT begins at the second: of these values as many escape, or are killed, at most.
+
+    Where the values leave a gap in which one threshold would do, the gap is UNCERTAIN.
+    """
+    lowest = defective[min(escapes, len(defective) - 1)]
+    highest = math.nextafter(good[max(0, len(good) - 1 - overkill)], math.inf)
+    return min(lowest, highest), max(lowest, highest)
+
+
+def _uncertain(frames: Iterable[CalibrationFrame], rules: Rules) -> list[CalibrationFrame]:
+    """Those that a review may settle."""
+    screen = replace(rules, review=None)
+    return [frame for frame in frames if frame.p_yes is not None and screen.verdict(frame) is Verdict.UNCERTAIN]
+
+
+def _rule(
+    frames: Sequence[CalibrationFrame], escapes: int, overkill: int, confidence: float, question: str
+) -> ReviewRule | None:
+    """By `frames`, which the screen leaves UNCERTAIN. Each side settles only where P(yes) tells the kinds apart.
+
+    That is: of the kind that the side is for, a larger share lies there than of the other one, by the bounds of both
+    shares. None: neither side does.
+    """
+    good, defective = _of(frames, lambda frame: frame.p_yes or 0.0)
+    if not good or not defective:
+        return None
+    below, above = _apart(good, defective, escapes, overkill)
+
+    def tells(right: int, of_right: int, wrong: int, of_wrong: int) -> bool:
+        return 1 - largest_share(of_right - right, of_right, confidence) > largest_share(wrong, of_wrong, confidence)
+
+    is_good = [sum(p < below for p in kind) for kind in (good, defective)]
+    is_defect = [sum(p >= above for p in kind) for kind in (defective, good)]
+    good_below = below if tells(is_good[0], len(good), is_good[1], len(defective)) else None
+    defect_above = above if tells(is_defect[0], len(defective), is_defect[1], len(good)) else None
+    if good_below is None and defect_above is None:
+        return None
+    return ReviewRule(good_below=good_below, defect_above=defect_above, question=question)
+
+
+def _why_none(frames: Sequence[CalibrationFrame], rules: Rules, targets: Targets) -> str:
+    good, defective = _of(_uncertain(frames, rules), lambda frame: frame.p_yes or 0.0)
+    of = f"the {len(good)} good and {len(defective)} defective frames that the screen leaves UNCERTAIN"
+    least = 1 - largest_share(0, len(good), targets.confidence)
+    if not good or not defective or least <= largest_share(0, len(defective), targets.confidence):
+        return f"{of} are too few to say whether its P(yes) tells them apart"
+    return f"its P(yes) does not tell apart {of}"
+
+
+def _counts(judged: Iterable[CalibrationFrame], targets: Targets) -> str:
+    """What became of frames that set no threshold themselves."""
+    verdicts = [(frame.defective, frame.verdict) for frame in judged]
+    shares = []
+    for defective, verdict in ((True, Verdict.GOOD), (False, Verdict.DEFECT)):
+        total = sum(kind is defective for kind, _ in verdicts)
+        count = verdicts.count((defective, verdict))
+        bound = largest_share(count, total, targets.confidence)
+        shares.append(
+            f"{count} of {total} {'defective' if defective else 'good'} frames called {verdict.value} "
+            f"(with {targets.confidence:.1%} confidence at most {bound:.2%} of all)"
+        )
+    left = sum(verdict is Verdict.UNCERTAIN for _, verdict in verdicts)
+    folds = min(FOLDS, max(Counter(kind for kind, _ in verdicts).values()))
+    return (
+        f"{shares[0]}, {shares[1]}, {left} of {len(verdicts)} left UNCERTAIN; cross-validated in {folds} folds, each "
+        "frame judged by what the other folds' frames set"
     )
-    return thresholds, promise
+
+
+def _scope(frames: Iterable[CalibrationFrame]) -> ScopeLimit | None:
+    """From good frames' distances, but for the farthest tenth, or one: what lies apart must not let all others in."""
+    distances = sorted(f.scope_distance for f in frames if not f.defective and f.scope_distance is not None)
+    return scope_limit(distances[: -max(1, len(distances) // 10)] or distances)
+
+
+def _is_within(frame: CalibrationFrame, scope: ScopeLimit | None) -> bool:
+    return scope is None or frame.scope_distance is None or frame.scope_distance <= scope.limit
 
 
 def frames_needed(share: float, confidence: float) -> int:
@@ -282,6 +451,17 @@ def _kept(inspector: Inspector, object: str) -> str | None:
     return kept
 
 
+def _reviewed(inspector: Inspector, screened: Inspection, path: str) -> Inspection:
+    """Raises: FrameError: its P(yes) is not to be had."""
+    after = inspector.review(screened).wait()
+    if after.p_yes is None:
+        raise FrameError(
+            f"{path} cannot be calibrated with: {after.reason}. Without reviews (--no-review, review=False) the screen "
+            "is calibrated alone"
+        )
+    return after
+
+
 def _scored(
     inspection: Inspection, path: str, object: str, defective: bool, enrolled: set[str]
 ) -> tuple[str, CalibrationFrame]:
@@ -300,4 +480,5 @@ def _scored(
         defective=defective,
         score=inspection.score,
         scope_distance=inspection.scope_distance,
+        p_yes=inspection.p_yes,
     )

@@ -227,11 +227,17 @@ def add_calibrate(subcommands: Subcommands) -> None:
     targets = Targets()
     parser = subcommands.add_parser(
         "calibrate",
-        help="set an object's two thresholds from frames of the line",
-        description="Set the thresholds of GOOD and DEFECT and keep them in the station. From good frames alone: "
-        "--overkill and --suspects are promised for all parts with --confidence. With --defects: --escape and "
-        "--overkill are met on these frames, and what that promises for all parts is said. Then the object is released "
-        "if they show that of all its defects at most --missed are called GOOD: five at least, none of them missed.",
+        help="set what an object is judged by from frames of the line",
+        description="Set the thresholds of GOOD and DEFECT and keep them in the station, with what they promise. From "
+        "good frames alone: --overkill and --suspects are promised for all parts with --confidence, of the screen; "
+        "nothing is known of defects, so a review explains what is UNCERTAIN and settles nothing. With --defects: "
+        "--escape and --overkill are met on these frames, and where the review's P(yes) tells apart what the screen "
+        "leaves UNCERTAIN, it gets thresholds of its own from the same frames; else it settles nothing. The promise "
+        "names what it is of (the screen alone, or screen and review), and `vmad inspect` says where it runs something "
+        "else. Its counts are cross-validated: each frame is judged by what other frames set. Equal pictures count "
+        "once. Frames of one part, or of one minute, are no independent parts, which nobody can see but you: give "
+        "frames of many parts. The object is released if its defects show that of all of them at most --missed are "
+        "called GOOD: five at least, none of them missed.",
         epilog="Only real defects: drawn ones say little. Thresholds that found half of the drawn defects (0.49) found "
         "0.01 of the real ones on one set of parts, 0.20 and 0.59 on another.",
     )
@@ -250,6 +256,11 @@ def add_calibrate(subcommands: Subcommands) -> None:
         parser.add_argument(
             f"--{name}", type=float, metavar="SHARE", default=getattr(targets, name), help=f"{meaning}; %(default)s"
         )
+    parser.add_argument(
+        "--no-review",
+        action="store_true",
+        help="the screen alone: faster, and no review settles anything of this object",
+    )
     add_reading(parser)
     parser.add_argument("--by", metavar="NAME", help="who answers for it; default: this account and machine")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -627,12 +638,14 @@ def _calibrate(args: argparse.Namespace) -> int:
     with Inspector.open(args.bundle, args.station, device, calibrated=False, fallback=args.fallback) as inspector:
         calibration = calibrate(
             inspector,
-            track(good, "good frames"),
-            track(defects, "defects", disable=not defects),
+            good,
+            defects,
             object=args.object,
             targets=targets,
+            review=not args.no_review,
             by=args.by,
             reading=reading(args),
+            progress=track,
         )
         standing = inspector.station.standing(
             calibration.object, calibration.bank, calibration, inspector.engines.device
@@ -650,7 +663,9 @@ def _calibration_facts(calibration: Calibration | str) -> dict[str, Any]:
     if isinstance(calibration, str):
         return {"refused": calibration}
     return {
-        **calibration.model_dump(include={"object", "thresholds", "scope", "promise", "by", "when"}),
+        **calibration.model_dump(
+            include={"object", "thresholds", "review", "scope", "promise", "by", "when", "device"}
+        ),
         "bank": calibration.bank or "the bundle's normal features",
         "frames": len(calibration.frames),
     }

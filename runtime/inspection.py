@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vmad_edge.runtime.bundle import Thresholds
+from vmad_edge.runtime.bundle import ReviewRule, Thresholds
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.tiles import WHOLE, Box, Layout, Tile
@@ -66,6 +66,21 @@ def verdict_of(score: float, thresholds: Thresholds | None) -> Verdict:
     if score < thresholds.good_below:
         return Verdict.GOOD
     return Verdict.DEFECT if score >= thresholds.defect_above else Verdict.UNCERTAIN
+
+
+def settled(verdict: Verdict, p_yes: float, rule: ReviewRule | None, reason: Reason | None = None) -> Verdict:
+    """What a review makes of the screen's verdict.
+
+    It settles UNCERTAIN, by a rule that somebody calibrated for the object, or the bundle's maker gave; it never turns
+    DEFECT into GOOD. What is UNCERTAIN for another `reason` than its score it may call DEFECT, not GOOD.
+    """
+    if verdict is not Verdict.UNCERTAIN or rule is None:
+        return verdict
+    if rule.defect_above is not None and p_yes >= rule.defect_above:
+        return Verdict.DEFECT
+    if rule.good_below is not None and p_yes < rule.good_below and reason is None:
+        return Verdict.GOOD
+    return Verdict.UNCERTAIN
 
 
 @dataclass(frozen=True)
@@ -192,6 +207,8 @@ class Inspection:
     """The screen's, or of the whole `inspect`: a time.monotonic() value."""
     features: Features | None = field(default=None, repr=False)
     """Kept until a review has used them."""
+    review_rule: ReviewRule | None = field(default=None, repr=False, compare=False)
+    """What a review may settle; None: nothing."""
 
     @cached_property
     def language_map(self) -> NDArray[np.float32] | None:

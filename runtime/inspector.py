@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from typing import get_args
 import numpy as np
 from PIL import Image
 
-from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, Thresholds
+from vmad_edge.runtime.bundle import Answer, Bundle, Manifest, ReviewRule, Thresholds
 from vmad_edge.runtime.engines import Device
 from vmad_edge.runtime.engines.choice import Engines
 from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
@@ -35,6 +35,7 @@ from vmad_edge.runtime.inspection import (
     find_regions,
     largest_first,
     on_map,
+    settled,
     verdict_of,
 )
 from vmad_edge.runtime.machine import PACKAGES, describe_machine, versions
@@ -44,9 +45,9 @@ from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check
 from vmad_edge.runtime.stages.scope import in_words
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.tiles import WHOLE, Layout, Tile
-from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream, Unlabelled
+from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
 from vmad_edge.runtime.stages.vocabulary import check_model
-from vmad_edge.runtime.station import Fallback, Station
+from vmad_edge.runtime.station import Calibration, Fallback, Station
 from vmad_edge.runtime.system import check_system
 from vmad_edge.runtime.systems.vmad import Finding, Screen, SimilaritySource
 from vmad_edge.runtime.timing import Stopwatch, seconds
@@ -80,11 +81,11 @@ class ReviewHandle:
             reason = f"review {'failed' if code is Reason.REVIEW_FAULT else 'left out'}: {pending.fault}"
         elif finding is not None and finding.stopped is not None:
             reason, code = f"the review was stopped: {finding.stopped}", Reason.REVIEW_CANCELLED
-        screened = self._inspection  # out of scope stays the first reason
-        told = "; ".join(said for said in (screened.reason, reason) if said) or None
-        after = replace(screened, reason=told, reason_code=screened.reason_code or code)
+        after = screened = self._inspection
         if finding is not None:
-            after = _reviewed(after, finding, pending.timings_ms, self._manifest)
+            after = _reviewed(screened, finding, pending.timings_ms, self._manifest)
+        told = "; ".join(said for said in (screened.reason, reason) if said) or None
+        after = replace(after, reason=told, reason_code=screened.reason_code or code)  # the screen's stays the first
         # Without one of its own, a review that settled the verdict is held to the screen's.
         deadline = after.deadline if pending.deadline is None and after.decided_by == "review" else pending.deadline
         if deadline is None:
@@ -103,6 +104,15 @@ class ReviewHandle:
     def text(self) -> Iterator[str]:
         """Pieces of the answer as they are decoded, until the review ends. For one reader."""
         return self._pending.text()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What an object's frames are compared with, and how it stands with that."""
+
+    source: SimilaritySource
+    standing: Standing
+    calibration: Calibration | None = None
 
 
 class Inspector:
@@ -129,7 +139,7 @@ class Inspector:
         self._screen = Screen(bundle, device, station.plans)
         self._normal = _normal_features(bundle)
         self._calibrated, self._stream, self._fallback = calibrated, stream, fallback
-        self._sources: dict[str, tuple[SimilaritySource, Standing]] = {}
+        self._known: dict[str, _Known] = {}
         self._loading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
         self._closed = False
@@ -292,11 +302,22 @@ class Inspector:
         if inspection.features is None:
             raise VmadError("expected an Inspection from inspect(…, review=False), found one without features")
         manifest = self.bundle.for_review
-        asked = (question or manifest.conversation.question).replace("{object}", inspection.object)
+        asked, rule = self.question(inspection.object, question), inspection.review_rule
         mode = answer or manifest.language.answer
         seen = _tile(inspection).frame
         pending = self._reviews.submit(seen, inspection.features, asked, mode, deadline)
+        if rule is not None and rule.question not in (None, asked):  # nobody calibrated what is said to this one
+            inspection = replace(inspection, review_rule=None)
         return ReviewHandle(inspection, pending, manifest)
+
+    def question(self, object: str | None = None, question: str | None = None) -> str:
+        """What a review of `object` is asked; `question` is instead of the manifest's.
+
+        Raises:
+            BundleError: the bundle screens only.
+        """
+        asked = question or self.bundle.for_review.conversation.question
+        return asked.replace("{object}", self._object(object))
 
     def enroll(
         self,
@@ -331,7 +352,7 @@ class Inspector:
             self.station.save_references(name, references)
             standing = self.station.standing(name, references.hash, None, self.engines.device)
         with self._lock:
-            self._sources[name] = self._with_stream(references), standing
+            self._known[name] = _Known(self._with_stream(references), standing)
         return references
 
     def compare_unlabelled(
@@ -355,7 +376,7 @@ class Inspector:
         _check_several(frames)
         source = self._screen.unlabelled(_readable(frames, bit_depth, colour))
         with self._lock:
-            self._sources[self._object(object)] = source, UNLABELLED
+            self._known[self._object(object)] = _Known(source, UNLABELLED)
 
     def load_reviews(self) -> None:
         """Begin to load the review's models, if the bundle has them; returns at once."""
@@ -363,7 +384,7 @@ class Inspector:
             self._reviews.start()
 
     def compared_with(self, object: str | None = None) -> dict[str, str | float | bool | None]:
-        """What the screen's Inspections of `object` hang on, as plain values: equal where those would be equal.
+        """What Inspections of `object` hang on, as plain values: equal where those would be equal.
 
         Thresholds have six digits: an enrolment made anew from the same frames may differ in the last ones.
         """
@@ -382,6 +403,7 @@ class Inspector:
             "fitness": hashlib.sha256(source.fitness.model_dump_json().encode()).hexdigest(),
             "scope_limit": None if source.scope is None else float(f"{source.scope.limit.limit:.6g}"),
             "released": self.standing(object).released,
+            "review_settles": _rule_in_words(source.review),
         }
 
     def references(self, object: str | None = None) -> References | None:
@@ -398,51 +420,83 @@ class Inspector:
             return None
         raise VmadError(f"{name!r} is compared with {beside.kind}: expected enrolled frames or the bundle's features")
 
-    def told(self, object: str | None = None) -> str:
-        """What `object` is compared with now, whether it is released, and which frames are in scope, for people."""
-        source, standing = self._compared(self._object(object))
-        seen = [] if source.layout.is_whole else [source.layout.in_words()]
-        released = "released" if standing.released else "not released"
-        return "; ".join([source.kind, *seen, released, in_words(source.scope)])
-
     def standing(self, object: str | None = None) -> Standing:
         """Whether `object` is released as it is compared now (see `Station.standing`).
 
         A stream changes nothing about it: it only raises scores, so no more defects are missed. What is released or
         withdrawn after an object's first use here is not known to this inspector.
         """
-        return self._compared(self._object(object))[1]
+        return self._compared(self._object(object)).standing
+
+    def told(self, object: str | None = None, *, review: bool = True, question: str | None = None) -> str:
+        """What `object` is compared with now, which frames are in scope, whether it is released, and what is promised.
+
+        For people.
+
+        Args:
+            review, question: as they will be given to `inspect`.
+        """
+        released = "released" if self.standing(object).released else "not released"
+        return "; ".join([self._basis(object), released, self.promised(object, review=review, question=question)])
+
+    def _basis(self, object: str | None) -> str:
+        source = self._compared(self._object(object)).source
+        seen = [] if source.layout.is_whole else [source.layout.in_words()]
+        return "; ".join([source.kind, *seen, in_words(source.scope)])
+
+    def promised(self, object: str | None = None, *, review: bool = True, question: str | None = None) -> str:
+        """What its calibration promises of `object`, or why that is void here, or that there is none, for people.
+
+        Args: as those of `told`.
+        """
+        known = self._compared(self._object(object))
+        if (calibration := known.calibration) is None:
+            return f"not calibrated: nothing is promised, and a review settles {_rule_in_words(known.source.review)}"
+        by = f"(calibrated {calibration.when} by {calibration.by})"
+        void = self._other_screen(calibration)
+        if void is None and calibration.review is not None:
+            void = self._other_review(calibration.review, object, review, question)
+        return f"promised: {calibration.promise} {by}" if void is None else f"the promise is void: {void} {by}"
+
+    def _other_screen(self, calibration: Calibration) -> str | None:
+        """Why its figures are not those of this screen; None: they are."""
+        if self._stream:
+            return "it is of frames that are not compared with the last ones too, as these are (a stream)"
+        if calibration.device not in (None, device := self.engines.device):
+            return f"it is of device {calibration.device}, this is {device}"
+        return None
+
+    def _other_review(self, rule: ReviewRule, object: str | None, review: bool, question: str | None) -> str | None:
+        """Why what is promised of screen and review is not of these; None: it is."""
+        if not review:
+            return "it is of screen and review, this is the screen alone"
+        asked = self.question(object, question)
+        return None if rule.question == asked else f"its review was asked {rule.question!r}, this one {asked!r}"
 
     def thresholds(self, object: str | None = None) -> Thresholds | None:
         """Of `object` as it is compared now; None where there are none (unlabelled frames)."""
         return self._source(self._object(object)).thresholds
 
-    def about(self, object: str | None = None) -> dict[str, str]:
-        """What the verdicts of `object` rest on, for people: each fact with its name."""
+    def about(self, object: str | None = None, *, review: bool = True, question: str | None = None) -> dict[str, str]:
+        """What the verdicts of `object` rest on, for people: each fact with its name.
+
+        Args: as those of `told`.
+        """
         name = self._object(object)
         thresholds, machine = self.thresholds(name), describe_machine()
         return {
             "object": name,
-            "compared with": self.told(name),
+            "compared with": self._basis(name),
             "thresholds": "none: scores rank, and say no verdict"
             if thresholds is None
             else f"GOOD below {thresholds.good_below:.3f}, DEFECT from {thresholds.defect_above:.3f}",
-            "calibration": self._calibration(name, thresholds),
+            "calibration": self.promised(name, review=review, question=question),
             "release": self.standing(name).told,
             "bundle": f"{self.bundle.path}, {self.bundle.hash[:16]}",
             "machine": ", ".join(filter(None, (machine.processor, machine.accelerator, machine.system))),
             "runs with": f"{self.provider}; patches compared on {self.similarity}",
             "versions": ", ".join(f"{package} {version}" for package, version in versions(*PACKAGES).items()),
         }
-
-    def _calibration(self, object: str, thresholds: Thresholds | None) -> str:
-        """The one that these thresholds are of, in words."""
-        found = None
-        with suppress(BundleError):  # not in use, else it would have been read already
-            found = self.station.last_calibration(object) if self._calibrated else None
-        if found is None or found.thresholds != thresholds:
-            return "none: nobody has calibrated this object"
-        return f"by {found.by}, {found.when}: {found.promise}"
 
     def _object(self, object: str | None) -> str:
         _check_texts(object=object)
@@ -455,23 +509,23 @@ class Inspector:
             raise VmadError("this inspector was opened before the process forked; open one in each process")
 
     def _source(self, object: str) -> SimilaritySource:
-        return self._compared(object)[0]
+        return self._compared(object).source
 
-    def _compared(self, object: str) -> tuple[SimilaritySource, Standing]:
+    def _compared(self, object: str) -> _Known:
         with self._lock:
-            known, loading = self._sources.get(object), self._loading[object]
+            known, loading = self._known.get(object), self._loading[object]
         if known is not None:
             return known
         with loading:  # this object's alone: others go on meanwhile
             with self._lock:
-                known = self._sources.get(object)
+                known = self._known.get(object)
             if known is None:
                 known = self._loaded(object)
                 with self._lock:
-                    known = self._sources.setdefault(object, known)  # enrolled meanwhile: that is the newer one
+                    known = self._known.setdefault(object, known)  # enrolled meanwhile: that is the newer one
         return known
 
-    def _loaded(self, object: str) -> tuple[SimilaritySource, Standing]:
+    def _loaded(self, object: str) -> _Known:
         if self._fallback is None:
             self.station.check_known(object, self._held())
         source = self.station.load_references(object, self._normal) or copy(self._normal)
@@ -484,18 +538,19 @@ class Inspector:
         calibration = self.station.load_calibration(object, bank) if self._calibrated else None
         if calibration is not None:
             source.thresholds = calibration.thresholds
+            source.review = None if self._other_screen(calibration) else calibration.review
             if calibration.fitness is not None and calibration.fitness.frames > source.fitness.frames:
                 source.fitness = calibration.fitness
             if source.scope is not None and calibration.scope is not None:
                 source.scope = replace(source.scope, limit=calibration.scope)
         standing = self.station.standing(object, bank, calibration, self.engines.device)
-        return self._with_stream(source), standing
+        return _Known(self._with_stream(source), standing, calibration)
 
     def _held(self) -> list[str]:
         """The objects that were enrolled here, kept or not."""
         with self._lock:
-            sources = list(self._sources.items())
-        return [name for name, (source, _) in sources if not isinstance(_beside(source), NormalFeatures)]
+            known = list(self._known.items())
+        return [name for name, one in known if not isinstance(_beside(one.source), NormalFeatures)]
 
     def _with_stream(self, source: NormalFeatures | References) -> SimilaritySource:
         return Stream(source, self.bundle.manifest.similarity, self._stream) if self._stream else source
@@ -511,7 +566,8 @@ class Inspector:
     ) -> Inspection:
         check_source(source, bit_depth, colour)
         watch = Stopwatch()
-        compared_with, standing = self._compared(object)
+        known = self._compared(object)
+        compared_with, standing = known.source, known.standing
         path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
         name = source.id if isinstance(source, Frame) else path or "frame"
         frame = Frame(np.zeros((0, 0, 3), np.uint8), frame_id or name, path)
@@ -588,6 +644,7 @@ class Inspector:
             nearest_normal=nearest,
             timings_ms=watch.timings_ms,
             features=screening.features,
+            review_rule=source.review,
         )
 
 
@@ -657,16 +714,13 @@ def _in_time(deadline: float | None) -> bool | None:
     return None if deadline is None else time.monotonic() <= deadline
 
 
-def settled(verdict: Verdict, p_yes: float, reason: Reason | None = None) -> Verdict:
-    """What a review makes of the screen's verdict: it settles UNCERTAIN, never turns DEFECT into GOOD.
-
-    A frame that is out of scope (`reason`) it may call DEFECT, not GOOD.
-    """
-    if verdict is not Verdict.UNCERTAIN:
-        return verdict
-    if p_yes >= 0.5:
-        return Verdict.DEFECT
-    return Verdict.UNCERTAIN if reason is Reason.OUT_OF_SCOPE else Verdict.GOOD
+def _rule_in_words(rule: ReviewRule | None) -> str:
+    """What a review settles by it."""
+    if rule is None:
+        return "nothing"
+    limits = ("GOOD below", rule.good_below), ("DEFECT from", rule.defect_above)
+    said = ", ".join(f"{name} {limit:.6g}" for name, limit in limits if limit is not None)
+    return f"UNCERTAIN by P(yes): {said}" + ("" if rule.question is None else f" ({rule.question!r})")
 
 
 def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, float], manifest: Manifest) -> Inspection:
@@ -680,11 +734,8 @@ def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, fl
         timings_ms={**inspection.timings_ms, **timings_ms},
         features=None,
     )
-    verdict = settled(inspection.verdict, finding.p_yes, inspection.reason_code)
-    if verdict is Verdict.GOOD and inspection.layout.tiles.count > 1:  # it saw one tile of many
-        verdict = inspection.verdict
-    # Of unlabelled frames nobody said that any is normal: a review settles nothing there.
-    if verdict is not inspection.verdict and inspection.compared_with != Unlabelled.kind:
+    verdict = settled(inspection.verdict, finding.p_yes, inspection.review_rule, inspection.reason_code)
+    if verdict is not inspection.verdict:
         after = replace(after, verdict=verdict, decided_by="review")
     if finding.token_scores is not None and inspection.features is not None:
         scores, view = finding.token_scores, inspection.features.view

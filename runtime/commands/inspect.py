@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vmad_edge.kernels.processors import processors
-from vmad_edge.runtime.bundle import Answer, Manifest, Thresholds
+from vmad_edge.runtime.bundle import Answer, Manifest
 from vmad_edge.runtime.cli import Subcommands, _add_bundle, _add_fallback, _add_frames, _open, reading
 from vmad_edge.runtime.console import err, out, printable, progress, track, warn
 from vmad_edge.runtime.errors import VmadError
@@ -63,7 +63,8 @@ def add_inspect(subcommands: Subcommands) -> None:
     sources.add_argument(
         "--unlabelled",
         action="store_true",
-        help="compare the frames with each other, whatever they are: the screen ranks them and leaves all UNCERTAIN",
+        help="compare the frames with each other, whatever they are: the table and --json tell the most unusual ones "
+        "first (--jsonl and --csv as they come); all stay UNCERTAIN, and a review explains, it settles nothing",
     )
     parser.add_argument(
         "--stream", metavar="N", type=int, default=0, help="find, too, what is unusual among the last N frames"
@@ -149,7 +150,7 @@ def _inspect(args: argparse.Namespace) -> int:
         jobs = args.jobs or (1 if args.stream or args.deadline_ms else min(4, processors()))
         resumed = args.resume and Path(args.jsonl).exists()
         done = take_up(Path(args.jsonl), paths, settings, jobs) if resumed else set()
-        results = _Results(args, paths, inspector.thresholds(args.object), inspector.about(args.object))
+        results = _Results(args, paths, inspector)
         if resumed:
             results.take_over(Path(args.jsonl))
         left = [path for path in paths if path not in done]
@@ -286,6 +287,26 @@ class _Output(Protocol):
     def close(self) -> None: ...
 
 
+class _Ranked:
+    """Rows of frames that are compared with each other: the most unusual one first, once all are there."""
+
+    def __init__(self, output: _Output) -> None:
+        self._output = output
+        self._rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        self._rows.append(row)
+
+    def close(self) -> None:
+        for row in sorted(self._rows, key=_unusual, reverse=True):
+            self._output.add(row)
+        self._output.close()
+
+
+def _unusual(row: Row) -> float:
+    return -math.inf if row["score"] is None else float(row["score"])
+
+
 class _Results:
     """Where a run's results go: rows to files and standard output, and beside them pictures and maps.
 
@@ -293,10 +314,9 @@ class _Results:
     have it.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, paths: list[str], thresholds: Thresholds | None, about: dict[str, str]
-    ) -> None:
-        self._args, self._about = args, about
+    def __init__(self, args: argparse.Namespace, paths: list[str], inspector: Inspector) -> None:
+        asking: dict[str, Any] = {"review": not args.no_review, "question": args.question}
+        self._args, self._about = args, inspector.about(args.object, **asking)
         self._counts: Counter[str] = Counter()
         self._released = True
         """Every frame's object, until now."""
@@ -304,14 +324,11 @@ class _Results:
         """Frames of this run; the others are an earlier one's."""
         self._beside = _Beside()
         self._maps = Names(paths, in_folders, _MAPS)
-        self._report = None if args.report is None else Report(args.report, thresholds, paths)
-        self._table = None if args.json or args.jsonl == "-" else _Table(about["compared with"])
+        self._report = None if args.report is None else Report(args.report, inspector.thresholds(args.object), paths)
+        self._table = None if args.json or args.jsonl == "-" else _Table(inspector.told(args.object, **asking))
         self._lines = None if args.jsonl is None else JsonLines(None if args.jsonl == "-" else Path(args.jsonl))
-        made: list[_Output | None] = [
-            self._table,
-            JsonArray() if args.json else None,
-            None if args.csv is None else Csv(args.csv),
-        ]
+        shown: _Output | None = self._table or (JsonArray() if args.json else None)
+        made = _Ranked(shown) if shown is not None and args.unlabelled else shown, args.csv and Csv(args.csv)
         self._outputs = [output for output in made if output is not None]
 
     def take_over(self, file: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from vmad_edge.kernels import Dtype, ReferenceBank, max_cosine, segmented_max_cosine
-from vmad_edge.runtime.bundle import Similarity, Thresholds
+from vmad_edge.runtime.bundle import ReviewRule, Similarity, Thresholds, makers_rule
 from vmad_edge.runtime.errors import BundleError, FrameError
 from vmad_edge.runtime.files import open_file
 from vmad_edge.runtime.inspection import NearestNormal
@@ -65,6 +65,7 @@ class NormalFeatures:
                 "else. Export the bundle again."
             ) from None
         self.thresholds = spec.thresholds
+        self.review = makers_rule(spec.thresholds)
         self.fitness = FitnessLimits()
         self.spec = spec
 
@@ -121,10 +122,12 @@ class References:
         layout: what of the frames was enrolled, and is inspected of others.
 
     `hash`: SHA-256 of the bank in the station that they were read from or written to; None: nobody keeps them.
+    `review`: what a review may settle; None until somebody calibrated that.
     """
 
     kind = "references"
     hash: str | None = None
+    review: ReviewRule | None = None
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from vmad_edge.kernels import ReferenceBank, interval_mean, segmented_max_cosine
-from vmad_edge.runtime.bundle import Similarity, Thresholds
+from vmad_edge.runtime.bundle import ReviewRule, Similarity, Thresholds
 from vmad_edge.runtime.errors import FrameError
 from vmad_edge.runtime.stages.fitness import FitnessLimits
 from vmad_edge.runtime.stages.scope import Scope
@@ -30,7 +30,8 @@ _HALF = np.float32(0.5)
 class Unlabelled:
     """A folder against itself: every frame that is compared is one of these, and is left out of its own comparison.
 
-    There are no thresholds: a defect that most frames share is usual among them, so no score says GOOD.
+    There are no thresholds: a defect that most frames share is usual among them, so no score says GOOD. Of frames of
+    which nobody said that any is normal a review settles nothing.
 
     Args:
         frames: [N,D] float32 each, at least LEAST_FRAMES of them.
@@ -44,6 +45,7 @@ class Unlabelled:
 
     def __init__(self, frames: Iterable[Floats]) -> None:
         self.thresholds: Thresholds | None = None
+        self.review: ReviewRule | None = None
         self.fitness = FitnessLimits()
         self.scope: Scope | None = None
         self._ring = _Ring()
@@ -80,7 +82,7 @@ class Stream:
 
     def __init__(self, beside: NormalFeatures | References, spec: Similarity, frames: int) -> None:
         self.beside, self.thresholds, self.fitness = beside, beside.thresholds, beside.fitness
-        self.scope, self.layout = beside.scope, beside.layout
+        self.review, self.scope, self.layout = beside.review, beside.scope, beside.layout
         self.kind = f"{beside.kind} and stream"
         self._spec, self._frames = spec, frames
         self._ring = _Ring()

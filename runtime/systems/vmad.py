@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file
 
-from vmad_edge.runtime.bundle import Answer, Bundle, SamInput, ScreenManifest, Thresholds
+from vmad_edge.runtime.bundle import Answer, Bundle, ReviewRule, SamInput, ScreenManifest, Thresholds
 from vmad_edge.runtime.device import DeviceThread
 from vmad_edge.runtime.engines import Device, Engine, GiveUp
 from vmad_edge.runtime.engines.choice import Engines
@@ -58,6 +58,7 @@ class SimilaritySource(Protocol):
 
     kind: str
     thresholds: Thresholds | None
+    review: ReviewRule | None
     fitness: FitnessLimits
     scope: Scope | None
     layout: Layout

@@ -262,7 +262,7 @@ def thresholds_not_exported(export: Export, monkeypatch: Patch) -> None:
 
 def yes_at_another_threshold(export: Export, monkeypatch: Patch) -> None:
     settled = parity.settled
-    monkeypatch.setattr(parity, "settled", lambda verdict, p_yes: settled(verdict, p_yes - 0.4))
+    monkeypatch.setattr(parity, "settled", lambda verdict, p_yes, rule: settled(verdict, p_yes - 0.4, rule))
 
 
 def review_turns_defect_into_good(export: Export, monkeypatch: Patch) -> None:
@@ -270,7 +270,7 @@ def review_turns_defect_into_good(export: Export, monkeypatch: Patch) -> None:
     thresholds_not_exported(export, monkeypatch)
     export.edit("similarity", thresholds=Thresholds(good_below=0.1, defect_above=0.2))
     swap_yes_and_no(export)
-    monkeypatch.setattr(parity, "settled", lambda verdict, p_yes: Verdict.DEFECT if p_yes >= 0.5 else Verdict.GOOD)
+    monkeypatch.setattr(parity, "settled", lambda _, p_yes, rule: Verdict.DEFECT if p_yes >= 0.5 else Verdict.GOOD)
 
 
 FAULTS = {
@@ -353,7 +353,7 @@ def test_a_decision_that_flips_on_one_of_more_images_is_enough(export: Export, m
     assert found.failure is None and found.more_images == 1
     assert {row.stage for row in found.stages if row.images == 2} == {"score", "p_yes", *DECISIONS}
     settled = parity.settled
-    monkeypatch.setattr(parity, "settled", lambda verdict, p_yes: settled(verdict, -(p_yes > 0.9) + p_yes))
+    monkeypatch.setattr(parity, "settled", lambda verdict, p_yes, rule: settled(verdict, p_yes - (p_yes > 0.9), rule))
     failure = export.measure(more).failure or ""
     assert failure.startswith("review is the first stage that differs: clear flips 1, expected at most 0")
     assert "high.png" in failure

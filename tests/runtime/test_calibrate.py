@@ -3,7 +3,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,13 +13,17 @@ import numpy as np
 import pytest
 from examples import MANIFEST
 from plain_parts import plain_part
-from scipy.stats import beta, binom
+from scipy.stats import beta, binom, norm
+from sklearn.model_selection import PredefinedSplit
 
+from vmad_edge.runtime import calibrate as calibrate_module
 from vmad_edge.runtime.bundle import Bundle, Manifest, Thresholds, seal
 from vmad_edge.runtime.calibrate import (
     Targets,
     at_most,
     calibrate,
+    cross_validated,
+    fitted,
     frames_needed,
     from_good,
     from_labels,
@@ -26,7 +32,7 @@ from vmad_edge.runtime.calibrate import (
 from vmad_edge.runtime.cli import main
 from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.files import sha256
-from vmad_edge.runtime.inspection import Verdict
+from vmad_edge.runtime.inspection import Inspection, Verdict, verdict_of
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.station import Calibration, CalibrationFrame, Station
 
@@ -47,15 +53,35 @@ def test_everything_seen_bounds_nothing() -> None:
     assert largest_share(3, 3, 0.95) == 1
 
 
+def frame(
+    score: float, defective: bool = False, p_yes: float | None = None, distance: float | None = None
+) -> CalibrationFrame:
+    return CalibrationFrame(
+        path="a.png", sha256="00", defective=defective, score=score, p_yes=p_yes, scope_distance=distance
+    )
+
+
+def good_of(scores: Iterable[float]) -> list[CalibrationFrame]:
+    return [frame(score) for score in scores]
+
+
+def labelled(good: Iterable[float], defective: Iterable[float]) -> list[CalibrationFrame]:
+    return [*good_of(good), *(frame(score, defective=True) for score in defective)]
+
+
+def hashed(frames: Iterable[CalibrationFrame]) -> dict[str, CalibrationFrame]:
+    return {hashlib.sha256(str(number).encode()).hexdigest(): frame for number, frame in enumerate(frames)}
+
+
 def test_frames_needed_are_enough_and_one_less_is_not() -> None:
     targets = Targets(overkill=0.02, suspects=0.02)
     needed = frames_needed(0.02, 0.95)
     assert needed == 149  # 0.98¹⁴⁹ = 0.0493, 0.98¹⁴⁸ = 0.0503
-    scores = np.linspace(0, 1, needed).tolist()
-    thresholds, _ = from_good(scores, targets)
-    assert thresholds.good_below > scores[-1] > 0.999  # the highest score itself
+    frames = good_of(np.linspace(0, 1, needed).tolist())
+    rules, _ = from_good(frames, targets)
+    assert rules.thresholds.good_below > frames[-1].score > 0.999  # the highest score itself
     with pytest.raises(VmadError, match=r"148 good frames are too few .* 149 are needed"):
-        from_good(scores[1:], targets)
+        from_good(frames[1:], targets)
 
 
 def test_the_promise_holds_as_often_as_it_says() -> None:
@@ -63,10 +89,27 @@ def test_the_promise_holds_as_often_as_it_says() -> None:
     rng, targets = np.random.default_rng(0), Targets(overkill=0.05, suspects=0.15, confidence=0.9)
     broken = np.zeros(2)
     for _ in range(1000):
-        thresholds, _ = from_good(np.sort(rng.uniform(size=100)).tolist(), targets)
+        thresholds = from_good(good_of(rng.uniform(size=100).tolist()), targets)[0].thresholds
         broken += 1 - thresholds.defect_above > 0.05, 1 - thresholds.good_below > 0.15
     # Not needlessly careful either: one score higher would break it in less than 4%.
     assert (broken / 1000 < 0.1 + 3 * 0.0095).all() and (broken / 1000 > 0.03).all()
+
+
+def test_good_frames_alone_promise_nothing_of_a_review() -> None:
+    rules, promise = from_good([frame(score, p_yes=score) for score in np.linspace(0, 1, 200).tolist()], Targets())
+    assert (
+        rules.review is None and promise.startswith("of the screen alone") and "of defective parts nothing" in promise
+    )
+
+
+@pytest.mark.parametrize("strangers", [0, 1, 2])
+def test_what_lies_apart_does_not_widen_the_scope(strangers: int) -> None:
+    """Of twenty good frames two do not; a limit of 0.06 is the least there is."""
+    near = [frame(0.1 + n / 1000, distance=0.01 + n / 10_000) for n in range(20 - strangers)]
+    rules, promise = from_good([*near, *[frame(0.9, distance=0.5)] * strangers], LOOSE)
+    assert rules.scope is not None and rules.scope.limit == 0.06
+    assert rules.thresholds.defect_above < 0.2  # they set nothing else either
+    assert (f"{strangers} of 20 good frames out of scope" in promise) == (strangers > 0)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +126,117 @@ def test_the_promise_holds_as_often_as_it_says() -> None:
 def test_labels(
     good: list[float], defective: list[float], escape: float, overkill: float, expected: tuple[float, float]
 ) -> None:
-    thresholds, promise = from_labels(good, defective, Targets(escape=escape, overkill=overkill))
+    thresholds = fitted(labelled(good, defective), Targets(escape=escape, overkill=overkill), None).thresholds
     assert (thresholds.good_below, thresholds.defect_above) == pytest.approx(expected)
     assert np.mean(np.array(defective) < thresholds.good_below) <= escape
     assert np.mean(np.array(good) >= thresholds.defect_above) <= overkill
-    assert f"of {len(defective)} defective" in promise
+
+
+def test_no_frame_is_judged_by_what_it_set() -> None:
+    """Folds of scikit-learn's, and a frame's place in them by its pixels alone."""
+    rng = np.random.default_rng(0)
+    frames = hashed(labelled(rng.uniform(size=23).tolist(), rng.uniform(size=7).tolist()))
+    ranks = {kind: sorted(key for key in frames if frames[key].defective is kind) for kind in (False, True)}
+    fold = [ranks[frames[key].defective].index(key) % 5 for key in frames]
+    expected: list[Verdict | None] = [None] * len(frames)
+    values = list(frames.values())
+    for others, held_out in PredefinedSplit(fold).split():
+        thresholds = fitted([values[n] for n in others], Targets(), None).thresholds
+        for n in held_out:
+            expected[n] = verdict_of(values[n].score, thresholds)
+    judged = cross_validated(frames, lambda others: fitted(others, Targets(), None))
+    assert [frame.verdict for frame in judged.values()] == expected and list(judged) == list(frames)
+    backwards = cross_validated(dict(reversed(frames.items())), lambda others: fitted(others, Targets(), None))
+    assert backwards == judged
+
+
+def test_what_is_reported_is_what_comes() -> None:
+    """200 draws of 20 good and 20 defective scores that overlap: none escapes the thresholds that it set itself, but of
+    the parts to come as many do as was reported, and a little less, as all frames set those that are kept."""
+    rng, reported, seen, true = np.random.default_rng(0), [], [], []
+    for _ in range(200):
+        good, defective = rng.normal(4, 1, 20).tolist(), rng.normal(5, 1, 20).tolist()
+        frames = hashed(labelled(good, defective))
+        rules, judged, _ = from_labels(frames, Targets())
+        reported.append(np.mean([frame.verdict is Verdict.GOOD for frame in judged.values() if frame.defective]))
+        seen.append(np.mean(np.array(defective) < rules.thresholds.good_below))
+        true.append(norm.cdf(rules.thresholds.good_below, 5, 1))
+    assert np.mean(seen) == 0
+    assert np.mean(true) == pytest.approx(1 / 21, abs=0.01) and np.mean(true) <= np.mean(reported) < 1 / 17 + 0.01
+
+
+def reviewed(good: Iterable[float], defective: Iterable[float]) -> dict[str, CalibrationFrame]:
+    """All of them UNCERTAIN: of each P(yes); and on each side of their scores one frame that the screen settles."""
+    rng = np.random.default_rng(1)
+    known = [frame(0.1), frame(0.11), frame(0.9, defective=True), frame(0.91, defective=True)]
+    edges = [frame(0.7 - n / 100, p_yes=p_yes) for n, p_yes in enumerate([0.5, 0.5])]
+    edges += [frame(0.3 + n / 100, defective=True, p_yes=p_yes) for n, p_yes in enumerate([0.5, 0.5])]
+    between = [frame(rng.uniform(0.35, 0.65), kind, p) for kind, ps in ((False, good), (True, defective)) for p in ps]
+    return hashed([*known, *edges, *between])
+
+
+ASKED = "Is the part broken?"
+
+
+@pytest.mark.parametrize(
+    "good,defective,below,above",
+    [
+        pytest.param([0.1] * 20, [0.9] * 20, True, True, id="apart"),
+        pytest.param([0.1] * 20, [0.9] * 15 + [0.1] * 5, False, True, id="No is said of defects too"),
+        pytest.param([0.1] * 15 + [0.9] * 5, [0.9] * 20, True, False, id="Yes is said of good ones too"),
+        pytest.param([0.4] * 20, [0.4] * 20, False, False, id="says nothing"),
+        pytest.param([0.9] * 20, [0.1] * 20, False, False, id="says the contrary"),
+        pytest.param([0.1] * 2, [0.9] * 2, False, False, id="too few"),
+    ],
+)
+def test_a_review_settles_where_it_tells_apart(
+    good: list[float], defective: list[float], below: bool, above: bool
+) -> None:
+    frames = reviewed(good, defective)
+    rules, judged, promise = from_labels(frames, Targets(), ASKED)
+    assert ((rules.review and rules.review.good_below) is not None) == below
+    assert ((rules.review and rules.review.defect_above) is not None) == above
+    settles = below or above
+    assert promise.startswith(
+        "of screen and review: " if settles else "of the screen alone, as a review settles nothing"
+    )
+    assert ("too few to say" in promise) == (len(good) == 2)
+    assert rules.review is None or rules.review.question == ASKED
+    found = [(frame.defective, rules.verdict(frame)) for frame in judged.values()]
+    assert (True, Verdict.GOOD) not in found and (False, Verdict.DEFECT) not in found
+    alone = from_labels(frames, Targets())[0]
+    assert alone.thresholds == rules.thresholds and alone.review is None
+    if not settles:  # no fold's either: the promise is of what runs
+        assert judged == from_labels(frames, Targets())[1]
+    counts = Counter((frame.defective, frame.verdict) for frame in judged.values())
+    assert f"{counts[True, Verdict.GOOD]} of {len(defective) + 4} defective frames called GOOD" in promise
+    bound = beta.ppf(0.95, counts[False, Verdict.DEFECT] + 1, len(good) + 4 - counts[False, Verdict.DEFECT])
+    assert f"good frames called DEFECT (with 95.0% confidence at most {bound:.2%} of all)" in promise
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_how_many_tell_apart(count: int) -> None:
+    """None wrong of `count` each: by the bounds of both shares, which scipy knows."""
+    frames = [frame(0.5, kind, float(kind)) for kind in (False, True) for _ in range(count)]
+    wrong = beta.ppf(0.95, 1, count)
+    rules = fitted([*frames, frame(0.6), frame(0.4, defective=True)], Targets(), ASKED)
+    assert (rules.review is not None) == (1 - wrong > wrong) == (count >= 5)
+
+
+def test_random_answers_settle_nothing_as_often_as_the_confidence_says() -> None:
+    """P(yes) of chance: at 95% confidence of each of two shares a side settles in at most a tenth of 300 draws."""
+    rng, sides = np.random.default_rng(0), 0
+    for _ in range(300):
+        frames = [frame(0.5, kind, rng.uniform()) for kind in (False, True) for _ in range(15)]
+        rule = fitted([*frames, frame(0.6), frame(0.4, defective=True)], Targets(), ASKED).review
+        sides += 0 if rule is None else (rule.good_below is not None) + (rule.defect_above is not None)
+    assert sides / 600 <= 0.1
+
+
+@pytest.mark.parametrize("good,defective", [(1, 5), (5, 1), (0, 3)])
+def test_refuses_too_few_to_judge_one_by_the_others(good: int, defective: int) -> None:
+    with pytest.raises(VmadError, match=f"at least two good and two defective .*, found {good} and {defective}"):
+        from_labels(hashed(labelled([0.1] * good, [0.9] * defective)), Targets())
 
 
 @pytest.mark.parametrize("wrong", [{"escape": 0.0}, {"overkill": 1.0}, {"confidence": 95.0}])
@@ -98,7 +247,7 @@ def test_refuses_targets(wrong: dict[str, float]) -> None:
 
 def test_refuses_more_overkill_than_suspects() -> None:
     with pytest.raises(VmadError, match="expected suspects"):
-        from_good([0.1] * 1000, Targets(overkill=0.2, suspects=0.1))
+        from_good(good_of([0.1] * 1000), Targets(overkill=0.2, suspects=0.1))
 
 
 def bundle(hash: str = "ab" * 32) -> Bundle:
@@ -129,13 +278,13 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_escapes_are_counted_on_frames_that_set_no_threshold() -> None:
-    def frame(defective: bool, verdict: Verdict | None) -> CalibrationFrame:
-        return CalibrationFrame(path="a.png", sha256="00", defective=defective, score=0.05, verdict=verdict)
+    def judged(defective: bool, verdict: Verdict | None) -> CalibrationFrame:
+        return frame(0.05, defective).model_copy(update={"verdict": verdict})
 
     verdicts = [Verdict.GOOD, Verdict.GOOD, Verdict.DEFECT, Verdict.UNCERTAIN]
-    frames = [frame(True, verdict) for verdict in verdicts] + [frame(False, Verdict.GOOD)]
+    frames = [judged(True, verdict) for verdict in verdicts] + [judged(False, Verdict.GOOD)]
     assert calibration(frames=frames).escaped == (2, 4)
-    older = [frame(True, None)] * 30
+    older = [judged(True, None)] * 30
     assert calibration(frames=older).escaped == (0, 0)
 
 
@@ -210,9 +359,9 @@ def test_refuses_that_of_another_object(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """enrolled/ and good/: textures alike; defects/: others."""
+    """enrolled/, good/ and alike/: textures alike; defects/: others."""
     folder, rng = tmp_path_factory.mktemp("parts"), np.random.default_rng(0)
-    for name, count, deviation in (("enrolled", 3, 4), ("good", 5, 4), ("defects", 3, 20)):
+    for name, count, deviation in (("enrolled", 3, 4), ("good", 5, 4), ("defects", 3, 20), ("alike", 12, 4)):
         (folder / name).mkdir()
         for number in range(count):
             image = plain_part(rng, deviation, 64, 64).clip(0, 255).astype(np.uint8)
@@ -332,23 +481,55 @@ def test_enrolled_frames_are_known_by_their_pixels(tiny_bundle: Path, parts: Pat
 def test_equal_frames_count_once(inspector: Inspector, parts: Path, tmp_path: Path) -> None:
     """Copies, whatever their files are, are no independent parts."""
     good = files(parts / "good")
-    copies = [shutil.copy(good[0], tmp_path / f"plate ({number}).png") for number in range(30)]
+    copies = [shutil.copy(good[0], tmp_path / f"plate ({number}).png") for number in range(150)]
     cv2.imwrite(str(tmp_path / "plate.bmp"), cv2.imread(good[1]))
-    given = [*good, *map(str, copies), str(tmp_path / "plate.bmp"), good[2]]
+    given = [*good, *map(str, copies[:30]), str(tmp_path / "plate.bmp"), good[2]]
+    with pytest.raises(VmadError, match=r"^1 good frames are too few .*; 149 of the 150 frames given are copies"):
+        calibrate(inspector, map(str, copies), object="tile", targets=LOOSE)
     with pytest.raises(VmadError, match=r"^5 good frames are too few .*; 32 of the 37 frames given are copies"):
         calibrate(inspector, given, object="tile")
     assert inspector.station.calibrated() == {}
     made = calibrate(inspector, given, object="tile", targets=LOOSE)
     assert [frame.path for frame in made.frames] == good
-    assert made.promise.endswith("from 5 good frames; 32 of the 37 frames given are copies of others and not counted")
+    assert "from 5 good frames;" in made.promise
+    assert made.promise.endswith("; 32 of the 37 frames given are copies of others and not counted")
     alone = calibrate(inspector, good, object="tile", targets=LOOSE)
     assert alone.thresholds == made.thresholds and made.promise.startswith(f"{alone.promise};")
 
     defects = files(parts / "defects")
-    made = calibrate(inspector, given, [*defects, defects[0]], object="tile")
+    made = calibrate(inspector, given, [*defects, defects[0]], object="tile", review=False)
     assert "of 3 defective frames" in made.promise and "33 of the 41 frames given are copies" in made.promise
     with pytest.raises(FrameError, match=r"plate \(3\)\.png is given as defective, and .*good/0\.png, .* as good"):
         calibrate(inspector, good, [*defects, str(copies[3])], object="tile")
+
+
+def test_reviews_are_calibrated_too(
+    inspector: Inspector, tiny_bundle: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P(yes) of every frame is kept; where it tells apart what the screen does not, a review settles by it."""
+    good, defects = files(parts / "good"), files(parts / "alike")
+    made = calibrate(inspector, good, defects, object="tile")
+    assert all(frame.p_yes == pytest.approx(p_yes_of(inspector, frame.path)) for frame in made.frames[:2])
+    assert made.escaped[1] == len(defects) and made.device == inspector.engines.device
+    alone = calibrate(inspector, good, defects, object="tile", review=False)
+    assert {frame.p_yes for frame in alone.frames} == {None} and alone.review is None
+    assert alone.thresholds == made.thresholds and alone.promise.startswith("of the screen alone: ")
+
+    def knows(_: Inspector, screened: Inspection, path: str) -> Inspection:
+        return replace(screened, p_yes=0.9 if "alike" in path else 0.1)
+
+    monkeypatch.setattr(calibrate_module, "_reviewed", knows)
+    made = calibrate(inspector, good, defects, object="tile")
+    assert made.review is not None and made.review.question == inspector.question("tile")
+    assert made.promise.startswith("of screen and review: 0 of")
+    with Inspector.open(tiny_bundle, tmp_path / "station") as calibrated:
+        assert calibrated.inspect(good[0], object="tile", review=False).review_rule == made.review
+        assert made.promise in calibrated.told("tile")
+        assert "is void: it is of screen and review" in calibrated.told("tile", review=False)
+
+
+def p_yes_of(inspector: Inspector, path: str) -> float | None:
+    return inspector.review(inspector.inspect(path, object="tile", review=False)).wait().p_yes
 
 
 def test_refuses_references_that_nobody_keeps(inspector: Inspector, parts: Path, tmp_path: Path) -> None:

@@ -16,15 +16,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from examples import CALIBRATION
 from numpy.typing import NDArray
 from PIL import Image
 
 from vmad_edge.runtime import inspector as inspector_module
-from vmad_edge.runtime.bundle import BundleError
+from vmad_edge.runtime.bundle import Bundle, BundleError, ReviewRule, Thresholds, seal
 from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Reason, Verdict
 from vmad_edge.runtime.inspector import Inspector
+from vmad_edge.runtime.stages.scope import ScopeLimit
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References
 
 PART = Path(__file__).parents[2] / "demo/parts/defective/blister_dent.jpg"
@@ -33,6 +35,17 @@ PART = Path(__file__).parents[2] / "demo/parts/defective/blister_dent.jpg"
 def image(seed: int, height: int = 60, width: int = 80) -> NDArray[np.uint8]:
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="session")
+def with_thresholds(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle, as if its maker had found thresholds; every frame lies between them."""
+    folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("with_thresholds") / "bundle")
+    manifest = Bundle.open(folder).manifest
+    thresholds = Thresholds(good_below=0, defect_above=9)
+    similarity = manifest.similarity.model_copy(update={"thresholds": thresholds})
+    seal(folder, manifest.model_copy(update={"similarity": similarity}))
+    return folder
 
 
 @pytest.fixture
@@ -68,11 +81,68 @@ def test_review(inspector: Inspector) -> None:
     assert result.language_map is not None and result.language_map.shape == (60, 80)
     assert (result.language_map > 0).all() and (result.language_map < 1).all() and np.ptp(result.language_map) > 0
     assert result.p_yes is not None and result.reason is None
-    assert result.decided_by == "review"  # it was UNCERTAIN
-    assert result.verdict is (Verdict.DEFECT if result.p_yes >= 0.5 else Verdict.GOOD)
+    assert (result.verdict, result.decided_by) == (Verdict.UNCERTAIN, "screen")  # nobody said what P(yes) means
     assert (result.mask is not None) == (result.p_yes >= 0.5)
     assert result.mask is None or result.mask.shape == (60, 80)
     assert {"ltc_projector", "prefill", "decode", "review"} <= set(result.timings_ms)
+
+
+def test_whose_reviews_settle(with_thresholds: Path, tmp_path: Path) -> None:
+    """The maker's, of objects that nobody enrolled or calibrated; a calibrated rule, of its question on its chain."""
+    station = tmp_path / "station"
+
+    def settles(inspector: Inspector, object: str, **asked: Any) -> bool:
+        screened = inspector.inspect(image(1), object=object, review=False)
+        assert screened.verdict is Verdict.UNCERTAIN and screened.reason is None
+        after = inspector.review(screened, **asked).wait()
+        assert after.p_yes is not None and (after.decided_by == "review") == (after.verdict is not Verdict.UNCERTAIN)
+        assert after.decided_by == "screen" or after.verdict is (Verdict.DEFECT if after.p_yes >= 0.5 else Verdict.GOOD)
+        return after.decided_by == "review"
+
+    with Inspector.open(with_thresholds, station, "cpu", fallback="bundle") as inspector:
+        assert settles(inspector, "nut") and settles(inspector, "nut", question="Is it broken?")
+        inspector.enroll([image(seed) for seed in range(3)], object="washer", keep=False)
+        inspector.enroll([image(seed) for seed in range(3)], object="screw")
+        between = Thresholds(good_below=0, defect_above=9)
+        for name in ("washer", "screw"):
+            references = inspector.references(name)
+            assert references is not None
+            references.thresholds, references.scope = between, None
+            assert not settles(inspector, name)
+        assert "not calibrated: nothing is promised, and a review settles nothing" in inspector.told("screw")
+        inspector.compare_unlabelled([image(seed) for seed in range(6)], object="bolt")
+        assert not settles(inspector, "bolt")
+        bank, asked = inspector.station.bank_hash("screw"), inspector.question("screw")
+        rule = ReviewRule(good_below=0.5, defect_above=0.5, question=asked)
+        made = CALIBRATION.model_copy(
+            update={
+                "bundle": inspector.bundle.hash,
+                "bank": bank,
+                "object": "screw",
+                "thresholds": between,
+                "review": rule,
+                "scope": ScopeLimit(limit=2),
+                "device": "cpu",
+                "promise": "of screen and review: all",
+            }
+        )
+        inspector.station.save_calibration(made)
+    with Inspector.open(with_thresholds, station, "cpu") as inspector:
+        assert settles(inspector, "screw") and not settles(inspector, "screw", question="Is it round?")
+        assert settles(inspector, "screw", answer="short")
+        assert "promised: of screen and review: all (calibrated" in inspector.told("screw")
+        alone, other = inspector.told("screw", review=False), inspector.told("screw", question="Is it round?")
+        assert "the promise is void: it is of screen and review, this is the screen alone" in alone
+        assert f"the promise is void: its review was asked {asked!r}, this one 'Is it round?'" in other
+    with Inspector.open(with_thresholds, station, "cpu", stream=10) as inspector:
+        assert not settles(inspector, "screw")
+        assert "the promise is void" in inspector.told("screw") and "(a stream)" in inspector.told("screw")
+    with Inspector.open(with_thresholds, station, "cpu") as inspector:
+        inspector.station.save_calibration(made.model_copy(update={"device": "tensorrt"}))
+        assert not settles(inspector, "screw")
+        assert "the promise is void: it is of device tensorrt, this is cpu" in inspector.told("screw")
+        inspector.enroll([image(seed) for seed in range(3)], object="screw", keep=False)
+        assert "not calibrated" in inspector.told("screw")
 
 
 @pytest.mark.parametrize(
@@ -319,7 +389,7 @@ def test_a_bank_that_loads_delays_no_other_object(inspector: Inspector, monkeypa
 
 def test_pictures_for_people_are_made_when_somebody_looks(inspector: Inspector) -> None:
     inspector.enroll([image(seed) for seed in range(4)])
-    source = inspector._sources[inspector.bundle.manifest.object]
+    source = inspector._known[inspector.bundle.manifest.object].source
     assert isinstance(source, References)
     source.frames = tuple(replace(frame, jpegs=(b"no picture",)) for frame in source.frames)
     result = inspector.inspect(image(9), review=False)

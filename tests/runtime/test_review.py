@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vmad_edge.runtime import review as review_module
-from vmad_edge.runtime.bundle import Bundle, Manifest, seal
+from vmad_edge.runtime.bundle import MAKERS_RULE, Bundle, Manifest, seal
 from vmad_edge.runtime.engines import GiveUp
 from vmad_edge.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from vmad_edge.runtime.engines.openvino import OpenVinoEngine
@@ -399,7 +399,15 @@ def test_a_deadline_is_met_by_what_was_there_in_time(
     pending = PendingReview(lambda: None, own)
     in_time = None if screens is None else True
     frame = Frame(np.zeros((8, 8, 3), np.uint8), "part")
-    screened = Inspection(frame, "part", Verdict(screen), score=0.5, deadline=screens, deadline_met=in_time)
+    screened = Inspection(
+        frame,
+        "part",
+        Verdict(screen),
+        score=0.5,
+        deadline=screens,
+        deadline_met=in_time,
+        review_rule=MAKERS_RULE,
+    )
     for clock[0], message in told.items():
         pending._receive(message, SCORES)
     clock[0] = asked

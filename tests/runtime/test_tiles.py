@@ -226,7 +226,7 @@ def test_a_frame_scores_as_its_worst_tile_by_itself(kind: str, inspector: Inspec
 
     assert spec.score_rule == "max" or GRID**2 < 200  # then one patch is the top 1%
     if bank.beside is not None:
-        bank.beside, source = None, inspector._sources[inspector.bundle.manifest.object]
+        bank.beside, source = None, inspector._known[inspector.bundle.manifest.object].source
         assert source is bank
         found = inspector.inspect(image(9), review=False)
     assert found.score == pytest.approx(max(of_tiles(image(9), bank.features)), abs=1e-5)

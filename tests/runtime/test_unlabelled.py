@@ -143,11 +143,22 @@ def test_inspect_unlabelled(tiny_bundle: Path, tmp_path: Path, capsys: pytest.Ca
     (folder / "torn.png").write_bytes(b"not an image")
     station = ["--station", str(tmp_path / "station"), "--device", "cpu", "--no-review", "--json"]
     assert main(["inspect", str(tiny_bundle), str(folder), "--unlabelled", *station]) == 3
-    found = {Path(each["path"]).stem: each for each in json.loads(capsys.readouterr().out)}
+    rows = json.loads(capsys.readouterr().out)
+    scores = [each["score"] for each in rows]
+    assert rows[-1]["verdict"] == "NOT_INSPECTED" and scores[:-1] == sorted(scores[:-1], reverse=True)  # by rank
+    found = {Path(each["path"]).stem: each for each in rows}
     assert found.pop("torn")["verdict"] == "NOT_INSPECTED"
     assert {each["verdict"] for each in found.values()} == {"UNCERTAIN"}
     assert {each["compared_with"] for each in found.values()} == {"unlabelled frames"}
     assert max(found, key=lambda name: found[name]["score"]) == "4"
+    jsonl = tmp_path / "run.jsonl"
+    shown = ["inspect", str(tiny_bundle), str(folder), "--unlabelled", *station[:-1], "--jsonl", str(jsonl)]
+    assert main(shown) == 3
+    assert [Path(json.loads(line)["path"]).stem for line in jsonl.read_text().splitlines()] == [*"0123456", "torn"]
+    table = capsys.readouterr().out
+    assert [table.index(f"{Path(each['path']).name} ") for each in rows] == sorted(
+        table.index(f"{Path(each['path']).name} ") for each in rows
+    )
     few = [str(folder / f"{seed}.png") for seed in range(4)]
     assert main(["inspect", str(tiny_bundle), *few, "--unlabelled", *station]) == 2
     assert "expected at least 5 frames to compare with each other, found 4" in capsys.readouterr().err

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from examples import MANIFEST as FIELDS
 
-from vmad_edge.runtime.bundle import Manifest, Thresholds
+from vmad_edge.runtime.bundle import MAKERS_RULE, Manifest, ReviewRule, Thresholds, makers_rule
 from vmad_edge.runtime.frame import Frame
-from vmad_edge.runtime.inspection import Inspection, Reason, Verdict, verdict_of
+from vmad_edge.runtime.inspection import Inspection, Reason, Verdict, settled, verdict_of
 from vmad_edge.runtime.inspector import ReviewHandle
 from vmad_edge.runtime.review import PendingReview
-from vmad_edge.runtime.stages.unlabelled import Unlabelled
 from vmad_edge.runtime.systems.vmad import Finding
 
 MANIFEST = Manifest.model_validate({**FIELDS, "files": {}})
 GOOD, DEFECT, UNCERTAIN = Verdict.GOOD, Verdict.DEFECT, Verdict.UNCERTAIN
+THRESHOLDS = Thresholds(good_below=0.2, defect_above=0.5)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,38 @@ def test_review_settles_uncertain_alone(screen: Verdict, p_yes: float, expected:
     assert [region.area for region in after.regions] == [6]
 
 
+CALIBRATED = ReviewRule(good_below=0.2, defect_above=0.7, question="Is the part broken?")
+GOOD_ALONE, DEFECT_ALONE = (CALIBRATED.model_copy(update={side: None}) for side in ("defect_above", "good_below"))
+
+
+@pytest.mark.parametrize("screen", [GOOD, DEFECT, UNCERTAIN, Verdict.NOT_INSPECTED])
+@pytest.mark.parametrize(
+    "rule,p_yes,expected",
+    [
+        pytest.param(CALIBRATED, 0.19, GOOD, id="below"),
+        pytest.param(CALIBRATED, 0.2, UNCERTAIN, id="not below"),
+        pytest.param(CALIBRATED, 0.69, UNCERTAIN, id="between"),
+        pytest.param(CALIBRATED, 0.7, DEFECT, id="from"),
+        pytest.param(GOOD_ALONE, 0.19, GOOD, id="GOOD alone, below"),
+        pytest.param(GOOD_ALONE, 1.0, UNCERTAIN, id="GOOD alone, above"),
+        pytest.param(DEFECT_ALONE, 0.0, UNCERTAIN, id="DEFECT alone, below"),
+        pytest.param(DEFECT_ALONE, 0.7, DEFECT, id="DEFECT alone, from"),
+        pytest.param(None, 0.0, UNCERTAIN, id="nobody calibrated, No"),
+        pytest.param(None, 1.0, UNCERTAIN, id="nobody calibrated, Yes"),
+        pytest.param(makers_rule(THRESHOLDS), 0.49, GOOD, id="the maker's, No"),
+        pytest.param(makers_rule(THRESHOLDS), 0.5, DEFECT, id="the maker's, Yes"),
+        pytest.param(makers_rule(None), 0.5, UNCERTAIN, id="the maker gave none"),
+    ],
+)
+def test_a_review_settles_by_its_rule(
+    screen: Verdict, rule: ReviewRule | None, p_yes: float, expected: Verdict
+) -> None:
+    assert settled(screen, p_yes, rule) is (expected if screen is UNCERTAIN else screen)
+    for reason in (Reason.OUT_OF_SCOPE, Reason.NOT_RELEASED, Reason.NOTHING_TO_COMPARE):
+        raised = DEFECT if expected is DEFECT else UNCERTAIN
+        assert settled(screen, p_yes, rule, reason) is (raised if screen is UNCERTAIN else screen)
+
+
 @pytest.mark.parametrize("p_yes,expected,decided_by", [(0.5, DEFECT, "review"), (0.49, UNCERTAIN, "screen")])
 def test_review_cannot_make_good_what_is_out_of_scope(p_yes: float, expected: Verdict, decided_by: str) -> None:
     pending = PendingReview(lambda: None)
@@ -63,12 +95,11 @@ def test_review_cannot_make_good_what_is_out_of_scope(p_yes: float, expected: Ve
 
 
 @pytest.mark.parametrize("p_yes", [0.9, 0.1])
-def test_review_settles_nothing_of_unlabelled_frames(p_yes: float) -> None:
+def test_review_settles_nothing_without_a_rule(p_yes: float) -> None:
     pending = PendingReview(lambda: None)
     pending.finding = Finding(p_yes, "Yes.", None, False, None)
     pending._ended.set()
-    among = replace(screened(UNCERTAIN), compared_with=Unlabelled.kind)
-    after = ReviewHandle(among, pending, MANIFEST).wait()
+    after = ReviewHandle(replace(screened(UNCERTAIN), review_rule=None), pending, MANIFEST).wait()
     assert (after.verdict, after.decided_by, after.p_yes) == (UNCERTAIN, "screen", p_yes)
 
 
@@ -97,4 +128,4 @@ def test_a_late_review_gives_what_it_has(screen: Verdict, p_yes: float | None, e
 
 def screened(verdict: Verdict) -> Inspection:
     frame = Frame(np.zeros((4, 4, 3), np.uint8), "test")
-    return Inspection(frame, "part", verdict, score=0.3, map=np.zeros((4, 4), np.float32))
+    return Inspection(frame, "part", verdict, score=0.3, map=np.zeros((4, 4), np.float32), review_rule=MAKERS_RULE)
