@@ -15,7 +15,7 @@ from vmad_edge.runtime.cli import main
 
 ROOT = Path(__file__).parents[1]
 COOKIES = ROOT.parent / "shared/data/cookies"
-PAGE = " ".join((ROOT / "docs/first-day.md").read_text("utf-8").split())
+PAGE, FRONT = (" ".join((ROOT / name).read_text("utf-8").split()) for name in ("docs/first-day.md", "README.md"))
 CALIBRATED = {"good": [f"normal-{n}.jpg" for n in range(21, 31)], "broken": [f"anomaly-{n}.jpg" for n in range(1, 21)]}
 TESTED = {
     "good": [f"test-normal-{n}.jpg" for n in range(1, 15)],
@@ -65,7 +65,9 @@ def test_from_photographs_to_a_released_object(tmp_path: Path, capsys: pytest.Ca
     calibrated = json.loads(out)
     assert status == 0 and calibrated["released"]
     assert calibrated["promise"] in PAGE
-    assert calibrated["release"].split(" (by ")[0] in PAGE
+    released = calibrated["release"].split(" (by ")[0]
+    assert released in PAGE
+    assert f"at most {released.split('at most ')[1].split()[0]} of broken cookies missed" in FRONT
 
     rows = inspected(copied(TESTED, tmp_path / "test"))
     assert all(row["released"] for row in rows)
@@ -73,3 +75,5 @@ def test_from_photographs_to_a_released_object(tmp_path: Path, capsys: pytest.Ca
     for kind, label in (("good", "14 normal"), ("broken", "12 broken")):
         row = [label, *(str(counts[kind, verdict]) for verdict in ("GOOD", "UNCERTAIN", "DEFECT"))]
         assert f"| {' | '.join(row)} |" in PAGE, row
+    found, overkill = (counts[kind, "DEFECT"] for kind in ("broken", "good"))
+    assert f"{found} of 12 broken ones DEFECT, and {overkill} of 14 normal" in FRONT
