@@ -1,4 +1,4 @@
-"""The walk of docs/first-day.md: real photographs, a real network, frames that neither enroll nor calibrate saw."""
+"""The walk of docs/first-day.md: real photographs, frames that neither enroll nor calibrate saw."""
 
 from __future__ import annotations
 
@@ -15,17 +15,37 @@ from vmad_edge.runtime.cli import main
 
 ROOT = Path(__file__).parents[1]
 COOKIES = ROOT.parent / "shared/data/cookies"
-PAGE = " ".join((ROOT / "docs/first-day.md").read_text("utf-8").split())
+PAGE, FRONT = (" ".join((ROOT / name).read_text("utf-8").split()) for name in ("docs/first-day.md", "README.md"))
 CALIBRATED = {"good": [f"normal-{n}.jpg" for n in range(21, 31)], "broken": [f"anomaly-{n}.jpg" for n in range(1, 21)]}
 TESTED = {
     "good": [f"test-normal-{n}.jpg" for n in range(1, 15)],
     "broken": [f"anomaly-{n}.jpg" for n in range(21, 33)],
 }
 
-pytestmark = [
-    pytest.mark.skipif(not COOKIES.is_dir(), reason="the photographs of cookies are not beside the project"),
-    pytest.mark.skipif(not installed(), reason="the packages of EfficientNet-lite0 are not installed"),
-]
+pytestmark = pytest.mark.skipif(not COOKIES.is_dir(), reason="the photographs of cookies are not beside the project")
+
+
+class Walk:
+    """One bundle's."""
+
+    def __init__(self, bundle: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self._bundle, self._folder, self._capsys = bundle, folder, capsys
+
+    def vmad(self, command: str, *words: str | Path) -> Any:
+        options = ["--object", "cookie", "--station", self._folder / "station", "--device", "cpu", "--json"]
+        status = main([str(word) for word in (command, self._bundle, *words, *options)])
+        assert command == "inspect" or status == 0
+        return json.loads(self._capsys.readouterr().out)
+
+    def calibrate(self) -> dict[str, Any]:
+        line = copied(CALIBRATED, self._folder / "line")
+        found: dict[str, Any] = self.vmad("calibrate", "--good", line / "good", "--defects", line / "broken")
+        return found
+
+    def test(self) -> Counter[tuple[str, str]]:
+        rows = self.vmad("inspect", copied(TESTED, self._folder / "test"))
+        assert all(row["released"] for row in rows)
+        return Counter((Path(row["path"]).parent.name, row["verdict"]) for row in rows)
 
 
 def copied(frames: dict[str, list[str]], folder: Path) -> Path:
@@ -36,40 +56,41 @@ def copied(frames: dict[str, list[str]], folder: Path) -> Path:
     return folder
 
 
-def test_from_photographs_to_a_released_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import efficientnet_lite0
-
-    station = ["--station", str(tmp_path / "station"), "--device", "cpu"]
-
-    def vmad(*words: str | Path) -> tuple[int, str]:
-        status = main([str(word) for word in words])
-        return status, capsys.readouterr().out
-
-    efficientnet_lite0.write_graph(tmp_path / "lite0.onnx", 320)
-    bundle = tmp_path / "lite0"
-    levels = "reduction_3,reduction_4,reduction_5"
-    assert vmad("export-features", tmp_path / "lite0.onnx", bundle, "--levels", levels, "--coreset", "0.01")[0] == 0
-    assert vmad("enroll", bundle, COOKIES / "train/good", "--object", "cookie", *station)[0] == 0
-
-    def inspected(frames: Path) -> list[dict[str, Any]]:
-        _, out = vmad("inspect", bundle, frames, "--object", "cookie", "--json", *station)
-        return list(json.loads(out))
-
-    (odd,) = inspected(COOKIES / "test/good/normal-31.jpg")
-    assert (odd["reason_code"], odd["released"]) == ("out_of_scope", False)
-    assert odd["reason"] in PAGE
-
-    line = copied(CALIBRATED, tmp_path / "line")
-    heaps = ["--good", line / "good", "--defects", line / "broken"]
-    status, out = vmad("calibrate", bundle, *heaps, "--object", "cookie", "--json", *station)
-    calibrated = json.loads(out)
-    assert status == 0 and calibrated["released"]
-    assert calibrated["promise"] in PAGE
+def check_page(calibrated: dict[str, Any], counts: Counter[tuple[str, str]]) -> None:
+    assert calibrated["released"]
     assert calibrated["release"].split(" (by ")[0] in PAGE
-
-    rows = inspected(copied(TESTED, tmp_path / "test"))
-    assert all(row["released"] for row in rows)
-    counts = Counter((Path(row["path"]).parent.name, row["verdict"]) for row in rows)
     for kind, label in (("good", "14 normal"), ("broken", "12 broken")):
         row = [label, *(str(counts[kind, verdict]) for verdict in ("GOOD", "UNCERTAIN", "DEFECT"))]
         assert f"| {' | '.join(row)} |" in PAGE, row
+
+
+@pytest.mark.skipif(not installed(), reason="the packages of EfficientNet-lite0 are not installed")
+def test_a_feature_network_from_photographs_to_a_released_object(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import efficientnet_lite0
+
+    graph, bundle, levels = tmp_path / "lite0.onnx", tmp_path / "lite0", "reduction_3,reduction_4,reduction_5"
+    efficientnet_lite0.write_graph(graph, 320)
+    assert main(["export-features", str(graph), str(bundle), "--levels", levels, "--coreset", "0.01"]) == 0
+    capsys.readouterr()
+    walk = Walk(bundle, tmp_path, capsys)
+    walk.vmad("enroll", COOKIES / "train/good")
+
+    (odd,) = walk.vmad("inspect", COOKIES / "test/good/normal-31.jpg")
+    assert (odd["reason_code"], odd["released"]) == ("out_of_scope", False)
+    assert odd["reason"] in PAGE
+
+    calibrated, counts = walk.calibrate(), walk.test()
+    check_page(calibrated, counts)
+    assert calibrated["promise"] in PAGE
+    bound = calibrated["release"].split("at most ")[1].split()[0]
+    assert f"at most {bound} of broken cookies missed" in FRONT
+    found, overkill = (counts[kind, "DEFECT"] for kind in ("broken", "good"))
+    assert f"{found} of 12 broken ones DEFECT, and {overkill} of 14 normal" in FRONT
+
+
+def test_the_toy_walks_the_same_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    walk = Walk(ROOT / "demo/bundle", tmp_path, capsys)
+    walk.vmad("enroll", COOKIES / "train/good")
+    check_page(walk.calibrate(), walk.test())
