@@ -576,7 +576,8 @@ class Station:
             check_ours(folder, folder.stat())
         with only_writer(path.parent):
             first = {name: told[name] for name in ("when", "by", "did")}  # the same in each line
-            audit.note(self.path, {**first, "object": text_of(object), "sha256": hash, **told})
+            always = {"object": text_of(object), "account": audit.account(), "sha256": hash}
+            audit.note(self.path, {**first, **always, **told})
             if path.exists():  # so no reader needs the older one any more
                 shutil.rmtree(older, ignore_errors=True)
             with whole_file(path, 0o644) as scratch, scratch.open("wb") as file:

@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,9 @@ class Shop:
             inspector.station.answer(self.object, "A. Meier", "a trial of 40 parts", released=released)
 
 
-Step = Callable[[Shop], object]
-ENROLL: Step = lambda shop: shop.enroll()  # noqa: E731
-ENROLL_OTHERS: Step = lambda shop: shop.enroll("others")  # noqa: E731
-GOOD: Step = lambda shop: shop.calibrate()  # noqa: E731
-FEW: Step = lambda shop: shop.calibrate("few")  # noqa: E731
-DEFECTS: Step = lambda shop: shop.calibrate("defects")  # noqa: E731
-PERSON: Step = lambda shop: shop.answer()  # noqa: E731
-WITHDRAWN: Step = lambda shop: shop.answer(released=False)  # noqa: E731
+ENROLL, ENROLL_OTHERS = methodcaller("enroll"), methodcaller("enroll", "others")
+GOOD, FEW, DEFECTS = (methodcaller("calibrate", folder) for folder in (None, "few", "defects"))
+PERSON, WITHDRAWN = methodcaller("answer"), methodcaller("answer", released=False)
 
 NOBODY = "not released: nobody has shown yet .* the defects of 'tile'.*vmad calibrate .*--defects DIR.*vmad release"
 SEEN = "^released: 10 defects, none missed: at most 26% missed at 95% .by the line"
@@ -166,7 +162,7 @@ MAKER = "^released: by the bundle's maker, for its own kind of part .'part'"
     ],
 )
 def test_how_an_object_comes_to_be_released(
-    object: str, steps: list[Step], says: str, makers_bundle: Path, parts: Path, tmp_path: Path
+    object: str, steps: list[Callable[[Shop], object]], says: str, makers_bundle: Path, parts: Path, tmp_path: Path
 ) -> None:
     shop = Shop(makers_bundle, tmp_path / "station", parts, object)
     for step in steps:
@@ -342,7 +338,7 @@ def test_the_audit_tells_who_did_what(station: Station) -> None:
         ("released", "it"),
         ("not released", "it"),
     ]
-    assert {line["object"] for line in found} == {OBJECT}
+    assert {(line["object"], line["account"]) for line in found} == {(OBJECT, audit.account())}
     assert {line["calibration"] for line in found} == {CALIBRATION.hash}
     assert found[1]["why"] == "a trial" and found[3]["shown"]["bound"] == 0.4
     assert stat.S_IMODE((station.path / "audit.jsonl").stat().st_mode) == 0o644
