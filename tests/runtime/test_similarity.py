@@ -162,7 +162,7 @@ def test_references_compare_and_nearest() -> None:
     found = bank.compare(bank.features[[6]] * 3)
     assert found.index[0] == 6
     assert found.score[0] == pytest.approx(0, abs=1e-6)
-    nearest = bank.nearest(6, 1.0, grid=2)
+    nearest = bank.nearest(6, 1.0, (0, 0, 8, 8), grid=2)
     assert nearest.frame == "f1"  # row 6 is the second frame's patch 2: lower left
     assert nearest.box == (0, 10, 20, 20)
     assert nearest.picture.shape == (28, 28, 3)
