@@ -152,11 +152,11 @@ def _row(name: str, figures: Figures, columns: Sequence[str], counts: Sequence[i
 
 def _section(category: CategoryResult) -> str:
     figures = category.figures
-    working: Mapping[str, tuple[float, float]] = {} if figures.image_auroc is None else _working(category)
+    working = None if figures.image_auroc is None else _working(category)
     curves = (
         ("ROC of the frames", figures.image_auroc, "true positive rate", category.image_roc, 1.0, working),
-        ("ROC of the pixels", figures.pixel_auroc, "true positive rate", category.pixel_roc, 1.0, {}),
-        ("PRO", figures.aupro, "mean overlap of the regions", category.pro, PRO_LIMIT, {}),
+        ("ROC of the pixels", figures.pixel_auroc, "true positive rate", category.pixel_roc, 1.0, None),
+        ("PRO", figures.aupro, "mean overlap of the regions", category.pro, PRO_LIMIT, None),
     )
     drawn = "".join(
         _curve(f"{title}, area {100 * area:.1f}%", height, points, limit, rings)
@@ -218,7 +218,9 @@ def _histogram(category: CategoryResult) -> str:
     )
 
 
-def _curve(title: str, height: str, points: Curve, limit: float, working: Mapping[str, tuple[float, float]]) -> str:
+def _curve(
+    title: str, height: str, points: Curve, limit: float, working: Mapping[str, tuple[float, float]] | None
+) -> str:
     """What `height` names over the false positive rate from 0 to `limit`, and where the thresholds lie on it."""
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -227,7 +229,7 @@ def _curve(title: str, height: str, points: Curve, limit: float, working: Mappin
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
     rings = "".join(
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"/>{_label(x, y + (14 if y < 20 + _SIDE / 2 else -6), name)}'
-        for name, (x, y) in ((name, place(*point)) for name, point in working.items())
+        for name, (x, y) in ((name, place(*point)) for name, point in (working or {}).items())
     )
     return _drawing(
         title, f'<polyline points="{path}"/>{rings}', (height, "0", "false positive rate", f"{limit:g}"), ("0", "1")
