@@ -104,6 +104,8 @@ class CategoryResult(Record):
     pixel_roc: Curve
     pro: Curve
     frames: tuple[FrameResult, ...]
+    thresholds: Thresholds | None = None
+    """That its verdicts are of; None: there were none, or an older result does not tell them."""
     left_out: str = ""
     """What lies in its folders and was not read, in words."""
     unlabelled: int = 0
@@ -268,7 +270,7 @@ def _evaluate_category(
     known = [frame.path for frame in category.test] if settings.unlabelled else references
     enrolled = _all(map(_hash, known))
     made_of = {frame.name: (_hash(frame.path), _mask_hash(frame), enrolled) for frame in category.test}
-    beside = {"left_out": category.left_out, "unlabelled": len(category.unlabelled)}
+    beside: dict[str, object] = {"left_out": category.left_out, "unlabelled": len(category.unlabelled)}
     before = _kept(folder / "result.json", CategoryResult)
     if before is not None and {frame.name: frame.made_of for frame in before.frames} == made_of:
         return before.model_copy(update=beside)
@@ -287,6 +289,8 @@ def _evaluate_category(
         FrameResult.model_validate_json((folder / "frames" / frame.name / "result.json").read_text("utf-8"))
         for frame in category.test
     ]
+    prepare()
+    beside["thresholds"] = inspector.thresholds(name)
     result = _measured(category.name, len(references), results, folder).model_copy(update=beside)
     write_whole(folder / "result.json", result.model_dump_json())
     for frame in category.test:

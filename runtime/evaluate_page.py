@@ -1,20 +1,24 @@
-"""An evaluation for people: one self-contained page, with the published figures beside the measured ones."""
+"""An evaluation for people: a page, with the published figures beside the measured ones."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vmad_edge.runtime.evaluate import CategoryResult, Curve, Evaluation, Figures, FrameResult
 from vmad_edge.runtime.files import write_whole
 from vmad_edge.runtime.inspection import Verdict
 from vmad_edge.runtime.metrics import PRO_LIMIT
+from vmad_edge.runtime.pages import filled, template
 
 _PAGE = Path(__file__).with_name("evaluate.html")
-_SIDE = 220
+_SIDE, _BINS = 220, 30
 _EACH = 2
 """Best and worst frames shown of each kind."""
 
@@ -64,18 +68,16 @@ def write_page(evaluation: Evaluation, folder: Path) -> Path:
         paper = (
             f"Published for {published.dataset}, not measured here; the paper’s AP, of {published.ap}, names no level."
         )
-    page = _PAGE.read_text("utf-8")
-    for mark, text in (
-        ("{{facts}}", html.escape(_facts(evaluation))),
-        ("{{warnings}}", "".join(f'<div class="warning">{html.escape(line)}</div>' for line in warnings(evaluation))),
-        ("{{columns}}", "".join(f"<th>{_title(name)}</th>" for name in columns)),
-        ("{{rows}}", "\n".join(rows)),
-        ("{{paper}}", html.escape(paper)),
-        ("{{sections}}", "\n".join(_section(c) for c in evaluation.categories)),
-    ):
-        page = page.replace(mark, text, 1)
+    marks = {
+        "facts": html.escape(_facts(evaluation)),
+        "warnings": "".join(f'<div class="warning">{html.escape(line)}</div>' for line in warnings(evaluation)),
+        "columns": "".join(f"<th>{_title(name)}</th>" for name in columns),
+        "rows": "\n".join(rows),
+        "paper": html.escape(paper),
+        "sections": "\n".join(_section(c) for c in evaluation.categories),
+    }
     target = folder / "index.html"
-    write_whole(target, page)
+    write_whole(target, filled(template(_PAGE), marks))
     return target
 
 
@@ -150,35 +152,109 @@ def _row(name: str, figures: Figures, columns: Sequence[str], counts: Sequence[i
 
 def _section(category: CategoryResult) -> str:
     figures = category.figures
+    working = None if figures.image_auroc is None else _working(category)
     curves = (
-        ("ROC of the frames", figures.image_auroc, "true positive rate", category.image_roc, 1.0),
-        ("ROC of the pixels", figures.pixel_auroc, "true positive rate", category.pixel_roc, 1.0),
-        ("PRO", figures.aupro, "mean overlap of the regions", category.pro, PRO_LIMIT),
+        ("ROC of the frames", figures.image_auroc, "true positive rate", category.image_roc, 1.0, working),
+        ("ROC of the pixels", figures.pixel_auroc, "true positive rate", category.pixel_roc, 1.0, None),
+        ("PRO", figures.aupro, "mean overlap of the regions", category.pro, PRO_LIMIT, None),
     )
     drawn = "".join(
-        _curve(f"{title}, area {100 * area:.1f}%", height, points, limit)
-        for title, area, height, points, limit in curves
+        _curve(f"{title}, area {100 * area:.1f}%", height, points, limit, rings)
+        for title, area, height, points, limit, rings in curves
         if area is not None
     )
     shown = "".join(_figure(frame, why, category.name) for why, frame in _best_and_worst(category.frames))
     return (
         f"<section><h2>{html.escape(category.name)}</h2>"
-        f'<div class="curves">{drawn}</div><div class="frames">{shown}</div></section>'
+        f'<div class="curves">{_histogram(category)}{drawn}</div><div class="frames">{shown}</div></section>'
     )
 
 
-def _curve(title: str, height: str, points: Curve, limit: float) -> str:
-    """What `height` names over the false positive rate from 0 to `limit`."""
-    path = " ".join(f"{30 + x / limit * _SIDE:.1f},{20 + (1 - y) * _SIDE:.1f}" for x, y in points)
+def _marks(category: CategoryResult) -> dict[str, float]:
+    """The scores from which on verdicts change."""
+    thresholds = category.thresholds
+    return {} if thresholds is None else {"UNCERTAIN": thresholds.good_below, "DEFECT": thresholds.defect_above}
+
+
+def _scores(category: CategoryResult, defective: bool) -> NDArray[np.float64]:
+    return np.array([f.score for f in category.frames if f.defective is defective and f.score is not None], float)
+
+
+def _working(category: CategoryResult) -> dict[str, tuple[float, float]]:
+    """The shares of good and of defective frames whose scores reach each mark; there are frames of both."""
+    sides = _scores(category, False), _scores(category, True)
+    shares = {name: [float((scores >= mark).mean()) for scores in sides] for name, mark in _marks(category).items()}
+    return {name: (good, bad) for name, (good, bad) in shares.items()}
+
+
+def _histogram(category: CategoryResult) -> str:
+    """Of the frames' scores: good ones up, defective ones down, so that none hides another."""
+    sides, marks = {"good": _scores(category, False), "bad": _scores(category, True)}, _marks(category)
+    values = np.concatenate([*sides.values(), list(marks.values())])
+    if not len(values):
+        return ""
+    low, high = float(values.min()), float(values.max())
+    edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
+    counts = {side: np.histogram(scores, edges)[0] for side, scores in sides.items()}
+    tallest, middle, step = max(1, *map(max, counts.values())), 20 + _SIDE / 2, _SIDE / _BINS
+    unit = (_SIDE / 2 - 14) / tallest
+    bars = "".join(
+        f'<rect class="{side}" x="{30 + place * step:.1f}" width="{step - 1:.1f}" height="{count * unit:.1f}" '
+        f'y="{middle - count * unit * (side == "good"):.1f}"/>'
+        for side, found in counts.items()
+        for place, count in enumerate(found)
+        if count
+    )
+    places = {name: 30 + (mark - edges[0]) / (edges[-1] - edges[0]) * _SIDE for name, mark in marks.items()}
+    lines = "".join(
+        f'<line class="from" x1="{x:.1f}" x2="{x:.1f}" y1="20" y2="{20 + _SIDE}"/>'
+        + _label(x, 32 + 14 * number, f"{name} {marks[name]:.3f}")
+        for number, (name, x) in enumerate(places.items())
+    )
+    return _drawing(
+        "scores of the frames",
+        f'{bars}<line class="frame" x1="30" x2="{30 + _SIDE}" y1="{middle}" y2="{middle}"/>{lines}',
+        (f"good ↑ defective ↓, up to {tallest}", f"{edges[0]:.3g}", "score", f"{edges[-1]:.3g}"),
+    )
+
+
+def _curve(
+    title: str, height: str, points: Curve, limit: float, working: Mapping[str, tuple[float, float]] | None
+) -> str:
+    """What `height` names over the false positive rate from 0 to `limit`, and where the thresholds lie on it."""
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return 30 + x / limit * _SIDE, 20 + (1 - y) * _SIDE
+
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+    rings = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"/>{_label(x, y + (14 if y < 20 + _SIDE / 2 else -6), name)}'
+        for name, (x, y) in ((name, place(*point)) for name, point in (working or {}).items())
+    )
+    return _drawing(
+        title, f'<polyline points="{path}"/>{rings}', (height, "0", "false positive rate", f"{limit:g}"), ("0", "1")
+    )
+
+
+def _label(x: float, y: float, text: str) -> str:
+    """Beside x, on the side with more room."""
+    side, anchor = (-5, "end") if x > 30 + _SIDE / 2 else (5, "start")
+    return f'<text class="mark" x="{x + side:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
+
+
+def _drawing(title: str, inside: str, axes: tuple[str, str, str, str], heights: tuple[str, str] = ("", "")) -> str:
+    """`inside` a square with what `axes` say: upwards; to the right its begin, name and end."""
+    upwards, left, across, right = axes
     bottom = 20 + _SIDE
     return (
-        f'<svg width="{_SIDE + 50}" height="{_SIDE + 45}" role="img" aria-label="{title}">'
-        f'<rect x="30" y="20" width="{_SIDE}" height="{_SIDE}" fill="none" stroke="#999"/>'
-        f'<polyline points="{path}" fill="none" stroke="#4e79a7" stroke-width="2"/>'
-        f'<text x="30" y="14">{title}</text><text x="18" y="{bottom}">0</text><text x="18" y="30">1</text>'
-        f'<text transform="translate(24,{_SIDE // 2 + 20}) rotate(-90)" text-anchor="middle">{height}</text>'
-        f'<text x="30" y="{bottom + 15}">0</text><text x="{_SIDE + 15}" y="{bottom + 15}">{limit:g}</text>'
-        f'<text x="{30 + _SIDE // 2}" y="{bottom + 15}" text-anchor="middle">false positive rate</text></svg>'
+        f'<svg width="{_SIDE + 60}" height="{_SIDE + 45}" viewBox="0 0 {_SIDE + 60} {_SIDE + 45}" role="img" '
+        f'aria-label="{title}"><rect class="frame" x="30" y="20" width="{_SIDE}" height="{_SIDE}"/>{inside}'
+        f'<text x="30" y="14">{title}</text><text x="18" y="{bottom}">{heights[0]}</text>'
+        f'<text x="18" y="30">{heights[1]}</text>'
+        f'<text transform="translate(24,{_SIDE // 2 + 20}) rotate(-90)" text-anchor="middle">{upwards}</text>'
+        f'<text x="30" y="{bottom + 15}">{left}</text>'
+        f'<text x="{_SIDE + 30}" y="{bottom + 15}" text-anchor="end">{right}</text>'
+        f'<text x="{30 + _SIDE // 2}" y="{bottom + 15}" text-anchor="middle">{across}</text></svg>'
     )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from browser import needs_browser, opened
 from plain_parts import plain_part
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from vmad_edge.runtime.bundle import Bundle
+from vmad_edge.runtime.bundle import Bundle, Thresholds
 from vmad_edge.runtime.cli import main
 from vmad_edge.runtime.dataset import LabelledFrame
 from vmad_edge.runtime.errors import VmadError
@@ -144,7 +146,9 @@ def test_what_cannot_be_inspected_or_measured_is_counted_and_said(
     said = " ".join(printed.err.split())
     assert "1 frames were not inspected" in said and "not a readable image" in said
     assert "2 defective frames have no mask" in said
-    frames = {frame.name: frame for frame in read_evaluation(tmp_path / "out").categories[0].frames}
+    (category,) = read_evaluation(tmp_path / "out").categories
+    assert category.thresholds == bundle.manifest.similarity.thresholds is not None
+    frames = {frame.name: frame for frame in category.frames}
     assert frames["test/good/broken.png"].verdict is Verdict.NOT_INSPECTED
     assert frames["test/scratch/0.png"].pixels == (0, 0)  # in the image figures alone
     assert sum(sum(frame.pixels) for frame in frames.values()) == 3 * 64 * 48
@@ -155,8 +159,31 @@ def test_page(evaluated: Path) -> None:
     page = write_page(found, evaluated).read_text("utf-8")
     assert page.count("<polyline") == 6  # three curves of two categories
     assert page.count("<figure>") == 10  # of three defects two worst and one best, of two good parts two worst
-    assert "http" not in page and "{{" not in page
+    assert "://" not in page and "{{" not in page
     assert f"{100 * (found.mean.image_auroc or 0):.1f}" in page and "paper" not in page.split("</style>")[1]
+
+
+def test_page_has_the_scores_and_where_the_thresholds_lie(evaluated: Path) -> None:
+    found = read_evaluation(evaluated)
+    category = found.categories[1]
+    scores = {
+        side: [frame.score or 0 for frame in category.frames if frame.defective is side] for side in (False, True)
+    }
+    marks = min(scores[True]), max(scores[True]) + 0.1
+    category = category.model_copy(
+        update={"thresholds": Thresholds(good_below=marks[0], defect_above=marks[1]), "name": "<b>"}
+    )
+    page = write_page(found.model_copy(update={"categories": (category,)}), evaluated).read_text("utf-8")
+    assert f"UNCERTAIN {marks[0]:.3f}" in page and f"DEFECT {marks[1]:.3f}" in page and "<h2>&lt;b&gt;" in page
+    reach = min(*scores[False], *scores[True]), marks[1]
+    tallest = max(np.histogram(some, 30, reach)[0].max() for some in scores.values())
+    for kind, defective in (("good", False), ("bad", True)):
+        heights = re.findall(f'<rect class="{kind}"[^>]* height="([0-9.]+)"', page)
+        assert max(map(float, heights)) <= 110
+        assert sum(map(float, heights)) * tallest / 96 == pytest.approx(len(scores[defective]), abs=0.05)
+    good = float(np.mean(np.array(scores[False]) >= marks[0]))
+    rings = [tuple(map(float, ring)) for ring in re.findall('<circle cx="([0-9.]+)" cy="([0-9.]+)"', page)]
+    assert rings == [(pytest.approx(30 + 220 * good, abs=0.1), 20.0), (30.0, 240.0)]
 
 
 @needs_browser
@@ -173,7 +200,7 @@ def test_page_in_a_browser(evaluated: Path) -> None:
             "0 good, 0 defective",
         ]
         assert cells[1][5] == f"{100 * (found.categories[1].figures.image_auroc or 0):.1f}"
-        for curve in browser.find_elements(By.CSS_SELECTOR, "svg"):
+        for curve in browser.find_elements(By.CSS_SELECTOR, "svg:has(polyline)"):
             frame, line = (curve.find_element(By.TAG_NAME, name).rect for name in ("rect", "polyline"))
             # from corner to corner (PRO may end below the top), and nowhere beyond but for the line's own width
             assert line["x"] == pytest.approx(frame["x"], abs=3) and line["width"] == pytest.approx(
@@ -181,7 +208,9 @@ def test_page_in_a_browser(evaluated: Path) -> None:
             )
             assert line["y"] + line["height"] == pytest.approx(frame["y"] + frame["height"], abs=3)
             assert line["y"] >= frame["y"] - 3
+        browser.execute_script("for (const image of document.images) image.loading = 'eager'")
         for picture in browser.find_elements(By.TAG_NAME, "img"):
+            WebDriverWait(browser, 20).until(lambda _, picture=picture: picture.get_property("complete"))
             assert browser.execute_script("return arguments[0].naturalWidth", picture) > 90
         width = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
         assert width[0] <= width[1]
