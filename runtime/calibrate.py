@@ -245,12 +245,17 @@ def from_labels(
 
 
 def fitted(frames: Sequence[CalibrationFrame], targets: Targets, question: str | None) -> Rules:
-    """Thresholds that meet the targets on these labelled frames, and a review's rule that does not break them."""
-    good, defective = _of(frames, lambda frame: frame.score)
+    """Thresholds that meet the targets on these labelled frames, and a review's rule that does not break them.
+
+    What is out of scope is UNCERTAIN whatever its score, so it sets no threshold of it.
+    """
+    scope = _scope(frames)
+    good, defective = _of((frame for frame in frames if _is_within(frame, scope)), lambda frame: frame.score)
+    defective = defective or _of(frames, lambda frame: frame.score)[1]
     escapes = math.floor(targets.escape * len(defective) + 1e-9)
     overkill = math.floor(targets.overkill * len(good) + 1e-9)
     below, above = _apart(good, defective, escapes, overkill)
-    rules = Rules(Thresholds(good_below=below, defect_above=above), None, _scope(frames))
+    rules = Rules(Thresholds(good_below=below, defect_above=above), None, scope)
     if question is None:
         return rules
     escapes -= sum(score < below for score in defective)

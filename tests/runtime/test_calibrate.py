@@ -132,6 +132,17 @@ def test_labels(
     assert np.mean(np.array(good) >= thresholds.defect_above) <= overkill
 
 
+@pytest.mark.parametrize("far", ["a good one", "all defects"])
+def test_what_is_out_of_scope_sets_no_threshold(far: str) -> None:
+    """Where all defects are, they are all there is to go by; nothing out of scope is GOOD or DEFECT anyway."""
+    good = [frame(0.1 + n / 100, distance=0.01) for n in range(10)]
+    stranger = frame(0.9, distance=0.5)
+    defective = [frame(0.5 + n / 100, True, distance=0.5 if far == "all defects" else 0.02) for n in range(10)]
+    rules = fitted([*good, stranger, *defective], Targets(), None)
+    assert (rules.thresholds.good_below, rules.thresholds.defect_above) == pytest.approx((0.19, 0.5))
+    assert rules.verdict(stranger) is Verdict.UNCERTAIN
+
+
 def test_no_frame_is_judged_by_what_it_set() -> None:
     """Folds of scikit-learn's, and a frame's place in them by its pixels alone."""
     rng = np.random.default_rng(0)
