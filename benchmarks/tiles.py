@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from vmad_edge.runtime.files import write_whole
 from vmad_edge.runtime.folders import list_images
 from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.machine import RunInProgress, busy_elsewhere
+from vmad_edge.runtime.pictures import fit, heated, joined, jpeg
 from vmad_edge.runtime.stages.tiles import Box, Layout, Tiles
 
 Pixels = NDArray[np.uint8]
@@ -34,6 +36,7 @@ SIZES = (8, 16, 32, 64)
 KINDS = ("spot", "scratch")
 BLUE = (40, 70, 190)
 SEED = 22
+PANEL = 512
 
 
 def large(path: str) -> Pixels:
@@ -81,6 +84,8 @@ class Measured:
     """Pixels of the frame that a patch is wide."""
     good: list[Inspection]
     defects: list[Found]
+    shown: Pixels
+    """The first frame with the largest spot, under its map."""
 
 
 def measured(args: argparse.Namespace, count: int, console: Console) -> Measured:
@@ -95,15 +100,18 @@ def measured(args: argparse.Namespace, count: int, console: Console) -> Measured
         grid = inspector.bundle.manifest.vision.grid
         view = bank.frames[0].views[0]
         patch = (view.right - view.left) / grid
-        good, defects = [], []
+        good, defects, shown = [], [], np.zeros((1, 1, 3), np.uint8)
         for number, path in enumerate(track(tested[: args.good], f"{count} tiles, inspecting", console=console)):
             whole = large(path)
             good.append(inspector.inspect(whole, review=False).without_arrays())
             for kind in KINDS if number < args.frames else ():
                 for size in SIZES:
                     pixels, box = with_defect(whole, kind, size, rng)
-                    defects.append(_found(inspector.inspect(pixels, review=False), kind, size, box, patch))
-    return Measured(count, len(bank.frames[0].views), patch, good, defects)
+                    inspection = inspector.inspect(pixels, review=False)
+                    defects.append(_found(inspection, kind, size, box, patch))
+                    if (number, kind, size) == (0, "spot", SIZES[-1]):
+                        shown = heated(inspection, fit(pixels, PANEL), bank.thresholds)
+    return Measured(count, len(bank.frames[0].views), patch, good, defects, shown)
 
 
 def _found(inspection: Inspection, kind: str, size: int, box: Box, patch: float) -> Found:
@@ -152,6 +160,7 @@ def main() -> None:
     parser.add_argument("--enrolled", type=int, default=8, help="frames to enroll")
     parser.add_argument("--good", type=int, default=12, help="good frames to inspect")
     parser.add_argument("--frames", type=int, default=4, help="of those, frames that each defect is drawn into")
+    parser.add_argument("--picture", type=Path, help="write the maps of the largest spot, side by side, as JPEG")
     args = parser.parse_args()
     run, console = RunInProgress(), Console(stderr=True)
     found = [measured(args, count, console) for count in args.tiles]
@@ -163,7 +172,9 @@ def main() -> None:
     print("\n".join(_finds(found)), end="\n\n")
     print("\n".join(_costs(found)))
     if (busy := busy_elsewhere(ended)) is not None:
-        print(f"\nTimes are upper bounds: {busy}.")
+        print(f"\n{busy[0].upper()}{busy[1:]}.")
+    if args.picture is not None:
+        write_whole(args.picture, jpeg(joined([one.shown for one in found])))
 
 
 if __name__ == "__main__":

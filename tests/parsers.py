@@ -39,6 +39,7 @@ from vmad_edge.runtime.review import _receive
 from vmad_edge.runtime.rows import flat, read_rows, take_up
 from vmad_edge.runtime.stages.preprocess import View
 from vmad_edge.runtime.stages.similarity import EnrolledFrame, NormalFeatures, References
+from vmad_edge.runtime.stages.tiles import Layout, Tiles
 from vmad_edge.runtime.station import CalibrationFrame, Station
 
 INSIDE = re.compile(
@@ -139,10 +140,20 @@ def references() -> References:
     return References(features, patch, frames, Thresholds(good_below=0.1, defect_above=0.2))
 
 
+def in_tiles() -> References:
+    """A frame of two tiles, part of it ignored."""
+    views, pictures = (View(0, 0, 9, 9), View(7, 0, 16, 9)), (b"left", b"right")
+    frames = (EnrolledFrame("wide.png", 0, 4, views, (9, 16), pictures, "c3"),)
+    features = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32)
+    layout = Layout((0, 0, 16, 9), np.arange(9 * 16).reshape(9, 16) % 5 == 0, Tiles(count=2))
+    return References(features, np.array([0, 3, 4, 7], np.int32), frames, None, layout=layout)
+
+
 def _banks() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        path = Station(Path(folder), station_bundle()).save_references("part", references())
-        return [path.read_bytes().partition(b"\n")[2]]
+        station = Station(Path(folder), station_bundle())
+        both = references(), in_tiles()
+        return [station.save_references("part", made).read_bytes().partition(b"\n")[2] for made in both]
 
 
 def _load_references(data: bytes, folder: Path) -> None:

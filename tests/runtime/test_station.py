@@ -22,6 +22,7 @@ import pytest
 from examples import CALIBRATION, MANIFEST
 from kills import kills
 from numpy.typing import NDArray
+from parsers import in_tiles
 from PIL import Image
 from safetensors.numpy import load, save
 
@@ -273,6 +274,33 @@ KEPT = {
     "release": Kept(_save_release, _load_release),
 }
 kept = pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+
+
+@pytest.mark.parametrize(
+    "damage,says",
+    [
+        (bank(lambda record, _: record.pop("ignored")), "expected an ignore mask and its width, or neither"),
+        (bank(lambda _, arrays: arrays.pop("ignored")), "expected an ignore mask and its width, or neither"),
+        (changed_array("ignored", lambda a: a[:, :1]), r"expected an ignore mask of \[h,2\] bytes, found \[9, 1\]"),
+        (changed_array("ignored", lambda a: a | 255), "leaves nothing to inspect"),
+        (changed_array("ignored", lambda a: a[:8]), "region of interest 0,0,16,9 reaches beyond"),
+        (bank(lambda record, _: record.update(region=[9, 0, 9, 9])), "at least 8 wide and high, got 9,0,9,9"),
+        (bank(lambda record, _: record.update(tiles={"count": 99})), "tiles.count: expected 1 to 32 tiles"),
+        (changed_array("patch", lambda a: a[::-1]), "of each frame, tile by tile, patches of its tiles"),
+        (changed_array("patch", lambda a: a + 1), "expected patch numbers from 0 to below 8, found 1 to 8"),
+        (bank(lambda record, _: record["frames"][0]["views"].pop()), "expected 1 pictures, one after the other"),
+    ],
+)
+def test_refuses_a_damaged_bank_of_tiles(damage: Callable[[bytes], bytes], says: str, tmp_path: Path) -> None:
+    station, made = Station(tmp_path, bundle()), in_tiles()
+    path = station.save_references("part", made)
+    loaded = station.load_references("part")
+    assert loaded is not None and loaded.layout.key == made.layout.key and loaded.frames == made.frames
+    frames, layout = Station(tmp_path, bundle("cd" * 32)).enrolled_with("abab", "part")
+    assert frames == made.frames and layout.key == made.layout.key
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(BundleError, match=f"(possible|complete) reference bank: .*{says}"):
+        station.load_references("part")
 
 
 @kept
