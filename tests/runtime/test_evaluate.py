@@ -23,7 +23,7 @@ from vmad_edge.runtime.dataset import LabelledFrame
 from vmad_edge.runtime.errors import VmadError
 from vmad_edge.runtime.evaluate import Evaluation, compare, evaluate, read_evaluation
 from vmad_edge.runtime.evaluate_page import PUBLISHED, write_page
-from vmad_edge.runtime.inspection import Verdict
+from vmad_edge.runtime.inspection import Verdict, verdict_of
 from vmad_edge.runtime.inspector import Inspector
 
 
@@ -135,19 +135,23 @@ def test_what_cannot_be_inspected_or_measured_is_counted_and_said(
     (tmp_path / "nut/test/good/broken.png").write_text("no image")
     (tmp_path / "nut/ground_truth/scratch/0_mask.png").unlink()
     write(tmp_path / "nut/ground_truth/scratch/1.png", np.zeros((64, 48), np.uint8))
-    status = main(["evaluate", str(bundle.path), str(tmp_path / "nut"), "--out", str(tmp_path / "out"), "--json"])
+    args = ["--shots", "3", "--out", str(tmp_path / "out"), "--json"]
+    status = main(["evaluate", str(bundle.path), str(tmp_path / "nut"), *args])
     printed = capsys.readouterr()
     facts = json.loads(printed.out)
     assert status == 3
     nut = facts["categories"]["nut"]
-    assert (nut["frames"], nut["not_inspected"], nut["without_mask"], nut["enrolled"]) == (6, 1, 2, 0)
+    assert (nut["frames"], nut["not_inspected"], nut["without_mask"], nut["enrolled"]) == (6, 1, 2, 3)
     names = {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"}
     assert all(0 <= nut[name] <= 1 for name in names) and names <= facts["mean"].keys()
     said = " ".join(printed.err.split())
     assert "1 frames were not inspected" in said and "not a readable image" in said
     assert "2 defective frames have no mask" in said
     (category,) = read_evaluation(tmp_path / "out").categories
-    assert category.thresholds == bundle.manifest.similarity.thresholds is not None
+    for frame in category.frames:
+        if frame.score is not None and frame.reason_code is None:
+            assert verdict_of(frame.score, category.thresholds) is frame.verdict
+    assert category.thresholds is not None
     frames = {frame.name: frame for frame in category.frames}
     assert frames["test/good/broken.png"].verdict is Verdict.NOT_INSPECTED
     assert frames["test/scratch/0.png"].pixels == (0, 0)  # in the image figures alone
