@@ -303,8 +303,10 @@ def tile_scores(score: Floats, tile: NDArray[np.integer[Any]], spec: Similarity)
 
 def spread(score: Floats, inspected: NDArray[np.bool_]) -> Floats:
     """`score` [N], with that of the nearest inspected patch in place of those that are not: what they would say of
-    ignored pixels must not show in a map.
+    ignored pixels must not show in a map. NaN where there is none.
     """
+    if not inspected.any():
+        return np.full_like(score, np.nan)
     grid = round(len(score) ** 0.5)
     hidden = (~inspected).astype(np.uint8).reshape(grid, grid)
     _, label = cv2.distanceTransformWithLabels(hidden, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)

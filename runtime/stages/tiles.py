@@ -120,11 +120,12 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.region is not None:
-            left, top, right, bottom = self.region
+            four = len(self.region) == 4 and all(isinstance(edge, int | np.integer) for edge in self.region)
+            left, top, right, bottom = self.region if four else (0, 0, 0, 0)
             if min(left, top) < 0 or min(right - left, bottom - top) < MIN_SIDE:
                 raise VmadError(
-                    f"expected a region of interest LEFT,TOP,RIGHT,BOTTOM in the frame's pixels, from 0,0 on and at "
-                    f"least {MIN_SIDE} wide and high, got {_said(self.region)}"
+                    "expected a region of interest LEFT,TOP,RIGHT,BOTTOM in the frame's whole pixels, from 0,0 on and "
+                    f"at least {MIN_SIDE} wide and high, got {_said(self.region)}"
                 )
         if self.ignored is not None:
             if self.ignored.ndim != 2 or self.ignored.dtype != np.bool_:

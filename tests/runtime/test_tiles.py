@@ -111,6 +111,7 @@ def test_nearest_inspected_patches_speak_for_those_ignored() -> None:
         nearest = np.isclose(distance[row], distance[row].min(), atol=0.1)
         assert value in score[inspected][nearest]
     np.testing.assert_array_equal(found[inspected], score[inspected])
+    assert np.isnan(spread(score, np.zeros(64, np.bool_))).all()
 
 
 # --------------------------------------------------------------------------------------------- what does not fit
@@ -121,6 +122,8 @@ MASK[:120, :160] = True
 LAYOUTS: dict[str, tuple[Callable[[], object], str]] = {
     "nothing inside": (lambda: Layout((10, 10, 10, 40)), r"at least 8 wide and high, got 10,10,10,40"),
     "left of the frame": (lambda: Layout((-1, 0, 40, 40)), "from 0,0 on"),
+    "three numbers": (lambda: Layout((1, 2, 30)), "got 1,2,30"),  # type: ignore[arg-type]
+    "parts of pixels": (lambda: Layout((0.5, 0, 40, 40)), "whole pixels, .*got 0.5,0,40,40"),  # type: ignore[arg-type]
     "beyond the mask": (lambda: Layout((0, 0, 321, 240), MASK), r"mask has 320×240 pixels; .*0,0,321,240 reaches"),
     "all ignored": (lambda: Layout((0, 0, 100, 100), MASK), "leaves nothing to inspect"),
     "a grey mask": (lambda: Layout(None, np.zeros((9, 9), np.uint8)), r"of bool.*got \[9, 9\] uint8"),  # type: ignore[arg-type]
