@@ -135,24 +135,18 @@ def test_what_cannot_be_inspected_or_measured_is_counted_and_said(
     (tmp_path / "nut/test/good/broken.png").write_text("no image")
     (tmp_path / "nut/ground_truth/scratch/0_mask.png").unlink()
     write(tmp_path / "nut/ground_truth/scratch/1.png", np.zeros((64, 48), np.uint8))
-    args = ["--shots", "3", "--out", str(tmp_path / "out"), "--json"]
-    status = main(["evaluate", str(bundle.path), str(tmp_path / "nut"), *args])
+    status = main(["evaluate", str(bundle.path), str(tmp_path / "nut"), "--out", str(tmp_path / "out"), "--json"])
     printed = capsys.readouterr()
     facts = json.loads(printed.out)
     assert status == 3
     nut = facts["categories"]["nut"]
-    assert (nut["frames"], nut["not_inspected"], nut["without_mask"], nut["enrolled"]) == (6, 1, 2, 3)
+    assert (nut["frames"], nut["not_inspected"], nut["without_mask"], nut["enrolled"]) == (6, 1, 2, 0)
     names = {"image_auroc", "image_ap", "image_f1_max", "pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro"}
     assert all(0 <= nut[name] <= 1 for name in names) and names <= facts["mean"].keys()
     said = " ".join(printed.err.split())
     assert "1 frames were not inspected" in said and "not a readable image" in said
     assert "2 defective frames have no mask" in said
-    (category,) = read_evaluation(tmp_path / "out").categories
-    for frame in category.frames:
-        if frame.score is not None and frame.reason_code is None:
-            assert verdict_of(frame.score, category.thresholds) is frame.verdict
-    assert category.thresholds is not None
-    frames = {frame.name: frame for frame in category.frames}
+    frames = {frame.name: frame for frame in read_evaluation(tmp_path / "out").categories[0].frames}
     assert frames["test/good/broken.png"].verdict is Verdict.NOT_INSPECTED
     assert frames["test/scratch/0.png"].pixels == (0, 0)  # in the image figures alone
     assert sum(sum(frame.pixels) for frame in frames.values()) == 3 * 64 * 48
@@ -165,6 +159,15 @@ def test_page(evaluated: Path) -> None:
     assert page.count("<figure>") == 10  # of three defects two worst and one best, of two good parts two worst
     assert "://" not in page and "{{" not in page
     assert f"{100 * (found.mean.image_auroc or 0):.1f}" in page and "paper" not in page.split("</style>")[1]
+
+
+def test_the_thresholds_are_kept_that_the_verdicts_are_of(bundle: Bundle, dataset: Path, tmp_path: Path) -> None:
+    (category,) = evaluate(bundle, dataset, tmp_path, shots="all", categories=["nut"]).categories
+    assert category.thresholds is not None
+    for frame in category.frames:
+        if frame.score is not None and frame.reason_code is None:
+            assert verdict_of(frame.score, category.thresholds) is frame.verdict
+    assert evaluate(bundle, dataset, tmp_path, shots="all", categories=["nut"]).categories == (category,)
 
 
 def test_page_has_the_scores_and_where_the_thresholds_lie(evaluated: Path) -> None:
