@@ -93,4 +93,6 @@ def test_a_feature_network_from_photographs_to_a_released_object(
 def test_the_toy_walks_the_same_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     walk = Walk(ROOT / "demo/bundle", tmp_path, capsys)
     walk.vmad("enroll", COOKIES / "train/good")
-    check_page(walk.calibrate(), walk.test())
+    calibrated, counts = walk.calibrate(), walk.test()
+    check_page(calibrated, counts)
+    assert f"misses {counts['broken', 'GOOD']} of 12 broken cookies" in FRONT
