@@ -336,6 +336,9 @@ def test_language_model_that_moves_p_yes_by_0_3_is_refused(export: Export, coars
     shift = np.log(before / (1 - before)) - np.log((before - 0.3) / (1.3 - before))
     llm(export)["output.weight"][yes] -= shift * state / (state @ state)
     export.edit("language", quantization=quantization)
+    thresholds = {"good_below": 0.0, "defect_above": 2.0}  # the screen leaves every frame to the review
+    export.edit("similarity", thresholds=Thresholds(**thresholds))
+    export.edit_checkpoint("config.json", similarity={"thresholds": thresholds})
     export.manifest = export.manifest.model_copy(
         update={"precision": dict.fromkeys(("clip_encoder", "ltc_projector"), precision)}
     )

@@ -42,7 +42,7 @@ def with_thresholds(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory)
     """The tiny bundle, as if its maker had found thresholds; every frame lies between them."""
     folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("with_thresholds") / "bundle")
     manifest = Bundle.open(folder).manifest
-    thresholds = Thresholds(good_below=0, defect_above=9)
+    thresholds = Thresholds(good_below=0, defect_above=2)
     similarity = manifest.similarity.model_copy(update={"thresholds": thresholds})
     seal(folder, manifest.model_copy(update={"similarity": similarity}))
     return folder
@@ -103,7 +103,7 @@ def test_whose_reviews_settle(with_thresholds: Path, tmp_path: Path) -> None:
         assert settles(inspector, "nut") and settles(inspector, "nut", question="Is it broken?")
         inspector.enroll([image(seed) for seed in range(3)], object="washer", keep=False)
         inspector.enroll([image(seed) for seed in range(3)], object="screw")
-        between = Thresholds(good_below=0, defect_above=9)
+        between = Thresholds(good_below=0, defect_above=2)
         for name in ("washer", "screw"):
             references = inspector.references(name)
             assert references is not None
