@@ -1,6 +1,6 @@
 """Small spots and scratches on frames of 4096×4096 pixels: found with and without tiles, and what that costs.
 
-python benchmarks/tiles.py demo/bundle ../shared/data/cookies > benchmarks/results/tiles.md
+python benchmarks/tiles.py BUNDLE ../shared/data/cookies > benchmarks/results/tiles.md
 
 The photographs have 576×768 pixels: they are enlarged to 3072×4096 (Lanczos), with the tray mirrored at both sides, so
 they are softer than a camera of that size would be; the defects are drawn into the large frame, sharp. They are blue,

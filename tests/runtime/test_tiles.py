@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
 
+from vmad_edge.runtime.calibrate import calibrate
 from vmad_edge.runtime.cli import main
 from vmad_edge.runtime.errors import FrameError, VmadError
 from vmad_edge.runtime.frame import Frame
@@ -311,12 +312,16 @@ def test_regions_of_other_tiles_stay(inspector: Inspector) -> None:
     assert beyond in after.regions and inside not in after.regions and after.regions[0].area > 300
 
 
-@pytest.mark.parametrize("count,expected", [(1, Verdict.GOOD), (2, Verdict.UNCERTAIN)])
-def test_a_review_of_one_tile_of_many_does_not_settle_good(count: int, expected: Verdict, inspector: Inspector) -> None:
-    inspection = replace(planted()[0], layout=Layout((40, 30, 300, 220), tiles=Tiles(count=count)))
-    for p_yes, verdict in ((0.1, expected), (0.9, Verdict.DEFECT)):
-        finding = Finding(p_yes, "Answer.", None, seg_forced=False, stopped=None)
-        assert _reviewed(inspection, finding, {}, inspector.bundle.for_review).verdict is verdict
+def test_reviews_of_one_tile_of_many_settle_nothing(inspector: Inspector, tmp_path: Path) -> None:
+    """Nobody asks them when the object is calibrated, so they have no rule; of whole frames they are asked."""
+    paths = [str(tmp_path / f"{n}.png") for n in range(20, 28)]
+    for number, path in enumerate(paths):
+        Image.fromarray(image(20 + number)).save(path)
+    for name, layout in (("tiled", LAID_OUT["tiles"]), ("whole", WHOLE)):
+        inspector.enroll([image(n) for n in range(4)], object=name, layout=layout)
+        made = calibrate(inspector, paths[:4], paths[4:], object=name)
+        assert all((frame.p_yes is None) is (name == "tiled") for frame in made.frames)
+        assert made.review is None or name == "whole"
 
 
 def test_a_review_sees_the_worst_tile(inspector: Inspector, monkeypatch: pytest.MonkeyPatch) -> None:
