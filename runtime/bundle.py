@@ -209,7 +209,7 @@ class ReviewRule(Record):
     defect_above: FiniteFloat | None
     """P(yes) ≥ defect_above: DEFECT. None: never."""
     question: str | None = None
-    """That P(yes) answers; None: any."""
+    """That P(yes) answers; None: the manifest's."""
 
 
 MAKERS_RULE = ReviewRule(good_below=0.5, defect_above=0.5)

@@ -53,6 +53,11 @@ class Targets:
         for name, value in vars(self).items():
             if not 0 < value < 1:
                 raise VmadError(f"expected {name} between 0 and 1, got {value:g}")
+        if self.confidence < 0.5 or self.missed > 0.5:
+            raise VmadError(
+                f"expected confidence of at least 0.5, and missed of at most 0.5, got {self.confidence:g} and "
+                f"{self.missed:g}: else an object could be released of whose defects most are missed"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Rules:
     def verdict(self, frame: CalibrationFrame) -> Verdict:
         """As the inspector's."""
         verdict, reason = verdict_of(frame.score, self.thresholds), None
-        if not _is_within(frame, self.scope):
+        if not frame.is_within(self.scope):
             verdict, reason = Verdict.UNCERTAIN, Reason.OUT_OF_SCOPE
         return verdict if frame.p_yes is None else settled(verdict, frame.p_yes, self.review, reason)
 
@@ -162,8 +167,11 @@ def calibrate(
         fitness=learned(list(fit.values())),
         device=inspector.engines.device,
     )
+    last = None
+    with suppress(BundleError):  # one that cannot be read is about to be replaced
+        last = inspector.station.load_release(name)
     inspector.station.save_calibration(calibration)
-    if calibration.escaped[1]:
+    if calibration.escaped[1] and not (last is not None and last.is_withdrawal):  # a person took it back
         inspector.station.save_release(_release(calibration, targets))
     return calibration
 
@@ -203,7 +211,7 @@ def from_good(frames: Sequence[CalibrationFrame], targets: Targets) -> tuple[Rul
             f"called DEFECT, {targets.overkill:g})"
         )
     scope = _scope(frames)
-    scores = sorted(frame.score for frame in frames if _is_within(frame, scope))
+    scores = sorted(frame.score for frame in frames if frame.is_within(scope))
     good_below = _upper_bound(scores, targets.suspects, targets.confidence)
     defect_above = _upper_bound(scores, targets.overkill, targets.confidence)
     promise = (
@@ -227,13 +235,15 @@ def from_labels(
         question: that the frames were reviewed with; None: the screen decides alone.
 
     Raises:
-        VmadError: fewer than two good or two defective frames: one could not be judged by the others.
+        VmadError: fewer than two good or two defective frames in scope: one could not be judged by the others.
     """
-    good, defective = (sum(frame.defective is kind for frame in frames.values()) for kind in (False, True))
-    if good < 2 or defective < 2:
+    scope = _scope(frames.values())
+    within = [frame.defective for frame in frames.values() if frame.is_within(scope)]
+    if within.count(False) < 2 or within.count(True) < 2:
         raise VmadError(
-            "expected at least two good and two defective frames, so that each is judged by thresholds that others "
-            f"set, found {good} and {defective}"
+            "expected at least two good and two defective frames like those enrolled, so that each is judged by "
+            f"thresholds that others set, found {within.count(False)} and {within.count(True)}, and "
+            f"{len(frames) - len(within)} out of scope"
         )
     rules = fitted(list(frames.values()), targets, question)
     decides = None if rules.review is None else question
@@ -241,7 +251,10 @@ def from_labels(
     chain = "of screen and review" if decides else "of the screen alone"
     if question and not decides:
         chain += f", as a review settles nothing ({_why_none(list(frames.values()), rules, targets)})"
-    return rules, judged, f"{chain}: {_counts(judged.values(), targets)}"
+    promise = f"{chain}: {_counts(judged.values(), targets)}"
+    if beyond := sum(frame.defective and not frame.is_within(scope) for frame in frames.values()):
+        promise += f"; {beyond} defective frames are out of scope, so they show nothing of this object's defects"
+    return rules, judged, promise
 
 
 def fitted(frames: Sequence[CalibrationFrame], targets: Targets, question: str | None) -> Rules:
@@ -250,8 +263,7 @@ def fitted(frames: Sequence[CalibrationFrame], targets: Targets, question: str |
     What is out of scope is UNCERTAIN whatever its score, so it sets no threshold of it.
     """
     scope = _scope(frames)
-    good, defective = _of((frame for frame in frames if _is_within(frame, scope)), lambda frame: frame.score)
-    defective = defective or _of(frames, lambda frame: frame.score)[1]
+    good, defective = _of((frame for frame in frames if frame.is_within(scope)), lambda frame: frame.score)
     escapes = math.floor(targets.escape * len(defective) + 1e-9)
     overkill = math.floor(targets.overkill * len(good) + 1e-9)
     below, above = _apart(good, defective, escapes, overkill)
@@ -298,15 +310,15 @@ def _apart(good: Sequence[float], defective: Sequence[float], escapes: int, over
 
     Where the values leave a gap in which one threshold would do, the gap is UNCERTAIN.
     """
-    lowest = defective[min(escapes, len(defective) - 1)]
     highest = math.nextafter(good[max(0, len(good) - 1 - overkill)], math.inf)
+    lowest = defective[min(escapes, len(defective) - 1)] if defective else highest
     return min(lowest, highest), max(lowest, highest)
 
 
 def _uncertain(frames: Iterable[CalibrationFrame], rules: Rules) -> list[CalibrationFrame]:
-    """Those that a review may settle."""
-    screen = replace(rules, review=None)
-    return [frame for frame in frames if frame.p_yes is not None and screen.verdict(frame) is Verdict.UNCERTAIN]
+    """Those in scope that a review may settle."""
+    within = (frame for frame in frames if frame.p_yes is not None and frame.is_within(rules.scope))
+    return [frame for frame in within if verdict_of(frame.score, rules.thresholds) is Verdict.UNCERTAIN]
 
 
 def _rule(
@@ -367,10 +379,6 @@ def _scope(frames: Iterable[CalibrationFrame]) -> ScopeLimit | None:
     """From good frames' distances, but for the farthest tenth, or one: what lies apart must not let all others in."""
     distances = sorted(f.scope_distance for f in frames if not f.defective and f.scope_distance is not None)
     return scope_limit(distances[: -max(1, len(distances) // 10)] or distances)
-
-
-def _is_within(frame: CalibrationFrame, scope: ScopeLimit | None) -> bool:
-    return scope is None or frame.scope_distance is None or frame.scope_distance <= scope.limit
 
 
 def frames_needed(share: float, confidence: float) -> int:

@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points, version
 from io import TextIOWrapper
@@ -471,8 +472,12 @@ def _of_bank(station: Station, object: str) -> tuple[str, str]:
         references = station.load_references(object)
     except BundleError as error:
         return str(error), str(error)
-    layout, scope = (WHOLE, None) if references is None else (references.layout, references.scope)
-    return layout.in_words(), in_words(scope)
+    if references is None:
+        return WHOLE.in_words(), in_words(None)
+    scope, calibration = references.scope, station.calibrated().get(object)
+    if scope is not None and isinstance(calibration, Calibration) and calibration.scope is not None:
+        scope = replace(scope, limit=calibration.scope)
+    return references.layout.in_words(), in_words(scope)
 
 
 def _releases(inspector: Inspector) -> dict[str, dict[str, Any]]:

@@ -306,7 +306,8 @@ class Inspector:
         mode = answer or manifest.language.answer
         seen = _tile(inspection).frame
         pending = self._reviews.submit(seen, inspection.features, asked, mode, deadline)
-        if rule is not None and rule.question not in (None, asked):  # nobody calibrated what is said to this one
+        if rule is not None and asked != (rule.question or self.question(inspection.object)):
+            # Nobody calibrated what is said to this one.
             inspection = replace(inspection, review_rule=None)
         return ReviewHandle(inspection, pending, manifest)
 

@@ -67,15 +67,19 @@ class Release(Record):
         return self
 
     @property
+    def is_withdrawal(self) -> bool:
+        return not self.released and self.why is not None
+
+    @property
     def did(self) -> str:
         if self.released:
             return "released"
-        return "not released" if self.why is None else "withdrawn"
+        return "withdrawn" if self.is_withdrawal else "not released"
 
     @property
     def told(self) -> str:
         reason = self.why if self.shown is None else self.shown.told
-        if self.did == "withdrawn":
+        if self.is_withdrawal:
             return f"not released: withdrawn by {self.by}, {self.when}: {reason}"
         return f"{self.did}: {reason} (by {self.by}, {self.when})"
 

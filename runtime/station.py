@@ -128,6 +128,9 @@ class CalibrationFrame(Record):
     verdict: Verdict | None = None
     """By thresholds that other frames alone set; None: it set them too (good frames alone, an older calibration)."""
 
+    def is_within(self, scope: ScopeLimit | None) -> bool:
+        return scope is None or self.scope_distance is None or self.scope_distance <= scope.limit
+
 
 class Calibration(Record):
     """Thresholds for one object, and what they rest on."""
@@ -154,8 +157,12 @@ class Calibration(Record):
 
     @property
     def escaped(self) -> tuple[int, int]:
-        """How many defective frames were called GOOD, of how many that set no threshold themselves."""
-        verdicts = [frame.verdict for frame in self.frames if frame.defective and frame.verdict is not None]
+        """How many defective frames were called GOOD, of how many in scope that set no threshold themselves."""
+        verdicts = [
+            frame.verdict
+            for frame in self.frames
+            if frame.defective and frame.verdict is not None and frame.is_within(self.scope)
+        ]
         return verdicts.count(Verdict.GOOD), len(verdicts)
 
     @property
@@ -313,10 +320,7 @@ class Station:
         """That no bank is gone which the audit knows: without it, `object` would be compared with something else."""
         if _place(self.path, "banks", object) is not None:
             return
-        try:
-            last = audit.last(self.path, text_of(object)) or {}
-        except OSError as error:
-            raise _unreadable(self.path / audit.NAME, error) from None
+        last = self._noted(object)
         bank = last.get("sha256") if last.get("did") == "enrolled" else last.get("bank")
         if bank is not None:
             raise BundleError(
@@ -324,6 +328,13 @@ class Station:
                 f"{last.get('did')} {last.get('when')} by {last.get('by')}): bring it back, or enroll its frames "
                 'again. With --fallback bundle (fallback="bundle") it is compared with the bundle\'s own features.'
             )
+
+    def _noted(self, object: str) -> dict[str, Any]:
+        """The audit's last line about `object`; empty if there is none."""
+        try:
+            return audit.last(self.path, text_of(object)) or {}
+        except OSError as error:
+            raise _unreadable(self.path / audit.NAME, error) from None
 
     def left_behind(self, object: str) -> str | None:
         """Where `object` (or a name like it) is enrolled with other bundles but not with this one, and what helps.
@@ -511,18 +522,19 @@ class Station:
         """Whether `object` is released as it is compared on `device` with `bank` (see `Release`) and `calibration`.
 
         A release is for one bank and one calibration, one by defects for the device that saw them: another one makes it
-        void. Without one, a bundle's own thresholds count as its maker's release of its own kind of part, compared with
-        the bundle's own features. Reviews change nothing: what is not calibrated with them, they never call GOOD.
+        void. A withdrawal holds until a person releases it again. Without any, a bundle's own thresholds count as its
+        maker's release of its own kind of part, compared with the bundle's own features, where it never was compared
+        with anything else. Reviews change nothing: what is not calibrated with them, they never call GOOD.
 
         Raises:
             BundleError: as `load_release`.
         """
         manifest, last = self._bundle.manifest, self.load_release(object)
         void = None if last is None else self._void(last, bank, calibration, device)
-        if last is not None and void is None:
+        if last is not None and (void is None or last.is_withdrawal):
             return Standing(last.released, last.told)
         makers = bank is None and calibration is None and manifest.similarity.thresholds is not None
-        if object == manifest.object and makers:
+        if object == manifest.object and makers and last is None and not self._noted(object):
             return Standing(True, f"released: by the bundle's maker, for its own kind of part ({object!r})")
         if last is not None and last.released:
             why = f"{void} ({last.told})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
 import time
 from collections import Counter
@@ -25,6 +26,7 @@ from vmad_edge.runtime.folders import find_images, list_images
 from vmad_edge.runtime.inspection import Inspection, Verdict
 from vmad_edge.runtime.inspector import Inspector, ReviewHandle
 from vmad_edge.runtime.names import Names, in_folders
+from vmad_edge.runtime.objects import listed
 from vmad_edge.runtime.pictures import write_map, write_png
 from vmad_edge.runtime.report import Report, in_words
 from vmad_edge.runtime.rows import Csv, JsonArray, JsonLines, Row, file_facts, read_rows, take_up
@@ -132,11 +134,13 @@ def _milliseconds(text: str) -> float:
 def _inspect(args: argparse.Namespace) -> int:
     _check(args)
     found = find_images(args.paths)
-    paths = [path for path in found.paths if not _is_output(Path(path).absolute(), args)]
+    paths = found.paths if args.maps is None else _without_maps(found.paths, args.maps.absolute())
     if found.left_out:
         err.print(printable(found.said), soft_wrap=True)
     with _open(args, args.stream, args.fallback) as inspector:
         if not (args.unlabelled or args.references):
+            if args.fallback is None:
+                _check_object(inspector, args.object)
             _note_left_behind(inspector, args.object)
         if args.unlabelled:
             frames = track(paths, "reading all")
@@ -172,9 +176,27 @@ def _note_left_behind(inspector: Inspector, object: str | None) -> None:
         err.print(printable(f"note: {left_behind}"), soft_wrap=True)
 
 
-def _is_output(path: Path, args: argparse.Namespace) -> bool:
-    """Whether an earlier run like this wrote it, a map. Those of a report nobody finds, see `folders`."""
-    return args.maps is not None and path.is_relative_to(args.maps.absolute()) and path.name.endswith(_MAPS)
+def _without_maps(paths: list[str], maps: Path) -> list[str]:
+    """Without what an earlier run like this wrote of the others into `maps`. Reports nobody finds, see `folders`."""
+    inside = {path for path in paths if Path(path).absolute().is_relative_to(maps)}
+    others = [path for path in paths if path not in inside]
+    names = Names(others, in_folders, _MAPS)
+    written = {f"{maps / names.of(path)}{ending}" for path in others for ending in _MAPS}
+    return [path for path in paths if path not in inside or str(Path(path).absolute()) not in written]
+
+
+def _check_object(inspector: Inspector, object: str | None) -> None:
+    """That no name was forgotten: where others are known, the bundle's own object has to be meant.
+
+    Raises:
+        VmadError: it may not be.
+    """
+    own, station = inspector.bundle.manifest.object, inspector.station
+    if object is None and not station.knows(own) and (known := {*station.enrolled(), *station.calibrated()}):
+        raise VmadError(
+            f"expected --object, as the station {station.path} knows {listed(known, own)}; "
+            f"with --object {shlex.quote(own)} the frames are compared with the bundle's own features"
+        )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -185,8 +207,10 @@ def _check(args: argparse.Namespace) -> None:
     """
     for option, folder in (("--report", args.report), ("--maps", args.maps)):
         for path in args.paths if folder is not None else ():
-            if Path(path).absolute().is_relative_to(folder.absolute()):
+            if _lies_in(path, folder):
                 raise VmadError(f"{path} lies in {folder}, where {option} writes: name another folder for {option}")
+        if folder is not None and _lies_in(folder, args.bundle):
+            raise VmadError(f"{folder} lies in the bundle, which stays as it is: name another folder for {option}")
     if args.stream and args.unlabelled:
         raise VmadError("expected --stream or --unlabelled, got both")
     if args.stream and (args.jobs or 1) > 1:
@@ -203,6 +227,13 @@ def _check(args: argparse.Namespace) -> None:
         if file not in (None, "-") and not args.resume and Path(file).is_file() and Path(file).stat().st_size:
             advice = "go on with it (--resume)" if option == "--jsonl" else "remove it"
             raise VmadError(f"{option}: {file} is there already; {advice}, or name another file")
+
+
+def _lies_in(path: str | Path, folder: str | Path) -> bool:
+    """As it is written, or where its links lead."""
+    return Path(path).absolute().is_relative_to(Path(folder).absolute()) or Path(os.path.realpath(path)).is_relative_to(
+        os.path.realpath(folder)
+    )
 
 
 def _settings(inspector: Inspector, args: argparse.Namespace) -> Row:

@@ -132,15 +132,24 @@ def test_labels(
     assert np.mean(np.array(good) >= thresholds.defect_above) <= overkill
 
 
-@pytest.mark.parametrize("far", ["a good one", "all defects"])
-def test_what_is_out_of_scope_sets_no_threshold(far: str) -> None:
-    """Where all defects are, they are all there is to go by; nothing out of scope is GOOD or DEFECT anyway."""
+@pytest.mark.parametrize("strangers", [0, 3, 9, 10], ids="{} defects out of scope".format)
+def test_what_is_out_of_scope_sets_no_threshold_and_shows_no_defect(strangers: int) -> None:
+    """Another product is UNCERTAIN whatever is wrong with it: that says nothing of this one's defects."""
     good = [frame(0.1 + n / 100, distance=0.01) for n in range(10)]
     stranger = frame(0.9, distance=0.5)
-    defective = [frame(0.5 + n / 100, True, distance=0.5 if far == "all defects" else 0.02) for n in range(10)]
-    rules = fitted([*good, stranger, *defective], Targets(), None)
-    assert (rules.thresholds.good_below, rules.thresholds.defect_above) == pytest.approx((0.19, 0.5))
+    defective = [frame(0.5 + n / 100, True, distance=0.5 if n < strangers else 0.02) for n in range(10)]
+    frames = hashed([*good, stranger, *defective])
+    if strangers > 8:
+        with pytest.raises(VmadError, match=f"found 10 and {10 - strangers}, and {strangers + 1} out of scope"):
+            from_labels(frames, Targets())
+        return
+    rules, judged, promise = from_labels(frames, Targets())
+    assert rules.thresholds.good_below == pytest.approx(0.19)
+    assert rules.thresholds.defect_above == pytest.approx(0.5 + strangers / 100)
     assert rules.verdict(stranger) is Verdict.UNCERTAIN
+    assert (f"; {strangers} defective frames are out of scope" in promise) is (strangers > 0)
+    made = Calibration.model_construct(frames=tuple(judged.values()), scope=rules.scope)
+    assert made.escaped == (0, 10 - strangers)
 
 
 def test_no_frame_is_judged_by_what_it_set() -> None:

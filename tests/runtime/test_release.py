@@ -114,6 +114,11 @@ class Shop:
             targets = Targets(overkill=0.5, suspects=0.5, confidence=0.95)
             calibrate(inspector, files(self.parts / "good"), found, object=self.object, targets=targets, by="the line")
 
+    def lose(self) -> None:
+        """All but the audit."""
+        for path in (*self.place.glob("*/*/*.calibration"), *self.place.glob("*/*/*.release")):
+            path.unlink()
+
     def answer(self, released: bool = True) -> None:
         with self.open() as inspector:
             inspector.station.answer(self.object, "A. Meier", "a trial of 40 parts", released=released)
@@ -121,6 +126,7 @@ class Shop:
 
 ENROLL, ENROLL_OTHERS = methodcaller("enroll"), methodcaller("enroll", "others")
 GOOD, FEW, DEFECTS = (methodcaller("calibrate", folder) for folder in (None, "few", "defects"))
+LOST = methodcaller("lose")
 PERSON, WITHDRAWN = methodcaller("answer"), methodcaller("answer", released=False)
 
 NOBODY = "not released: nobody has shown yet .* the defects of 'tile'.*vmad calibrate .*--defects DIR.*vmad release"
@@ -148,7 +154,9 @@ MAKER = "^released: by the bundle's maker, for its own kind of part .'part'"
         pytest.param("tile", [ENROLL, PERSON], MEIER, id="a person"),
         pytest.param("tile", [ENROLL, PERSON, WITHDRAWN], TAKEN_BACK, id="withdrawn"),
         pytest.param("tile", [ENROLL, DEFECTS, WITHDRAWN], TAKEN_BACK, id="withdrawn although seen"),
-        pytest.param("tile", [ENROLL, WITHDRAWN, DEFECTS], SEEN, id="seen after it was withdrawn"),
+        pytest.param("tile", [ENROLL, WITHDRAWN, DEFECTS], TAKEN_BACK, id="seen after it was withdrawn"),
+        pytest.param("tile", [ENROLL, WITHDRAWN, ENROLL_OTHERS], TAKEN_BACK, id="withdrawn, other frames"),
+        pytest.param("tile", [ENROLL, WITHDRAWN, DEFECTS, PERSON], MEIER, id="withdrawn, seen, released"),
         pytest.param("tile", [ENROLL, PERSON, ENROLL], MEIER, id="the same frames enrolled again"),
         pytest.param("tile", [ENROLL, PERSON, ENROLL_OTHERS], "^not released: .* another bank", id="other frames"),
         pytest.param("tile", [ENROLL, PERSON, GOOD], "^not released: .* another calibration", id="calibrated anew"),
@@ -159,6 +167,8 @@ MAKER = "^released: by the bundle's maker, for its own kind of part .'part'"
         pytest.param("part", [WITHDRAWN, PERSON], MEIER, id="the bundle's own, withdrawn, released"),
         pytest.param("part", [ENROLL], NOBODY.replace("tile", "part"), id="the bundle's own, enrolled"),
         pytest.param("part", [GOOD], NOBODY.replace("tile", "part"), id="the bundle's own, calibrated with good"),
+        pytest.param("part", [GOOD, LOST], NOBODY.replace("tile", "part"), id="the bundle's own, its calibration gone"),
+        pytest.param("part", [WITHDRAWN, LOST], NOBODY.replace("tile", "part"), id="the bundle's own, its release gone"),
     ],
 )
 def test_how_an_object_comes_to_be_released(
