@@ -539,9 +539,26 @@ def test_what_a_run_wrote_is_no_frame_of_the_next(
     assert "18 pictures of a report" in runs[1].stderr and runs[1].returncode == 0
     shutil.copy(next((parts / "good").iterdir()), tmp_path / "lot/maps/one_more.jpg")
     assert len(json.loads(vmad("inspect", tiny_bundle, *args, cwd=tmp_path).stdout)) == 7
-    for inside in ("lot/maps", "lot/out/", "lot/maps/one_more.jpg", tmp_path / "lot/maps"):
+    shutil.copy(tmp_path / "lot/maps/one_more.jpg", tmp_path / "lot/maps/no_map.tiff")  # of no frame that is there
+    assert len(json.loads(vmad("inspect", tiny_bundle, *args, cwd=tmp_path).stdout)) == 8
+    (tmp_path / "link").symlink_to("lot/maps")
+    for inside in ("lot/maps", "lot/out/", "lot/maps/one_more.jpg", tmp_path / "lot/maps", "link"):
         refused = vmad("inspect", tiny_bundle, inside, *args, cwd=tmp_path)
         assert refused.returncode == 2 and "name another folder for" in refused.stderr
+    for option in ("--report", "--maps"):
+        refused = vmad("inspect", tiny_bundle, "lot", option, tiny_bundle / "out", cwd=tmp_path)
+        assert refused.returncode == 2 and "lies in the bundle" in refused.stderr
+
+
+def test_a_name_that_may_be_forgotten_is_asked_for(tiny_bundle: Path, parts: Path, tmp_path: Path) -> None:
+    """Else the frames would be compared with the bundle's own features, and released by its maker."""
+    station = tmp_path / "station"
+    assert vmad("enroll", tiny_bundle, parts / "good", "--object", "tile", "--station", station).returncode == 0
+    args = ("inspect", tiny_bundle, parts / "good", "--no-review", "--station", station)
+    forgotten = vmad(*args)
+    assert forgotten.returncode == 2 and "expected --object, as the station" in forgotten.stderr
+    for meant in (("--object", "tile"), ("--fallback", "bundle")):
+        assert vmad(*args, *meant).returncode in (1, 3), meant
 
 
 @pytest.mark.parametrize("deadline", ["inf", "nan", "-inf", "1e999", "soon"])

@@ -168,7 +168,9 @@ MAKER = "^released: by the bundle's maker, for its own kind of part .'part'"
         pytest.param("part", [ENROLL], NOBODY.replace("tile", "part"), id="the bundle's own, enrolled"),
         pytest.param("part", [GOOD], NOBODY.replace("tile", "part"), id="the bundle's own, calibrated with good"),
         pytest.param("part", [GOOD, LOST], NOBODY.replace("tile", "part"), id="the bundle's own, its calibration gone"),
-        pytest.param("part", [WITHDRAWN, LOST], NOBODY.replace("tile", "part"), id="the bundle's own, its release gone"),
+        pytest.param(
+            "part", [WITHDRAWN, LOST], NOBODY.replace("tile", "part"), id="the bundle's own, its release gone"
+        ),
     ],
 )
 def test_how_an_object_comes_to_be_released(
