@@ -248,10 +248,10 @@ def add_calibrate(subcommands: Subcommands) -> None:
     parser.add_argument("--object", metavar="NAME", help="the part's name, as it was enrolled")
     _add_fallback(parser)
     for name, meaning in (
-        ("escape", "of defective parts: called GOOD"),
+        ("escape", "at most this share of the given defective frames called GOOD"),
         ("overkill", "of good parts: called DEFECT"),
         ("suspects", "of good parts: not called GOOD (without --defects)"),
-        ("missed", "of defective parts: called GOOD, at most, for the object to be released"),
+        ("missed", "to be released: at most this share of all defective parts called GOOD"),
         ("confidence", "that a promise for all parts holds"),
     ):
         parser.add_argument(
