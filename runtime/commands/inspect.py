@@ -179,9 +179,10 @@ def _note_left_behind(inspector: Inspector, object: str | None) -> None:
 def _without_maps(paths: list[str], maps: Path) -> list[str]:
     """Without what an earlier run like this wrote of the others into `maps`. Reports nobody finds, see `folders`."""
     inside = {path for path in paths if Path(path).absolute().is_relative_to(maps)}
-    others = [path for path in paths if path not in inside]
-    names = Names(others, in_folders, _MAPS)
-    written = {f"{maps / names.of(path)}{ending}" for path in others for ending in _MAPS}
+    written = set()
+    for frames in ([path for path in paths if path not in inside], paths):  # frames may lie there, too
+        names = Names(frames, in_folders, _MAPS)
+        written |= {f"{maps / names.of(path)}{ending}" for path in frames for ending in _MAPS}
     return [path for path in paths if path not in inside or str(Path(path).absolute()) not in written]
 
 
