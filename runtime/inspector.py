@@ -44,7 +44,7 @@ from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, Rev
 from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check
 from vmad_edge.runtime.stages.scope import in_words
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
-from vmad_edge.runtime.stages.tiles import WHOLE, Layout, Tile
+from vmad_edge.runtime.stages.tiles import WHOLE, Layout, Tile, cut
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
 from vmad_edge.runtime.stages.vocabulary import check_model
 from vmad_edge.runtime.station import Calibration, Fallback, Station
@@ -744,9 +744,8 @@ def _reviewed(inspection: Inspection, finding: Finding, timings_ms: dict[str, fl
         after = replace(after, draw_language_map=lambda: tile.in_frame(draw(), size))
     if finding.mask is not None and inspection.map is not None:
         mask = tile.marked(finding.mask, size)
-        elsewhere = tuple(region for region in inspection.regions if not tile.holds(region.centroid))
-        regions = largest_first(find_regions(mask, inspection.map) + elsewhere) or inspection.regions
-        after = replace(after, mask=mask, regions=regions)
+        untouched = tuple(region for region in inspection.regions if not cut(mask, region.box).any())
+        after = replace(after, mask=mask, regions=largest_first(find_regions(mask, inspection.map) + untouched))
     return after
 
 

@@ -268,7 +268,7 @@ def leave_one_out_thresholds(
 def inspected_patches(
     view: View, grid: int, frame_size: tuple[int, int], ignored: NDArray[np.bool_] | None = None
 ) -> NDArray[np.bool_]:
-    """[N]: whether a patch's centre lies on the frame, not on padding, and not on what is ignored.
+    """[N]: whether a patch's centre lies on the frame, not on padding, and not all of its pixels are ignored.
 
     Args:
         frame_size: (height, width).
@@ -280,9 +280,19 @@ def inspected_patches(
     inside_y, inside_x = (y > 0) & (y < frame_size[0]), (x > 0) & (x < frame_size[1])
     inside = np.asarray(inside_y[:, None] & inside_x[None, :])
     if ignored is not None:
-        rows, columns = (np.clip(c.astype(int), 0, n - 1) for c, n in zip((y, x), frame_size, strict=True))
-        inside &= ~ignored[np.ix_(rows, columns)]
+        free = cv2.integral((~ignored).astype(np.uint8))  # [h+1,w+1]: such pixels above and to the left
+        top, bottom = _edges(view.top, view.bottom, grid, frame_size[0])
+        left, right = _edges(view.left, view.right, grid, frame_size[1])
+        band = free[bottom] - free[top]
+        inside &= band[:, right] > band[:, left]
     return inside.reshape(-1)
+
+
+def _edges(start: float, stop: float, grid: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[grid] each: the first pixel that a patch has part of, and the one after its last, along one side of a view."""
+    edges = np.linspace(start, stop, grid + 1)
+    first, last = (np.clip(edge, 0, length).astype(np.int64) for edge in (edges[:-1], np.ceil(edges[1:])))
+    return first, last
 
 
 def image_score(score: Floats, spec: Similarity) -> float:

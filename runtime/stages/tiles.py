@@ -92,15 +92,10 @@ class Tile:
         left, top, _, _ = self.box
         return View(view.left + left, view.top + top, view.right + left, view.bottom + top)
 
-    def holds(self, place: tuple[float, float]) -> bool:
-        """Whether x, y of the frame lie in it."""
-        left, top, right, bottom = self.box
-        return left <= place[0] < right and top <= place[1] < bottom
-
     def marked(self, mask: NDArray[np.bool_], size: Size) -> NDArray[np.bool_]:
         """`mask` [h,w] of the tile's pixels → [H,W] of a frame of that size; what is ignored is not marked."""
         whole = np.zeros(size, np.bool_)
-        _cut(whole, self.box)[...] = mask if self.ignored is None else mask & ~self.ignored
+        cut(whole, self.box)[...] = mask if self.ignored is None else mask & ~self.ignored
         return whole
 
 
@@ -109,7 +104,8 @@ class Layout:
     """Of one object's frames, in their pixels. As it stands here: the whole frame at once.
 
     Raises:
-        VmadError: a region without an inside, or outside of the mask; a mask that leaves nothing of it.
+        VmadError: a region without an inside, or outside of the mask; a mask that leaves nothing of it, or that
+            ignores nothing.
     """
 
     region: Box | None = None
@@ -131,9 +127,13 @@ class Layout:
             if self.ignored.ndim != 2 or self.ignored.dtype != np.bool_:
                 found = f"{list(self.ignored.shape)} {self.ignored.dtype}"
                 raise VmadError(f"expected an ignore mask [h,w] of bool, of the frame's size, got {found}")
+            if not self.ignored.any():
+                raise VmadError(
+                    "the ignore mask ignores nothing: expected white where not to look (alpha does not count)"
+                )
             if self.region is not None and (fault := _beyond(self.region, _shape(self.ignored))):
                 raise VmadError(f"the ignore mask has {_by(_shape(self.ignored))} pixels; {fault}")
-            if _cut(self.ignored, self.region).all():
+            if cut(self.ignored, self.region).all():
                 raise VmadError("the ignore mask leaves nothing to inspect: expected black where to look")
 
     @property
@@ -181,8 +181,8 @@ class Layout:
         return [tile for tile in tiles if tile.ignored is None or not tile.ignored.all()]
 
     def _tile(self, frame: Frame, box: Box, fill: tuple[int, int, int]) -> Tile:
-        pixels = _cut(frame.pixels, box)
-        ignored = None if self.ignored is None else _cut(self.ignored, box)
+        pixels = cut(frame.pixels, box)
+        ignored = None if self.ignored is None else cut(self.ignored, box)
         if ignored is None or not ignored.any():
             return Tile(replace(frame, pixels=pixels), box)
         return Tile(
@@ -201,7 +201,7 @@ class Layout:
             return "the whole frame"
         said = ["the whole frame" if self.region is None else f"region of interest {_said(self.region)}"]
         if self.ignored is not None:
-            said.append(f"{_cut(self.ignored, self.region).mean():.1%} of it ignored")
+            said.append(f"{cut(self.ignored, self.region).mean():.1%} of it ignored")
         if self.tiles.count > 1:
             said.append(f"{self.tiles.count} tiles along its longer side, which overlap by {self.tiles.overlap:.0%}")
         return ", ".join(said)
@@ -221,8 +221,8 @@ def merged(parts: Iterable[tuple[Tile, NDArray[np.float32]]], size: Size) -> NDA
     for tile, values in parts:
         weight = np.outer(*map(_window, tile.size))
         weight[np.isnan(values) if tile.ignored is None else np.isnan(values) | tile.ignored] = 0
-        _cut(total, tile.box)[...] += np.where(weight > 0, values, 0) * weight
-        _cut(weights, tile.box)[...] += weight
+        cut(total, tile.box)[...] += np.where(weight > 0, values, 0) * weight
+        cut(weights, tile.box)[...] += weight
     total[weights == 0] = np.nan
     return np.divide(total, weights, out=total, where=weights > 0)
 
@@ -232,7 +232,8 @@ def _window(length: int) -> NDArray[np.float32]:
     return np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)).astype(np.float32)
 
 
-def _cut(array: NDArray[Any], box: Box | None) -> NDArray[Any]:
+def cut(array: NDArray[Any], box: Box | None) -> NDArray[Any]:
+    """What of an array [h,w,…] lies in the box; None: all."""
     left, top, right, bottom = box or _whole(_shape(array))
     return array[top:bottom, left:right]
 

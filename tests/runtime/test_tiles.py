@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
 
+from vmad_edge.runtime.bundle import Bundle, seal
 from vmad_edge.runtime.calibrate import calibrate
 from vmad_edge.runtime.cli import main
 from vmad_edge.runtime.errors import FrameError, VmadError
@@ -23,7 +25,7 @@ from vmad_edge.runtime.frame import Frame
 from vmad_edge.runtime.inspection import Features, Inspection, Reason, Region, Verdict
 from vmad_edge.runtime.inspector import Inspector, _reviewed
 from vmad_edge.runtime.stages.preprocess import View, clip_pixels
-from vmad_edge.runtime.stages.similarity import References, spread
+from vmad_edge.runtime.stages.similarity import References, inspected_patches, patch_box, spread
 from vmad_edge.runtime.stages.tiles import WHOLE, Layout, Tile, Tiles, merged
 from vmad_edge.runtime.systems.vmad import Finding
 
@@ -127,6 +129,7 @@ LAYOUTS: dict[str, tuple[Callable[[], object], str]] = {
     "parts of pixels": (lambda: Layout((0.5, 0, 40, 40)), "whole pixels, .*got 0.5,0,40,40"),  # type: ignore[arg-type]
     "beyond the mask": (lambda: Layout((0, 0, 321, 240), MASK), r"mask has 320×240 pixels; .*0,0,321,240 reaches"),
     "all ignored": (lambda: Layout((0, 0, 100, 100), MASK), "leaves nothing to inspect"),
+    "nothing ignored": (lambda: Layout(None, ~np.ones((9, 9), np.bool_)), "ignores nothing: expected white where not"),
     "a grey mask": (lambda: Layout(None, np.zeros((9, 9), np.uint8)), r"of bool.*got \[9, 9\] uint8"),  # type: ignore[arg-type]
     "a coloured mask": (lambda: Layout(None, np.zeros((9, 9, 3), np.bool_)), r"got \[9, 9, 3\] bool"),
     "no tile": (lambda: Tiles(count=0), "expected 1 to 32 tiles along the longer side, got 0"),
@@ -169,18 +172,85 @@ def test_frames_that_do_not_fit(layout: Layout, size: tuple[int, int], says: str
 # -------------------------------------------------------------------------------------------------- inspections
 
 
-@pytest.mark.parametrize("layout", [Layout((0, 0, 320, 240)), Layout(None, np.zeros((240, 320), np.bool_))])
+EDGE = np.zeros((240, 320), np.bool_)
+EDGE[:, :9] = True
+
+
+def framed(seed: int) -> NDArray[np.uint8]:
+    """Painted over at the edge already, as the mask does it."""
+    return np.where(EDGE[:, :, None], np.array(FILL, np.uint8), image(seed))
+
+
+@pytest.mark.parametrize("layout", [Layout((0, 0, 320, 240)), Layout(None, EDGE)])
 def test_a_layout_that_leaves_nothing_out_changes_nothing(layout: Layout, inspector: Inspector) -> None:
     found = []
     for name, chosen in (("whole", WHOLE), ("laid out", layout)):
-        references = inspector.enroll([image(n) for n in range(4)], object=name, layout=chosen)
-        found.append((inspector.inspect(image(9), object=name, review=False), references))
+        references = inspector.enroll([framed(n) for n in range(4)], object=name, layout=chosen)
+        found.append((inspector.inspect(framed(9), object=name, review=False), references))
     (whole, references), (laid_out, again) = found
     assert whole.score == laid_out.score and references.thresholds == again.thresholds
     np.testing.assert_array_equal(references.features, again.features)
     assert whole.map is not None and laid_out.map is not None
-    np.testing.assert_allclose(laid_out.map, whole.map, rtol=1e-6)
+    np.testing.assert_allclose(laid_out.map[~EDGE], whole.map[~EDGE], rtol=1e-6)
     assert whole.nearest_normal is not None and whole.nearest_normal == laid_out.nearest_normal
+
+
+def columns(width: int) -> NDArray[np.bool_]:
+    """[240,width]: thin ones through the centres of all columns of patches but the first."""
+    mask = np.zeros((240, width), np.bool_)
+    for centre in range(22, width, 15):
+        mask[:, centre - 1 : centre + 2] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    "ignored,view",
+    [
+        (columns(240), View(0, 0, 240, 240)),
+        (MASK, View(40, 0, 280, 240)),
+        (MASK, View(0, -40, 320, 280)),
+        (np.add.outer(np.arange(97), np.arange(89)) > 60, View(0, 4, 89, 93)),
+        (np.random.default_rng(0).random((9, 9)) < 0.5, View(0, 0, 9, 9)),  # patches smaller than a pixel
+        (np.random.default_rng(1).random((60, 50)) < 0.9, View(-5, 0, 55, 60)),
+    ],
+)
+def test_a_patch_is_left_out_only_if_all_of_it_is_ignored(ignored: NDArray[np.bool_], view: View) -> None:
+    """Against each pixel's own patch, of those whose centre is on the frame."""
+    grid, size = 16, (ignored.shape[0], ignored.shape[1])
+    found, on_frame = (inspected_patches(view, grid, size, mask).reshape(grid, grid) for mask in (ignored, None))
+    assert not (found & ~on_frame).any()
+    y, x = np.nonzero(~ignored)
+    row = np.floor((y + 0.5 - view.top) * grid / (view.bottom - view.top)).astype(int)
+    column = np.floor((x + 0.5 - view.left) * grid / (view.right - view.left)).astype(int)
+    shown = (row >= 0) & (row < grid) & (column >= 0) & (column < grid)
+    seen = np.zeros((grid, grid), np.bool_)
+    seen[row[shown], column[shown]] = True
+    assert not (seen & on_frame & ~found).any()
+    for number in np.flatnonzero(found):  # with what it has of pixels at its edges
+        left, top, right, bottom = patch_box(int(number), view, grid, size)
+        assert not ignored[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1].all()
+    if ignored.shape == (240, 240):
+        assert found.all()  # 7.8% cannot blind 15 of 16
+    if ignored is MASK and view.top == 0:  # of 15 pixels, from 40 on
+        expected = np.ones((grid, grid), np.bool_)
+        expected[:8, :8] = False
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_band_beside_the_mask_is_seen(inspector: Inspector) -> None:
+    """Of the patches 80…160 the mask hides all but 15 columns, their centres too."""
+    mask = np.zeros((240, 320), np.bool_)
+    mask[:, :145] = True
+    bank = inspector.enroll([image(n) for n in range(4)], layout=Layout(None, mask))
+    bank.beside = None  # its rows alone
+    broken = image(0).copy()
+    broken[70:110, 145:159] = (255, 0, 0)
+    good, bad = (inspector.inspect(pixels, review=False) for pixels in (image(0), broken))
+    assert good.score is not None and bad.score is not None and bad.score > good.score + 0.01
+    assert bad.nearest_normal is not None and bad.nearest_normal.place == (80, 60, 160, 120)
+    assert bad.map is not None and good.map is not None
+    assert np.nanargmax(bad.map - good.map) % 320 < 190
+    np.testing.assert_array_equal(np.isfinite(bad.map), ~mask)
 
 
 LAID_OUT = {
@@ -219,12 +289,13 @@ def test_a_frame_scores_as_its_worst_tile_by_itself(kind: str, inspector: Inspec
     def of_tiles(pixels: NDArray[np.uint8], rows: NDArray[Any]) -> list[float]:
         scores = []
         for tile in layout.cut(Frame(pixels, "frame"), FILL):
-            shown, _ = clip_pixels(tile.frame, inspector.bundle.manifest.clip)
+            shown, view = clip_pixels(tile.frame, inspector.bundle.manifest.clip)
             (patches,) = inspector._screen._clip_encoder.run({"clip_pixels": shown})["patches"]
-            centres = ((np.arange(GRID) + 0.5) / GRID)[:, None] * tile.size
-            y, x = centres.astype(int).T
-            ignored = np.zeros((GRID, GRID), np.bool_) if tile.ignored is None else tile.ignored[np.ix_(y, x)]
-            cosine = unit(patches[~ignored.reshape(-1)]) @ unit(rows).T
+            seen = np.zeros(GRID**2, np.bool_)
+            for patch in range(GRID**2):
+                x0, y0, x1, y1 = patch_box(patch, view, GRID, tile.size)
+                seen[patch] = tile.ignored is None or not tile.ignored[y0:y1, x0:x1].all()
+            cosine = unit(patches[seen]) @ unit(rows).T
             distance = 1 - cosine.max(axis=1)
             scores.append(float(distance.max()))
         return scores
@@ -235,7 +306,10 @@ def test_a_frame_scores_as_its_worst_tile_by_itself(kind: str, inspector: Inspec
     tiles = [tile.box for tile in layout.cut(Frame(image(9), "frame"), FILL)]
     assert tiles.index(found.features.tile.box) == int(np.argmax(of_tiles(image(9), bank.features)))
     assert found.features.patches_multi.shape[1] == GRID**2
-    assert found.nearest_normal is not None and found.features.tile.holds(found.nearest_normal.place[:2])
+    left, top, right, bottom = found.features.tile.box
+    assert found.nearest_normal is not None
+    x0, y0, x1, y1 = found.nearest_normal.place
+    assert left <= x0 < x1 <= right and top <= y0 < y1 <= bottom
 
 
 def unit(rows: NDArray[Any]) -> NDArray[Any]:
@@ -302,14 +376,24 @@ def test_a_mask_comes_back_where_it_lies(inspector: Inspector) -> None:
     np.testing.assert_array_equal(np.isfinite(after.language_map), seen & ~MASK)
 
 
-def test_regions_of_other_tiles_stay(inspector: Inspector) -> None:
+@pytest.mark.parametrize("marked", ["nothing", "a block", "the tile"])
+def test_regions_that_the_mask_does_not_touch_stay(marked: str, inspector: Inspector) -> None:
+    """One of another tile, one in the review's, and one there that the block reaches into."""
     inspection, tile = planted()
-    inside, beyond = Region((50, 120, 60, 130), 90, 0.3, (55, 125)), Region((280, 200, 299, 219), 300, 0.4, (290, 210))
-    assert tile.holds(inside.centroid) and not tile.holds(beyond.centroid)
-    mask = np.ones(tile.size, np.bool_)
+    left, _, right, bottom = tile.box
+    beyond = Region((280, 200, 299, 219), 300, 0.4, (290, 210))
+    beside = Region((left + 1, bottom - 9, left + 9, bottom - 1), 60, 0.9, (left + 5, bottom - 5))
+    reached = Region((right - 19, bottom - 16, right - 9, bottom - 8), 70, 0.3, (right - 14, bottom - 12))
+    mask = np.full(tile.size, marked == "the tile")
+    if marked == "a block":
+        mask[-10:, -10:] = True
     finding = Finding(0.9, "Yes.", mask, seg_forced=False, stopped=None)
-    after = _reviewed(replace(inspection, regions=(beyond, inside)), finding, {}, inspector.bundle.for_review)
-    assert beyond in after.regions and inside not in after.regions and after.regions[0].area > 300
+    screened = replace(inspection, regions=(beyond, reached, beside))
+    after = _reviewed(screened, finding, {}, inspector.bundle.for_review)
+    kept = {"nothing": {beyond, beside, reached}, "a block": {beyond, beside}, "the tile": {beyond}}[marked]
+    assert set(after.regions) & set(screened.regions) == kept
+    assert len(after.regions) == len(kept) + (marked != "nothing")
+    assert [region.area for region in after.regions] == sorted((r.area for r in after.regions), reverse=True)
 
 
 def test_reviews_of_one_tile_of_many_settle_nothing(inspector: Inspector, tmp_path: Path) -> None:
@@ -381,11 +465,16 @@ def test_frames_beyond_what_a_camera_has(inspector: Inspector) -> None:
     assert found.map is not None and found.map.shape == (100, 9000) and np.isfinite(found.map).all()
 
 
-def test_a_mask_so_fine_that_no_patch_is_left(inspector: Inspector) -> None:
-    """Their centres are ignored, and not everything."""
+def test_a_mask_that_leaves_only_what_is_cropped(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_bundle, tmp_path / "cropping")
+    manifest = Bundle.open(folder).manifest
+    seal(folder, manifest.model_copy(update={"clip": manifest.clip.model_copy(update={"resize": "shortest_edge"})}))
     mask = np.ones((240, 320), np.bool_)
-    mask[:5] = False
-    with pytest.raises(FrameError, match="leaves no patch to inspect"):
+    mask[:, :20] = False
+    with (
+        Inspector.open(folder, tmp_path, "cpu") as inspector,
+        pytest.raises(FrameError, match="leaves no patch to inspect"),
+    ):
         inspector.enroll([image(0)], layout=Layout(None, mask))
 
 
@@ -400,6 +489,7 @@ def parts(tmp_path: Path) -> Path:
     Image.fromarray(MASK).save(tmp_path / "mask.png")
     Image.fromarray(MASK[1:]).save(tmp_path / "small.png")
     Image.fromarray(np.ones_like(MASK)).save(tmp_path / "all.png")
+    Image.merge("LA", [Image.new("L", (320, 240)), Image.fromarray(MASK).convert("L")]).save(tmp_path / "alpha.png")
     return tmp_path
 
 
@@ -422,6 +512,7 @@ def test_enrolled_by_command(tiny_bundle: Path, parts: Path, capsys: pytest.Capt
         (["--roi", "0,0,4000,10"], "320×240 pixels; the region of interest 0,0,4000,10 reaches beyond"),
         (["--ignore", "small.png"], "expected a mask of 240×320 pixels, found 239×320"),
         (["--ignore", "all.png"], "leaves nothing to inspect: expected black where to look"),
+        (["--ignore", "alpha.png"], "ignores nothing: expected white where not to look"),
         (["--ignore", "none.png"], "none.png: not a readable mask"),
         (["--tiles", "99"], "--tiles: expected 1 to 32 tiles along the longer side, got 99"),
         (["--tiles", "4", "--overlap", "1"], "--overlap: expected an overlap of 0.1 to 0.5 of a tile, got 1"),
