@@ -191,8 +191,7 @@ class Inspection:
     layout: Layout = field(default=WHOLE, repr=False)
     """What of the frame is inspected: region of interest, ignore mask, tiles."""
     regions: tuple[Region, ...] = ()
-    """From the mask where there is one, and of the map's those that it does not touch."""
-    """From the mask where there is one, else (and of other tiles than the review's) from the map; the largest first."""
+    """From the mask where there is one, and those of the map that it does not touch; the largest first."""
     nearest_normal: NearestNormal | None = None
     p_yes: float | None = None
     mask: NDArray[np.bool_] | None = field(default=None, repr=False)
