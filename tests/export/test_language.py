@@ -236,7 +236,7 @@ def test_adapter_config_that_would_be_ignored_is_refused(copy: Path, change: dic
         next(merged_tensors(copy / "language", copy / "adapter"))
 
 
-@pytest.mark.parametrize("change", [{"target_modules": "(.|..)+#"}, {"alpha_pattern": {"(.|..)+#": 2}}], ids=str)
+@pytest.mark.parametrize("change", [{"target_modules": "(.?.?.?)+#"}, {"alpha_pattern": {"(.?.?.?)+#": 2}}], ids=str)
 def test_expressions_that_take_for_ever_are_refused(
     copy: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
