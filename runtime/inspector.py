@@ -452,7 +452,9 @@ class Inspector:
         """
         known = self._compared(self._object(object))
         if (calibration := known.calibration) is None:
-            return f"not calibrated: nothing is promised, and a review settles {_rule_in_words(known.source.review)}"
+            makers = question is None or self.question(object, question) == self.question(object)
+            settles = _rule_in_words(known.source.review if makers else None)
+            return f"not calibrated: nothing is promised, and a review settles {settles}"
         by = f"(calibrated {calibration.when} by {calibration.by})"
         void = self._other_screen(calibration)
         if void is None and calibration.review is not None:

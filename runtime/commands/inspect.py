@@ -73,7 +73,11 @@ def add_inspect(subcommands: Subcommands) -> None:
     )
     _add_fallback(parser)
     _add_frames(parser)
-    parser.add_argument("--question", metavar="TEXT", help="ask this instead; {object} is replaced by the name")
+    parser.add_argument(
+        "--question",
+        metavar="TEXT",
+        help="ask this instead, which explains and settles nothing; {object} is replaced by the name",
+    )
     parser.add_argument("--answer", choices=["full", "short"], help="a whole sentence, or yes/no and the mask")
     parser.add_argument("--no-review", action="store_true", help="the screen alone: no sentence, no mask")
     parser.add_argument(

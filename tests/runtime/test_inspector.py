@@ -100,7 +100,8 @@ def test_whose_reviews_settle(with_thresholds: Path, tmp_path: Path) -> None:
         return after.decided_by == "review"
 
     with Inspector.open(with_thresholds, station, "cpu", fallback="bundle") as inspector:
-        assert settles(inspector, "nut") and settles(inspector, "nut", question="Is it broken?")
+        assert settles(inspector, "nut") and not settles(inspector, "nut", question="Is it whole?")
+        assert "a review settles nothing" in inspector.told("nut", question="Is it whole?")
         inspector.enroll([image(seed) for seed in range(3)], object="washer", keep=False)
         inspector.enroll([image(seed) for seed in range(3)], object="screw")
         between = Thresholds(good_below=0, defect_above=2)
