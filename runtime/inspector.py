@@ -535,7 +535,8 @@ class Inspector:
         if source is None:
             raise BundleError(
                 f"bundle {self.bundle.path} has no normal features to compare with, and {object!r} is not "
-                "enrolled: `vmad enroll` normal parts, or name a folder of them with --references"
+                "enrolled: `vmad enroll` normal parts, or name a folder of them with --references "
+                "(`vmad evaluate`: --shots)"
             )
         bank = source.hash if isinstance(source, References) else None
         calibration = self.station.load_calibration(object, bank) if self._calibrated else None
