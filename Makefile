@@ -18,7 +18,7 @@ COMPILE = uv pip compile --quiet --universal --python-version 3.10 --generate-ha
 
 demo: .venv/cpu
 	$(BIN)/vmad inspect demo/bundle demo/parts --station build/demo_station --report demo/report || [ $$? -eq 1 ]
-	@echo "Pictures: demo/report"
+	@echo "Page: demo/report/index.html"
 
 test: .venv/test
 	$(BIN)/ruff check
