@@ -24,7 +24,7 @@ from vmad_edge.runtime.bundle import Manifest, ReviewRule, Thresholds
 from vmad_edge.runtime.errors import BundleError, FrameError, VmadError
 from vmad_edge.runtime.files import sha256
 from vmad_edge.runtime.frame import AS_STORED, Reading
-from vmad_edge.runtime.inspection import Inspection, Reason, Verdict, settled, verdict_of
+from vmad_edge.runtime.inspection import Inspection, Verdict, screened, settled, verdict_of
 from vmad_edge.runtime.inspector import Inspector
 from vmad_edge.runtime.release import Release, Shown
 from vmad_edge.runtime.stages.fitness import Fitness, learned, measure
@@ -70,9 +70,7 @@ class Rules:
 
     def verdict(self, frame: CalibrationFrame) -> Verdict:
         """As the inspector's."""
-        verdict, reason = verdict_of(frame.score, self.thresholds), None
-        if not frame.is_within(self.scope):
-            verdict, reason = Verdict.UNCERTAIN, Reason.OUT_OF_SCOPE
+        verdict, reason = screened(frame.score, self.thresholds, frame.is_within(self.scope))
         return verdict if frame.p_yes is None else settled(verdict, frame.p_yes, self.review, reason)
 
 
@@ -90,8 +88,8 @@ def calibrate(
 ) -> Calibration:
     """Inspect the frames, set what `object` is judged by from them, and write it to the station.
 
-    Frames that are unfit to be judged are left out, and the promise says so: on the line they are NOT_INSPECTED too.
-    From the good ones that are left, limits of fitness are learned.
+    Frames that are unfit to be judged, by the limits of what they are compared with, are left out, and the promise says
+    so. From the good ones that are left, limits of fitness are learned, which may be wider.
     The good frames' distances to the enrolled ones set the limit of its scope anew.
     Defects release the object if they show that at most `targets.missed` of all are missed: by default, with five
     defects and none missed, that more are seen than missed. Drawn defects show nothing: see `vmad calibrate --help`.

@@ -83,6 +83,11 @@ def settled(verdict: Verdict, p_yes: float, rule: ReviewRule | None, reason: Rea
     return Verdict.UNCERTAIN
 
 
+def screened(score: float, thresholds: Thresholds | None, in_scope: bool) -> tuple[Verdict, Reason | None]:
+    """The screen's verdict, and why where that is not its score: what is out of scope is UNCERTAIN."""
+    return (verdict_of(score, thresholds), None) if in_scope else (Verdict.UNCERTAIN, Reason.OUT_OF_SCOPE)
+
+
 @dataclass(frozen=True)
 class Region:
     """One connected defect, in the frame's pixels."""

@@ -35,14 +35,14 @@ from vmad_edge.runtime.inspection import (
     find_regions,
     largest_first,
     on_map,
+    screened,
     settled,
-    verdict_of,
 )
 from vmad_edge.runtime.machine import PACKAGES, describe_machine, versions
 from vmad_edge.runtime.release import THIS_RUN_ALONE, UNLABELLED, Standing
 from vmad_edge.runtime.review import Milestone, PendingReview, ReviewLimits, ReviewProcess
 from vmad_edge.runtime.stages.fitness import FitnessLimits, UnfitError, check
-from vmad_edge.runtime.stages.scope import in_words
+from vmad_edge.runtime.stages.scope import Scope, in_words
 from vmad_edge.runtime.stages.similarity import NormalFeatures, References, anomaly_map
 from vmad_edge.runtime.stages.tiles import WHOLE, Layout, Tile, cut
 from vmad_edge.runtime.stages.unlabelled import LEAST_STREAM, Stream
@@ -619,12 +619,8 @@ class Inspector:
         source: SimilaritySource,
         watch: Stopwatch,
     ) -> Inspection:
-        verdict, reason, code = verdict_of(screening.score, source.thresholds), None, None
-        if source.scope is not None and screening.scope_distance is not None:
-            distance, limit = screening.scope_distance, source.scope.limit.limit
-            if not distance <= limit:
-                verdict, code = Verdict.UNCERTAIN, Reason.OUT_OF_SCOPE
-                reason = f"unlike all enrolled frames: {distance:.3f} from the nearest one, the limit is {limit:.3f}"
+        reason = _beyond(source.scope, screening.scope_distance)
+        verdict, code = screened(screening.score, source.thresholds, reason is None)
         regions: tuple[Region, ...] = ()
         nearest = None
         references = _beside(source)
@@ -716,6 +712,13 @@ def _deadline(deadline_ms: float | None) -> float | None:
 def _in_time(deadline: float | None) -> bool | None:
     """Whether it is not over yet; None without one."""
     return None if deadline is None else time.monotonic() <= deadline
+
+
+def _beyond(scope: Scope | None, distance: float | None) -> str | None:
+    """Why a frame is out of scope, for people; None: it is not."""
+    if scope is None or distance is None or distance <= scope.limit.limit:
+        return None
+    return f"unlike all enrolled frames: {distance:.3f} from the nearest one, the limit is {scope.limit.limit:.3f}"
 
 
 def _rule_in_words(rule: ReviewRule | None) -> str:

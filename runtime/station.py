@@ -171,6 +171,9 @@ class Calibration(Record):
         return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
+_K = TypeVar("_K", Calibration, Release)
+
+
 class Station:
     """Everything that a device adds to one bundle."""
 
@@ -457,13 +460,7 @@ class Station:
         Raises:
             BundleError: it was changed, others can have written it, or it cannot be read.
         """
-        if (path := _place(self.path, "calibrations", object)) is None:
-            return None
-        advice = f"Calibrate {object!r} again, or remove {path}."
-        found = _parsed(Calibration, _content(path, advice)[1], path, advice)
-        if found.object != text_of(object):
-            raise BundleError(f"{path} is the calibration of {found.object!r}. {advice}")
-        return found
+        return self._kept(Calibration, "calibrations", object, f"Calibrate {object!r} again, or remove")
 
     def save_release(self, release: Release) -> Path:
         """Write it, whole or not at all, in place of an earlier one of its object.
@@ -479,12 +476,16 @@ class Station:
         Raises:
             BundleError: it was changed, others can have written it, or it cannot be read.
         """
-        if (path := _place(self.path, "releases", object)) is None:
+        return self._kept(Release, "releases", object, f"{object!r} is not released if you remove")
+
+    def _kept(self, record: type[_K], kind: Kind, object: str, advice: str) -> _K | None:
+        """Of an object, what is kept of that kind as JSON; `advice` ends before the file's name."""
+        if (path := _place(self.path, kind, object)) is None:
             return None
-        advice = f"Remove {path}: {object!r} is not released then."
-        found = _parsed(Release, _content(path, advice)[1], path, advice)
+        advice = f"{advice} {path}."
+        found = _parsed(record, _content(path, advice)[1], path, advice)
         if found.object != text_of(object):
-            raise BundleError(f"{path} is the release of {found.object!r}. {advice}")
+            raise BundleError(f"{path} is the {_IS[kind]} of {found.object!r}. {advice}")
         return found
 
     def answer(self, object: str, by: str, why: str, *, released: bool = True) -> Release:

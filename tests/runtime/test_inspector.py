@@ -300,8 +300,8 @@ def test_a_verdict_that_comes_late_is_none(inspector: Inspector, monkeypatch: py
         clock[0] += 1
         return work(*arguments)
 
-    work = inspector_module.verdict_of
-    monkeypatch.setattr(inspector_module, "verdict_of", slow)
+    work = inspector_module.screened
+    monkeypatch.setattr(inspector_module, "screened", slow)
     result = inspector.inspect(PART, review=False, deadline_ms=500)
     assert (result.verdict, result.deadline_met) == (Verdict.NOT_INSPECTED, False)
     assert result.reason_code is Reason.SCREEN_LATE and result.score is None
